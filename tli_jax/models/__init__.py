@@ -1,0 +1,1 @@
+"""The mathematics of the model: no files, no mesh sizes."""

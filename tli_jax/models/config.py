@@ -1,0 +1,274 @@
+"""What a Llama is: its sizes, and one table of its tensors from which everything else is derived.
+
+Dims, by letter: B batch, T time, D model, H query heads, K key/value heads, h head size, F feed-forward,
+V vocabulary, L layers. A tensor is stored as Hugging Face stores it, ``[out, in]``.
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from tli_jax.errors import DataError
+
+# Name within a layer -> dims. In the layer-stacked tree each leaf has the dim L in front.
+LAYER_TENSORS: dict[str, tuple[str, ...]] = {
+    "input_layernorm.weight": ("D",),
+    "self_attn.q_proj.weight": ("Hh", "D"),
+    "self_attn.k_proj.weight": ("Kh", "D"),
+    "self_attn.v_proj.weight": ("Kh", "D"),
+    "self_attn.o_proj.weight": ("D", "Hh"),
+    "post_attention_layernorm.weight": ("D",),
+    "mlp.gate_proj.weight": ("F", "D"),
+    "mlp.up_proj.weight": ("F", "D"),
+    "mlp.down_proj.weight": ("D", "F"),
+}
+# The only tensors through which a layer reaches the residual stream.
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+ROPE_TYPES = ("default", "linear", "llama3")
+_ROPE_FACTORS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# Keys under which families close to Llama change the mathematics, with the only value that leaves it Llama's.
+_MUST_BE = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "bias": False,
+    "qkv_bias": False,
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+    "logit_scale": None,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
+    "tie_encoder_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and constants of a Llama, hashable, so that it can be a static argument under ``jit``.
+
+    ``source`` keeps the whole ``config.json`` as text, so that what is not understood here survives growth.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_type: str = "default"
+    rope_factors: tuple[tuple[str, float], ...] = ()
+    dtype: DType = "float32"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    source: str = dataclasses.field(default="{}", compare=False, repr=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of every dim that a tensor can have."""
+        h = self.head_dim
+        return {
+            "V": self.vocab_size,
+            "D": self.hidden_size,
+            "F": self.intermediate_size,
+            "Hh": self.num_attention_heads * h,
+            "Kh": self.num_key_value_heads * h,
+        }
+
+    def shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(self.sizes[d] for d in dims)
+
+    @property
+    def outer_tensors(self) -> dict[str, tuple[str, ...]]:
+        """Name -> dims of the tensors outside the layers; a tied head is not stored."""
+        outer: dict[str, tuple[str, ...]] = {"embed_tokens.weight": ("V", "D"), "norm.weight": ("D",)}
+        return outer if self.tie_word_embeddings else outer | {"lm_head.weight": ("V", "D")}
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
+        return sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values())
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the whole model, a tied embedding counted once."""
+        outer = sum(math.prod(self.shape(dims)) for dims in self.outer_tensors.values())
+        return outer + self.num_hidden_layers * self.layer_params
+
+    @property
+    def kv_cache_bytes_per_token(self) -> int:
+        """Bytes that one token adds to the KV cache, in the model's own dtype."""
+        itemsize = 4 if self.dtype == "float32" else 2
+        return 2 * self.num_hidden_layers * self.sizes["Kh"] * itemsize
+
+    def flops_per_token(self, context: int) -> float:
+        """FLOPs of the forward pass per token: 2 per weight of each matrix product (head included, look-up of
+        the embedding not) and causal attention counted half, at a sequence of ``context`` tokens."""
+        per_layer = sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values() if len(dims) == 2)
+        attention = 4 * self.sizes["Hh"] * context / 2
+        return self.num_hidden_layers * (2 * per_layer + attention) + 2 * self.vocab_size * self.hidden_size
+
+    def with_layers(self, layers: int) -> "LlamaConfig":
+        """The same model with another number of layers."""
+        return dataclasses.replace(self, num_hidden_layers=layers)
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> "LlamaConfig":
+        """Read a ``config.json``, of old or new transformers.
+
+        Keys that transformers' ``LlamaConfig`` defaults get that default; all else that is needed must be there.
+
+        Raises:
+            DataError: a key is missing, has the wrong type, or asks for something that is not plain Llama.
+        """
+        _refuse_other_architectures(raw, where)
+        read = _Reader(raw, where)
+        heads = read.integer("num_attention_heads", 32)
+        kv_heads = read.integer("num_key_value_heads", heads)
+        hidden = read.integer("hidden_size", 4096)
+        if raw.get("head_dim") is None and hidden % heads:
+            raise DataError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}: mend one")
+        head_dim = read.integer("head_dim", hidden // heads)
+        if heads % kv_heads:
+            raise DataError(
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}: mend one"
+            )
+        if head_dim % 2:
+            raise DataError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs an even one")
+        rope_theta, rope_type, rope_factors = _read_rope(raw, where)
+        dtype = raw.get("dtype", raw.get("torch_dtype")) or "float32"
+        if dtype not in DTYPES:
+            raise DataError(f"{where}: dtype {dtype!r} is not supported, use one of {', '.join(DTYPES)}")
+        eos = raw.get("eos_token_id", 2)
+        return cls(
+            vocab_size=read.integer("vocab_size", 32000),
+            hidden_size=hidden,
+            intermediate_size=read.integer("intermediate_size", 11008),
+            num_hidden_layers=read.integer("num_hidden_layers", None),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=read.integer("max_position_embeddings", 2048),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            initializer_range=read.number("initializer_range", 0.02),
+            tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+            rope_theta=rope_theta,
+            rope_type=rope_type,
+            rope_factors=rope_factors,
+            dtype=dtype,
+            bos_token_id=raw.get("bos_token_id", 1),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            source=json.dumps(raw),
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The ``config.json`` of this model: what was read, key by key, with this depth; or a new one."""
+        raw: dict[str, Any] = json.loads(self.source)
+        if not raw:
+            raw = {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "vocab_size": self.vocab_size,
+                "hidden_size": self.hidden_size,
+                "intermediate_size": self.intermediate_size,
+                "num_attention_heads": self.num_attention_heads,
+                "num_key_value_heads": self.num_key_value_heads,
+                "head_dim": self.head_dim,
+                "max_position_embeddings": self.max_position_embeddings,
+                "rms_norm_eps": self.rms_norm_eps,
+                "initializer_range": self.initializer_range,
+                "tie_word_embeddings": self.tie_word_embeddings,
+                "rope_theta": self.rope_theta,
+                "rope_scaling": None
+                if self.rope_type == "default"
+                else {"rope_type": self.rope_type} | dict(self.rope_factors),
+                "hidden_act": "silu",
+                "attention_bias": False,
+                "mlp_bias": False,
+                "torch_dtype": self.dtype,
+                "bos_token_id": self.bos_token_id,
+                "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
+            }
+        return raw | {"num_hidden_layers": self.num_hidden_layers}
+
+
+def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> None:
+    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
+    if architectures != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
+        found = f"architectures {architectures}, model_type {raw.get('model_type')!r}"
+        raise DataError(f"{where}: {found} is not supported, only LlamaForCausalLM of model_type 'llama' is")
+    for key, only in _MUST_BE.items():
+        if raw.get(key, only) not in (only, None):
+            raise DataError(f"{where}: {key} = {raw[key]!r} is not supported, only {only!r} is")
+    for kind in raw.get("layer_types") or []:
+        if kind != "full_attention":
+            raise DataError(f"{where}: layer_types has {kind!r}, only 'full_attention' is supported")
+
+
+def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tuple[str, float], ...]]:
+    """Rotary parameters, from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
+    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    rope = raw.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise DataError(f"{where}: {key} is {rope!r}, must be an object")
+    read = _Reader(rope, f"{where}: {key}")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        raise DataError(f"{where}: {key} has rope type {kind!r}, supported are {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise DataError(f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported")
+    theta = read.number("rope_theta", None) if "rope_theta" in rope else _Reader(raw, where).number("rope_theta", 10000.0)
+    return theta, kind, tuple((name, read.number(name, None)) for name in _ROPE_FACTORS[kind])
+
+
+class _Reader:
+    """Typed access to a parsed JSON object; every refusal names the key and what it found."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str):
+        self.raw, self.where = raw, where
+
+    def _get(self, key: str, default: Any) -> Any:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if value is None:
+            near = difflib.get_close_matches(key, self.raw, n=1)
+            hint = f" (is {near[0]!r} meant?)" if near else ""
+            raise DataError(f"{self.where}: key {key!r} is missing{hint}: add it")
+        return value
+
+    def integer(self, key: str, default: int | None) -> int:
+        value = self._get(key, default)
+        if type(value) is not int or value < 1:
+            raise DataError(f"{self.where}: {key} is {value!r}, must be a whole number above 0")
+        return value
+
+    def number(self, key: str, default: float | None) -> float:
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise DataError(f"{self.where}: {key} is {value!r}, must be a number above 0")
+        return float(value)
+
+    def boolean(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if type(value) is not bool:
+            raise DataError(f"{self.where}: {key} is {value!r}, must be true or false")
+        return value
