@@ -1,0 +1,202 @@
+"""What a folder of safetensors holds, from its headers and index alone, and nothing that does not add up.
+
+Nothing is memory-mapped: a file that is cut while mapped kills the process.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tli_jax.errors import DataError, MissingInputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# A header of 8 MiB describes 50,000 tensors; parsed, it is held in memory many times over.
+MAX_HEADER = 8 * 2**20
+DTYPES: dict[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_SIZES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "C64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where the bytes of one tensor lie. ``dtype`` is the safetensors code, ``start`` counts from the file's start."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+def read_header(file: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        DataError: the file is cut, has holes, overlaps, trailing bytes or duplicate keys, or is something else.
+    """
+    with file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(8)
+        _refuse_known_others(file, head + stream.read(120))
+        if size < 8:
+            raise DataError(f"{file}: {size} bytes are too few for a safetensors header: fetch the file again")
+        (length,) = struct.unpack("<Q", head)
+        if length > MAX_HEADER:
+            raise DataError(f"{file}: claims a header of {length:,} bytes, not a safetensors file of a model")
+        if 8 + length > size:
+            raise DataError(f"{file}: cut in the header, expected {8 + length:,} bytes or more, has {size:,}: fetch it again")
+        stream.seek(8)
+        entries = parse_json(stream.read(length), f"{file}: header")
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not isinstance(metadata, dict):
+        raise DataError(f"{file}: header: __metadata__ is {type(metadata).__name__}, must be an object")
+    tensors = sorted(
+        (_read_entry(file, 8 + length, name, entry) for name, entry in entries.items()), key=lambda t: (t.start, t.nbytes)
+    )
+    end = 8 + length
+    for tensor in tensors:
+        if tensor.start != end:
+            what = "overlaps the tensor before it" if tensor.start < end else "leaves a hole before it"
+            raise DataError(f"{file}: tensor {tensor.name!r} {what}, at byte {tensor.start:,} instead of {end:,}")
+        end += tensor.nbytes
+    if end != size:
+        what = "is cut" if size < end else "has trailing bytes"
+        raise DataError(f"{file}: {what}, expected {end:,} bytes, has {size:,}: fetch it again")
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _refuse_known_others(file: Path, head: bytes) -> None:
+    start = head.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        raise DataError(f"{file}: is a Git-LFS pointer, not the weights: run 'git lfs pull' in its folder")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise DataError(f"{file}: is an HTML page, not the weights: the download failed, fetch it again")
+
+
+def _read_entry(file: Path, data: int, name: str, entry: Any) -> Tensor:
+    try:
+        dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        numbers = (*shape, start, end)
+        if not all(type(n) is int and n >= 0 for n in numbers) or start > end:
+            raise ValueError
+        itemsize = _SIZES[dtype]
+    except (TypeError, KeyError, ValueError):
+        raise DataError(f"{file}: header entry of tensor {name!r} is not understood: {str(entry)[:120]}") from None
+    if math.prod(shape) * itemsize != end - start:
+        raise DataError(f"{file}: tensor {name!r} of {dtype} {list(shape)} does not fill its {end - start:,} bytes")
+    return Tensor(name, file, dtype, shape, data + start, end - start)
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """A JSON object without duplicate keys.
+
+    Raises:
+        DataError: it is not that.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            keys = [key for key, _ in pairs]
+            raise DataError(f"{where}: key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
+        return found
+
+    try:
+        found = json.loads(text, object_pairs_hook=unique)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: is not JSON ({type(error).__name__}: {str(error)[:80]})") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where}: is {type(found).__name__}, must be a JSON object")
+    return found
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder: one ``model.safetensors``, or the shards that its index names.
+
+    Raises:
+        MissingInputError: there are no weights, or shards are missing (all are named).
+        DataError: damaged, contradictory, only a pickle, or an index that leaves the folder.
+    """
+    if (folder / SINGLE).exists():
+        return read_header(_inside(folder, SINGLE, SINGLE))
+    if not (folder / INDEX).exists():
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
+        if pickles:
+            raise DataError(
+                f"{folder}: only pickled weights ({pickles[0]}), which are never opened: convert them to safetensors first"
+            )
+        raise MissingInputError(f"{folder}: no weights, looked for {SINGLE} and {INDEX}")
+    weight_map = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise DataError(f"{folder / INDEX}: weight_map must be an object of tensor name → file name")
+    shards = {name: _inside(folder, name, INDEX) for name in sorted(set(weight_map.values()))}
+    missing = [name for name, file in shards.items() if not file.exists()]
+    if missing:
+        raise MissingInputError(f"{folder}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing)}")
+    tensors: dict[str, Tensor] = {}
+    for file in shards.values():
+        for name, tensor in read_header(file).items():
+            if name in tensors:
+                raise DataError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
+            tensors[name] = tensor
+    _refuse(f"{folder / INDEX}: names tensors that the shards lack", weight_map.keys() - tensors.keys())
+    _refuse(f"{folder / INDEX}: does not name tensors that the shards hold", tensors.keys() - weight_map.keys())
+    misplaced = {name for name, file in weight_map.items() if tensors[name].file != shards[file]}
+    _refuse(f"{folder / INDEX}: names the wrong shard for tensors", misplaced)
+    return tensors
+
+
+def _inside(folder: Path, name: str, where: str) -> Path:
+    """The file of that name, which must lie in the folder; a hub snapshot may link to its own blobs."""
+    if not name or set(name) & set("\0\\/") or name in (".", ".."):
+        raise DataError(f"{folder / where}: names the file {name!r}, which is not a plain name in the folder")
+    file = folder / name
+    home = folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    if file.resolve().parent not in (home, blobs):
+        raise DataError(f"{file}: is a link out of the folder, to {file.resolve()}: copy the file in")
+    return file
+
+
+def _refuse(what: str, names: Iterable[str]) -> None:
+    names = sorted(names)
+    if names:
+        raise DataError(f"{what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({len(names)} in all)")
+
+
+def check_names(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: Path) -> None:
+    """Refuse missing and unknown tensors, wrong shapes and dtypes that are not understood.
+
+    Raises:
+        DataError: the first five of each and the count.
+    """
+    _refuse(f"{where}: tensors that the configuration asks for are missing", expected.keys() - tensors.keys())
+    _refuse(f"{where}: tensors that a Llama of this configuration does not have", tensors.keys() - expected.keys())
+
+    def list_all(what: str, wrong: Callable[[str], bool], say: Callable[[str], str]) -> None:
+        _refuse(f"{where}: {what}", [f"{name} {say(name)}" for name in expected if wrong(name)])
+
+    list_all(
+        "shapes disagree with config.json",
+        lambda name: tensors[name].shape != expected[name],
+        lambda name: f"is {list(tensors[name].shape)} instead of {list(expected[name])}",
+    )
+    list_all(
+        f"dtypes other than {', '.join(DTYPES)} are not supported",
+        lambda name: tensors[name].dtype not in DTYPES,
+        lambda name: f"is {tensors[name].dtype}",
+    )

@@ -1,0 +1,217 @@
+"""Hugging Face Llama folders: opened and checked, loaded as layer-stacked params, and written back."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tli_jax.checkpoint.headers import CODES, DTYPES, Tensor, check_names, parse_json, read_folder
+from tli_jax.errors import DataError, MissingInputError
+from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+
+if TYPE_CHECKING:
+    import jax
+
+# Buffers that old checkpoints carry and no Llama needs.
+_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+_CHUNK = 4 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder that has been checked: its configuration and, by Hugging Face name, where each tensor lies."""
+
+    folder: Path
+    config: LlamaConfig
+    tensors: dict[str, Tensor]
+    warnings: tuple[str, ...] = ()
+    growth: dict[str, Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def hf_name(name: str, layer: int | None = None) -> str:
+    """Hugging Face's name of a tensor: of a layer's (``mlp.up_proj.weight``), or of one outside the layers."""
+    if layer is not None:
+        return f"model.layers.{layer}.{name}"
+    return name if name.startswith("lm_head") else f"model.{name}"
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name → shape of every tensor that such a model stores."""
+    shapes = {hf_name(name): config.shape(dims) for name, dims in config.outer_tensors.items()}
+    layer = {name: config.shape(dims) for name, dims in LAYER_TENSORS.items()}
+    return shapes | {hf_name(n, i): shape for i in range(config.num_hidden_layers) for n, shape in layer.items()}
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Read configuration and headers of a folder, and refuse what is not a whole, plain Llama. Reads no weights,
+    but for a head that claims to be tied.
+
+    Raises:
+        MissingInputError: the folder, its configuration, weights or shards are not there.
+        DataError: anything in it is damaged, contradictory or not supported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MissingInputError(f"{folder}: no such folder: give the folder of a model, with config.json in it")
+    if not (folder / "config.json").is_file():
+        raise MissingInputError(f"{folder}: no config.json, so not a model folder")
+    raw = parse_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
+    warnings = []
+    if "auto_map" in raw:
+        warnings.append(f"{folder / 'config.json'}: auto_map asks for code of the model's own, which is never run")
+    config = LlamaConfig.from_hf(raw, str(folder / "config.json"))
+    tensors = read_folder(folder)
+    buffers = [name for name in tensors if _BUFFERS.fullmatch(name)]
+    if buffers:
+        warnings.append(f"{folder}: {len(buffers)} rotary buffers (inv_freq) are dropped, they are computed")
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
+    if config.tie_word_embeddings and "lm_head.weight" in tensors:
+        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+        if embedding is None or not same_bytes(head, embedding):
+            raise DataError(
+                f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it:"
+                " set tie_word_embeddings to false"
+            )
+        warnings.append(f"{folder}: lm_head.weight equals the embedding it is tied to, and is stored once")
+    check_names(tensors, expected_shapes(config), folder)
+    growth = folder / "growth.json"
+    record = parse_json(growth.read_bytes(), str(growth)) if growth.is_file() else None
+    return Checkpoint(folder, config, tensors, tuple(warnings), record)
+
+
+def read_chunks(tensor: Tensor, size: int = _CHUNK) -> Iterator[memoryview]:
+    """The bytes of a tensor in order, through one buffer that the next chunk overwrites.
+
+    Raises:
+        DataError: the file has become shorter.
+    """
+    buffer = memoryview(bytearray(min(size, tensor.nbytes)))
+    with tensor.file.open("rb", buffering=0) as stream:
+        stream.seek(tensor.start)
+        left = tensor.nbytes
+        while left:
+            count = stream.readinto(buffer[: min(size, left)])
+            # A short read would split an element: fill the chunk up.
+            while count < min(size, left):
+                more = stream.readinto(buffer[count : min(size, left)])
+                if not more:
+                    raise DataError(f"{tensor.file}: ends within tensor {tensor.name!r}: the file was cut while it was read")
+                count += more
+            left -= count
+            yield buffer[:count]
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal byte for byte."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return all(x == y for x, y in zip(read_chunks(a), read_chunks(b), strict=True))
+
+
+def read_tensor(tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
+    """One tensor, or some of its leading rows, as stored.
+
+    Raises:
+        DataError: the file has become shorter.
+    """
+    first, last, _ = rows.indices(tensor.shape[0])
+    row = tensor.nbytes // tensor.shape[0]
+    part = dataclasses.replace(tensor, start=tensor.start + first * row, nbytes=(last - first) * row)
+    out = np.empty((last - first, *tensor.shape[1:]), DTYPES[tensor.dtype])
+    flat, at = out.reshape(-1).view(np.uint8), 0
+    for chunk in read_chunks(part):
+        flat[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    return out
+
+
+def load_hf(
+    path: Path | str, dtype: Any = None, shardings: Any = None
+) -> "tuple[LlamaConfig, dict[str, Any]]":
+    """Load a Llama folder as layer-stacked params, named as Hugging Face names them.
+
+    ``params["layers"]["mlp"]["up_proj"]["weight"]`` is ``[L, F, D]``: the tensors of all layers, stacked byte for byte.
+
+    Args:
+        path: a folder; see ``open_checkpoint`` for what is refused.
+        dtype: dtype of all params; as stored by default.
+        shardings: where the params go: one ``jax.sharding.Sharding`` for all, or a tree of them like the params. Each
+            device's share is read from disk by itself. The default device otherwise.
+
+    Raises:
+        MissingInputError, DataError: see ``open_checkpoint``; DataError too if layers differ in dtype.
+    """
+    import jax
+
+    from tli_jax.models.llama import nest
+
+    checkpoint = open_checkpoint(path)
+    config, layers = checkpoint.config, range(checkpoint.config.num_hidden_layers)
+    flat: dict[str, list[Tensor]] = {name: [checkpoint.tensors[hf_name(name)]] for name in config.outer_tensors}
+    flat |= {f"layers.{n}": [checkpoint.tensors[hf_name(n, i)] for i in layers] for n in LAYER_TENSORS}
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, nest(dict.fromkeys(flat, 0)))
+
+    def load(tensors: list[Tensor], name: str, sharding: "jax.sharding.Sharding | None") -> "jax.Array":
+        dtypes = {tensor.dtype for tensor in tensors}
+        if len(dtypes) > 1:
+            raise DataError(f"{path}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers, one is needed to stack")
+        stacked = name.startswith("layers.")
+        shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
+        target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            if not stacked:
+                return read_tensor(tensors[0], index[0])[:, *index[1:]].astype(target, copy=False)
+            out = np.empty([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)], target)
+            for i, tensor in enumerate(tensors[index[0]]):
+                out[i] = read_tensor(tensor, index[1])[:, *index[2:]]
+            return out
+
+        if sharding is None:
+            return jax.device_put(read((slice(None),) * len(shape)))
+        return jax.make_array_from_callback(shape, sharding, read)
+
+    leaves = {}
+    for name, tensors in flat.items():
+        sharding = shardings
+        for key in name.split("."):
+            sharding = sharding[key]
+        leaves[name] = load(tensors, name, sharding)
+    return config, nest(leaves)
+
+
+def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Hugging Face name and array (not yet fetched) of every tensor, layer by layer, as deep as the params are."""
+
+    def leaf(name: str) -> Any:
+        node = params
+        for key in name.split("."):
+            node = node[key]
+        return node
+
+    yield hf_name("embed_tokens.weight"), leaf("embed_tokens.weight")
+    for layer in range(leaf("layers.input_layernorm.weight").shape[0]):
+        for name in LAYER_TENSORS:
+            yield hf_name(name, layer), leaf(f"layers.{name}")[layer]
+    yield from ((hf_name(name), leaf(name)) for name in config.outer_tensors if name != "embed_tokens.weight")
+
+
+def stored_dtype(array: Any) -> str:
+    """The safetensors code of an array's dtype.
+
+    Raises:
+        DataError: it has none here.
+    """
+    code = CODES.get(np.dtype(array.dtype))
+    if code is None:
+        raise DataError(f"dtype {array.dtype} cannot be written, use one of float32, bfloat16, float16")
+    return code

@@ -1,0 +1,151 @@
+"""Where a model comes from: a folder here, or the Hugging Face hub, from which neither code nor pickles are fetched."""
+
+import atexit
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from tli_jax.errors import DataError, MissingInputError, StorageError, TliError, UnavailableError, UsageError
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json")
+OTHER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+)
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
+_SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
+_FIRST_READ = 64 * 1024  # bytes; the header of most shards is shorter, so that one request is enough
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+
+
+def resolve(model: str, revision: str | None = None, headers_only: bool = False) -> Path:
+    """The local folder that holds ``model``: a folder, which is returned as it is, or else a hub id ``name/name``.
+
+    ``revision`` is a branch, tag or full commit hash of a hub model. A hub model lands in the hub's cache, in a folder
+    named by the commit. With ``headers_only`` a model that is not in the cache becomes a temporary folder, gone when
+    the process ends: configuration and index are complete, but each safetensors file is sparse, with its real header
+    in front, its real size, and no weights on disk (they read as zeros). It is good for a plan and for nothing else.
+
+    Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer; or
+    offline and not cached), DataError (only pickles; damaged index), StorageError (cache not writable), UsageError
+    (``revision`` given with a folder).
+    """
+    folder = os.path.expanduser(model)
+    if os.path.isdir(folder):
+        if revision is not None:
+            raise UsageError(f"{model!r} is a folder here, which has no revision {revision!r}: leave the revision out")
+        return Path(folder)
+    if not _HUB_ID.fullmatch(model):
+        raise MissingInputError(f"no folder {model!r}, and it is no hub id either: give a folder, or name/name")
+
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+
+    try:
+        return _fetch(model, revision, headers_only)
+    except TliError:
+        raise
+    except (HTTPError, EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+        problem = _in_our_words(error, model, revision)
+    # Raised out here because inside `except` the exception above, whose text may quote the token, would be its context.
+    raise problem
+
+
+def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    # This request has a timeout, which the listing in snapshot_download has not, and notes the commit of `revision`.
+    commit = Path(hf_hub_download(model, "config.json", revision=revision)).parent.name
+
+    def download(*patterns: str) -> Path:
+        # In these patterns a * matches slashes too, so that folders have to be left out by name.
+        return Path(snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
+
+    folder = download(*CONFIG_FILES) if headers_only else download(*CONFIG_FILES, *OTHER_FILES)
+    shards = _shards(folder, model)
+    if not headers_only and shards:
+        download(*shards)
+    elif not all((folder / shard).is_file() for shard in shards):
+        folder = _without_weights(folder, shards, model)
+    if any((folder / shard).is_file() for shard in shards):
+        return folder  # one that lacks some of its shards is the reader's to refuse: it names them all
+    files = [file.rfilename for file in HfApi().model_info(model, revision=commit, timeout=10).siblings or []]
+    if pickles := sorted(file for file in files if file.endswith((".bin", ".pth", ".pt", ".ckpt"))):
+        raise DataError(f"hub model {model!r} has only pickled weights ({pickles[0]}): convert them to safetensors")
+    raise MissingInputError(f"hub model {model!r} has no weights: looked for {WHOLE} and the shards named by {INDEX}")
+
+
+def _shards(folder: Path, model: str) -> list[str]:
+    """Names of the safetensors files to fetch; where there is an index, those that it names and no others."""
+    if not (folder / INDEX).is_file():
+        return [WHOLE]
+    try:
+        names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"hub model {model!r}: {INDEX} is not a JSON object with a weight_map of file names") from None
+    return sorted(name for name in names if isinstance(name, str) and _SHARD.fullmatch(name))
+
+
+def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
+    """A temporary copy of ``folder`` with sparse shards; shards that the hub lacks are left out."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    root = Path(tempfile.mkdtemp(prefix="tli_jax-headers-only-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    copy = Path(shutil.copytree(folder, root / folder.name, ignore=lambda _, names: set(names) - set(CONFIG_FILES)))
+
+    def read(shard: str, url: str, start: int, stop: int) -> bytes:
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        # Streamed, because a server that knows no ranges answers 200 and sends the whole file.
+        with http_stream_backoff("GET", url, headers=headers, timeout=10, max_retries=2) as response:
+            hf_raise_for_status(response)
+            data = response.read() if response.status_code == 206 else b""
+        if len(data) != stop - start:
+            raise UnavailableError(f"the hub does not serve parts of {shard} of {model!r}: download the model first")
+        return data
+
+    def write(shard: str) -> None:
+        url = hf_hub_url(model, shard, revision=folder.name)
+        try:
+            size = get_hf_file_metadata(url, timeout=10).size or 0
+        except EntryNotFoundError:
+            return
+        data = read(shard, url, 0, min(size, _FIRST_READ)) if size else b""
+        end = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < end <= min(size, _LONGEST_HEADER):
+            data += read(shard, url, len(data), end)
+        (copy / shard).write_bytes(data[:end])  # of what is no safetensors file, enough for the reader to name it
+        os.truncate(copy / shard, size)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a model of 400B parameters has 200 shards
+        list(pool.map(write, shards))
+    return copy
+
+
+def _in_our_words(error: Exception, model: str, revision: str | None) -> TliError:
+    """What an exception of huggingface_hub means to the user, without any of its text: it may quote the token."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    log_in = "log in ('hf auth login', or set HF_TOKEN)"
+    if isinstance(cause, errors.GatedRepoError):
+        return MissingInputError(f"hub model {model!r} is gated: accept its licence on its hub page, and {log_in}")
+    if isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403):
+        return MissingInputError(f"no folder {model!r}, and this account sees no such hub model: check the name, or {log_in}")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return MissingInputError(f"hub model {model!r} has no revision {revision!r}: give a branch, tag or full commit")
+    if isinstance(cause, errors.RemoteEntryNotFoundError):
+        return MissingInputError(f"hub model {model!r} has no config.json: only Hugging Face Llama folders can be read")
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
+        return StorageError(f"cannot store {model!r} ({os.strerror(cause.errno)}): point HF_HOME, TMPDIR to free space")
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return UnavailableError(f"no folder {model!r}, HF_HUB_OFFLINE is set and the hub cache lacks it: go online")
+    why = f"answers HTTP {status}" if status else f"cannot be reached ({type(cause).__name__})"
+    return UnavailableError(f"no folder {model!r}, and the hub {why}: check the connection, or give a folder")

@@ -1,0 +1,236 @@
+"""Growth from file to file: kept tensors are copied by the kernel, injected ones made a tensor at a time.
+
+Memory does not grow with the model: bytes pass through small buffers, and an initialiser that computes holds one tensor.
+"""
+
+import concurrent.futures
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import struct
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tli_jax.checkpoint.headers import DTYPES, INDEX, SINGLE, Tensor
+from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_chunks, read_tensor
+from tli_jax.errors import DataError, UsageError
+from tli_jax.growth.plan import Plan
+from tli_jax.models.config import LAYER_TENSORS, RESIDUAL_OUTPUTS
+
+Progress = Callable[[int], None]
+_CHUNK = 4 * 2**20
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+# Exponent bits, all set in NaN and Inf, and the unsigned type to look at them through.
+_EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One tensor to write: bytes that lie in a file already, or that ``make`` yields chunk by chunk."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    kept: Tensor | None = None
+    make: Callable[[], Iterator[Any]] | None = None
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like ``5GB`` or ``500MiB``.
+
+    Raises:
+        UsageError: it is not one.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
+    if match is None or match[2] not in _UNITS or not float(match[1]):
+        raise UsageError(f"max_shard_size {text!r} is not a size like 5GB or 500MiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def check_tensors(tensors: Iterable[Tensor], progress: Progress) -> tuple[dict[str, str], dict[str, int]]:
+    """One pass over the base: sha256 of each tensor's bytes, and how many of its values are NaN or Inf.
+
+    Returns:
+        ``(digests, nonfinite)``, by tensor name; ``nonfinite`` names only tensors that have some.
+    """
+
+    def check(tensor: Tensor) -> tuple[str, str, int]:
+        digest, count = hashlib.sha256(), 0
+        unsigned, exponent = _EXPONENTS[tensor.dtype]
+        for chunk in read_chunks(tensor):
+            digest.update(chunk)
+            values = np.frombuffer(chunk, unsigned) & unsigned(exponent)
+            # The maximum is several times cheaper than a count, which is only needed when something is wrong.
+            if values.max() == exponent:
+                count += int(np.count_nonzero(values == exponent))
+            progress(len(chunk))
+        return tensor.name, digest.hexdigest(), count
+
+    tensors = sorted(tensors, key=lambda tensor: -tensor.nbytes)
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        results = list(pool.map(check, tensors))
+    return {name: digest for name, digest, _ in results}, {name: count for name, _, count in results if count}
+
+
+def grown_pieces(base: Checkpoint, plan: Plan) -> list[Piece]:
+    """Every tensor of the grown model, in the order in which it is written, and how it comes about."""
+    tensors = base.tensors
+    pieces = [_keep(tensors["model.embed_tokens.weight"], "model.embed_tokens.weight")]
+    for number, row in enumerate(plan.rows):
+        for name in LAYER_TENSORS:
+            is_output = bool(set(name.split(".")) & set(RESIDUAL_OUTPUTS))
+            sources = [tensors[hf_name(name, layer)] for layer, _ in row.sources]
+            if len({source.dtype for source in sources}) > 1:
+                raise DataError(f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype")
+            target = hf_name(name, number)
+            action = row.action(is_output)
+            if action == "copy":
+                pieces.append(_keep(sources[0], target))
+                continue
+            make = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
+            like = sources[0]
+            part = Piece(target, like.dtype, like.shape, like.nbytes)
+            pieces.append(dataclasses.replace(part, make=make(plan, number, name, sources, is_output)))
+    pieces += [_keep(tensors[hf_name(n)], hf_name(n)) for n in base.config.outer_tensors if n != "embed_tokens.weight"]
+    return pieces
+
+
+def _keep(tensor: Tensor, name: str) -> Piece:
+    return Piece(name, tensor.dtype, tensor.shape, tensor.nbytes, kept=tensor)
+
+
+def _zeros(plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool) -> Callable[[], Iterator[Any]]:
+    nbytes = sources[0].nbytes
+
+    def make() -> Iterator[Any]:
+        chunk = bytes(min(_CHUNK, nbytes))
+        for start in range(0, nbytes, _CHUNK):
+            yield memoryview(chunk)[: min(_CHUNK, nbytes - start)]
+
+    return make
+
+
+def _combined(plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool) -> Callable[[], Iterator[Any]]:
+    from tli_jax.growth.initialisers import combine
+
+    row = plan.rows[number]
+    dtype = DTYPES[sources[0].dtype]
+    weights = [np.float32(weight) for _, weight in row.sources]
+
+    def make() -> Iterator[Any]:
+        for chunks in zip(*(read_chunks(source) for source in sources), strict=True):
+            arrays = [np.frombuffer(chunk, dtype) for chunk in chunks]
+            yield memoryview(combine(arrays, weights, np.float32(row.factor(is_output))).view(np.uint8))
+
+    return make
+
+
+def _computed(plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool) -> Callable[[], Iterator[Any]]:
+    from tli_jax.growth.initialisers import compute
+
+    row = plan.rows[number]
+
+    def make() -> Iterator[Any]:
+        source = read_tensor(sources[0])
+        made = compute(row.init, source, number, name, row.factor(is_output), plan.options)
+        yield memoryview(np.asarray(made).reshape(-1).view(np.uint8))
+
+    return make
+
+
+def write_safetensors(
+    folder: Path, pieces: list[Piece], max_shard_bytes: int, digests: dict[str, str], progress: Progress
+) -> tuple[dict[str, str], float]:
+    """Write the pieces, in order, as one file or as shards with an index.
+
+    Args:
+        max_shard_bytes: a shard is closed before it grows beyond this; a larger tensor has one of its own.
+        digests: sha256 of kept tensors, by their name in the file they come from; reused, so kept bytes are not read
+            here at all.
+        progress: told of the bytes as they are written.
+
+    Returns:
+        sha256 of every tensor written, by name, and the seconds that hashing new tensors took.
+    """
+    shards: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if shards[-1] and sum(p.nbytes for p in shards[-1]) + piece.nbytes > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(piece)
+    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = [SINGLE] if len(shards) == 1 else names
+    written: dict[str, str] = {}
+    hashing = 0.0
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb", buffering=0) as out:
+            out.write(_header(shard))
+            for piece in shard:
+                if piece.kept is not None:
+                    _copy(piece.kept, out, progress)
+                    written[piece.name] = digests[piece.kept.name]
+                    continue
+                assert piece.make is not None
+                digest = hashlib.sha256()
+                for chunk in piece.make():
+                    _write_all(out, chunk)
+                    started = time.perf_counter()
+                    digest.update(chunk)
+                    hashing += time.perf_counter() - started
+                    progress(len(chunk))
+                written[piece.name] = digest.hexdigest()
+            os.fsync(out.fileno())
+    if len(shards) > 1:
+        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
+        index = {"metadata": {"total_size": sum(p.nbytes for p in pieces)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return written, hashing
+
+
+def _header(pieces: list[Piece]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for piece in pieces:
+        entries[piece.name] = {
+            "dtype": piece.dtype,
+            "shape": list(piece.shape),
+            "data_offsets": [at, at + piece.nbytes],
+        }
+        at += piece.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy(tensor: Tensor, out: Any, progress: Progress) -> None:
+    """Let the kernel copy a range of bytes, or share it where the file system can; by read and write where it cannot."""
+    with tensor.file.open("rb", buffering=0) as source:
+        at, end = tensor.start, tensor.start + tensor.nbytes
+        while at < end:
+            try:
+                count = os.copy_file_range(source.fileno(), out.fileno(), min(end - at, 2**28), offset_src=at)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                    raise
+                break
+            if count == 0:
+                raise DataError(f"{tensor.file}: ends within tensor {tensor.name!r}: the file was cut while it was read")
+            at += count
+            progress(count)
+    if at < end:
+        for chunk in read_chunks(dataclasses.replace(tensor, start=at, nbytes=end - at)):
+            _write_all(out, chunk)
+            progress(len(chunk))
+
+
+def _write_all(out: Any, chunk: Any) -> None:
+    view = memoryview(chunk).cast("B")
+    while view:
+        view = view[out.write(view) :]

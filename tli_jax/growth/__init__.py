@@ -1,0 +1,1 @@
+"""Growth: plans, presets, initialisers and the pure injection function. Knows pytrees, not Llama, not Flax, no files."""

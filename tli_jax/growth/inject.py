@@ -1,0 +1,89 @@
+"""Injection: the pure function that turns layer-stacked params into deeper ones, as a plan says."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tli_jax.errors import UsageError
+from tli_jax.growth.initialisers import combine, compute
+from tli_jax.growth.plan import Plan
+
+
+def inject(
+    params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[str] = ("o_proj", "down_proj")
+) -> Any:
+    """Grow layer-stacked params. Pure: works under ``jit``, ``grad`` and ``eval_shape``, and on sharded arrays.
+
+    Args:
+        params: any pytree: nested dicts, an NNX module, an NNX state. Each leaf below a key or attribute called
+            ``layers`` has the layers as its leading dim; all other leaves pass untouched.
+        plan: what to make; see ``tli_jax.growth.plan``.
+        layers: name of the subtree that is layer-stacked.
+        outputs: names of the residual outputs, the only tensors (biases included) that a row's scale multiplies.
+
+    Returns:
+        The same tree, with leaves below ``layers`` as deep as the plan. A leaf that is sharded over other dims than the
+        first stays so, and no device sees more of it than its share.
+
+    Raises:
+        UsageError: nothing is called ``layers``, or a leaf there is not as deep as the plan's base.
+    """
+    found = 0
+
+    def grow(path: tuple[Any, ...], leaf: Any) -> Any:
+        nonlocal found
+        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
+        if layers not in names:
+            return leaf
+        found += 1
+        # NNX variables are pytree nodes of their own, whose one child is called "value".
+        within = [name for name in names[names.index(layers) + 1 :] if name != "value"]
+        name = ".".join(within)
+        if not leaf.shape or leaf.shape[0] != plan.base_layers:
+            raise UsageError(
+                f"{layers}.{name} has shape {tuple(leaf.shape)}, the plan needs {plan.base_layers} layers in its first dim"
+            )
+        return _grow_leaf(leaf, plan, name, is_output=bool(set(within) & set(outputs)))
+
+    grown = jax.tree_util.tree_map_with_path(grow, params)
+    if not found:
+        raise UsageError(f"the params have nothing called {layers!r}: name the layer-stacked subtree with layers=")
+    return grown
+
+
+def _grow_leaf(leaf: jax.Array, plan: Plan, name: str, is_output: bool) -> jax.Array:
+    """A gather of whole layers, then the rows that are more than a copy written over it."""
+    actions = [row.action(is_output) for row in plan.rows]
+    first = [row.sources[0][0] if row.sources else 0 for row in plan.rows]
+    grown = jnp.take(leaf, np.asarray(first), axis=0, mode="clip")
+
+    zero = [number for number, action in enumerate(actions) if action == "zero"]
+    if zero:
+        grown = grown.at[np.asarray(zero)].set(0)
+
+    combined: dict[int, list[int]] = defaultdict(list)
+    for number, action in enumerate(actions):
+        if action == "combine":
+            combined[len(plan.rows[number].sources)].append(number)
+    for numbers in combined.values():
+        rows = [plan.rows[number] for number in numbers]
+
+        def column(values: list[float]) -> np.ndarray:
+            return np.asarray(values, np.float32).reshape(-1, *[1] * (leaf.ndim - 1))
+
+        by_source = list(zip(*(row.sources for row in rows), strict=True))
+        sources = [jnp.take(leaf, np.asarray([s for s, _ in part]), axis=0, mode="clip") for part in by_source]
+        weights = [column([w for _, w in part]) for part in by_source]
+        scale = column([row.factor(is_output) for row in rows])
+        grown = grown.at[np.asarray(numbers)].set(combine(sources, weights, scale))
+
+    for number, action in enumerate(actions):
+        if action == "compute":
+            row = plan.rows[number]
+            tensor = compute(row.init, leaf[first[number]], number, name, row.factor(is_output), plan.options)
+            grown = grown.at[number].set(tensor)
+    return grown

@@ -1,0 +1,262 @@
+"""The plan: plain data that says of what each layer of a grown model is made.
+
+One row a grown layer. What a row means for a tensor is defined here once (``Row.action``) and read by the in-memory
+operator (``growth.inject``) and by the out-of-core one (``checkpoint.stream``) alike.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from tli_jax.errors import DataError, UsageError
+
+VERSION = 1
+INITS = ("copy", "identity", "scaled", "half", "average", "average_identity", "noise", "random")
+COMPUTED_INITS = ("noise", "random")
+KEEP = "keep"
+
+Exactness = Literal["bit", "arithmetic", "none"]
+Action = Literal["copy", "zero", "combine", "compute"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """How one layer of the grown model is made.
+
+    Args:
+        sources: base layers and their weights; tensors are the weighted sum, in fp32, rounded once.
+        scale: factor on the residual outputs (``o_proj``, ``down_proj``), biases included; 0 makes the layer the
+            identity.
+        init: name of the initialiser, ``keep`` for a kept layer.
+        injected: whether the last growth put the layer there.
+        generation: which growth put it there; 0 for a layer of the first base.
+    """
+
+    sources: tuple[tuple[int, float], ...]
+    scale: float = 1.0
+    init: str = KEEP
+    injected: bool = False
+    generation: int = 0
+
+    def action(self, is_output: bool) -> Action:
+        """What happens to one tensor of the layer: the definition of a row.
+
+        ``zero``: all zeros. ``compute``: the initialiser named by ``init`` makes it, then ``scale`` applies.
+        ``copy``: bytes of the one source. ``combine``: weighted sum of the sources, then ``scale``.
+        """
+        if is_output and self.scale == 0:
+            return "zero"
+        if self.init in COMPUTED_INITS:
+            return "compute"
+        plain = len(self.sources) == 1 and self.sources[0][1] == 1 and not (is_output and self.scale != 1)
+        return "copy" if plain else "combine"
+
+    def factor(self, is_output: bool) -> float:
+        """The scale that applies to a tensor."""
+        return self.scale if is_output else 1.0
+
+    @property
+    def is_base_layer(self) -> bool:
+        """Whether the layer is one base layer, bit for bit."""
+        return self.action(is_output=True) == "copy"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What growth does to a base of ``base_layers`` layers. Validated when made; plain data, to and from JSON.
+
+    Raises:
+        UsageError: a row names a layer that the base does not have, or there are no rows.
+    """
+
+    method: str
+    base_layers: int
+    rows: tuple[Row, ...]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    layer_map: tuple[tuple[int, ...], ...] = ()
+    history: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise UsageError(f"{self.method}: the plan leaves no layer at all: keep at least one of {self.base_layers}")
+        for number, row in enumerate(self.rows):
+            for layer, weight in row.sources:
+                if not 0 <= layer < self.base_layers:
+                    raise UsageError(
+                        f"{self.method}: layer {number} is made of base layer {layer}, the base has 0…{self.base_layers - 1}"
+                    )
+                if not math.isfinite(weight):
+                    raise UsageError(f"{self.method}: layer {number} has a weight of {weight}, use a finite number")
+            if not math.isfinite(row.scale):
+                raise UsageError(f"{self.method}: layer {number} has a scale of {row.scale}, use a finite number")
+            if not row.sources and row.init not in COMPUTED_INITS:
+                raise UsageError(f"{self.method}: layer {number} has no source")
+        if not self.layer_map:
+            object.__setattr__(self, "layer_map", tuple(tuple(s for s, _ in row.sources) for row in self.rows))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def injected(self) -> tuple[bool, ...]:
+        """Mask over the grown layers: which ones the last growth put there."""
+        return tuple(row.injected for row in self.rows)
+
+    @property
+    def exactness(self) -> Exactness:
+        """What the plan promises. ``bit``: every base layer exactly once and in order, all others add nothing."""
+        through = [row for row in self.rows if row.scale != 0]
+        in_order = [row.sources[0][0] for row in through if row.is_base_layer] == list(range(self.base_layers))
+        return "bit" if in_order and all(row.is_base_layer for row in through) else "none"
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the grown model is promised to be the same function as the base, bit for bit."""
+        return self.exactness == "bit"
+
+    @property
+    def generation(self) -> int:
+        """Number of growths since the first base."""
+        return 1 + len(self.history)
+
+    def continues(self, earlier: "Plan") -> "Plan":
+        """This plan, made for the model that ``earlier`` gave, with one layer map back to the first base.
+
+        The rows still say what is done to *this* plan's base, and ``history`` says how that came to be; see
+        ``compose`` for one plan that does both at once.
+
+        Raises:
+            UsageError: the depths do not fit together.
+        """
+        if self.base_layers != len(earlier):
+            raise UsageError(
+                f"{self.method}: made for a base of {self.base_layers} layers, {earlier.method} gives {len(earlier)}"
+            )
+
+        def through(row: Row) -> tuple[int, ...]:
+            return tuple(dict.fromkeys(first for layer, _ in row.sources for first in earlier.layer_map[layer]))
+
+        rows = tuple(
+            dataclasses.replace(
+                row,
+                generation=earlier.generation + 1 if row.injected else earlier.rows[row.sources[0][0]].generation,
+            )
+            for row in self.rows
+        )
+        step = {key: value for key, value in earlier.to_json().items() if key != "history"}
+        return dataclasses.replace(
+            self, rows=rows, layer_map=tuple(through(row) for row in rows), history=(*earlier.history, step)
+        )
+
+    def compose(self, earlier: "Plan") -> "Plan":
+        """One plan that does ``earlier`` and then this, straight from the base of ``earlier``.
+
+        Raises:
+            UsageError: the depths do not fit, a row computes (``noise``, ``random``), or a row mixes layers whose
+                residual outputs were scaled differently; then only ``continues`` can keep track.
+        """
+        both = self.continues(earlier)
+        rows = []
+        for number, row in enumerate(both.rows):
+            parents = [(earlier.rows[layer], weight) for layer, weight in row.sources]
+            scales = {parent.scale for parent, _ in parents}
+            if row.init in COMPUTED_INITS or any(p.init in COMPUTED_INITS for p, _ in parents) or len(scales) != 1:
+                raise UsageError(f"{self.method}: layer {number} cannot be written as one step from the first base")
+            weights: dict[int, float] = {}
+            for parent, weight in parents:
+                for layer, inner in parent.sources:
+                    weights[layer] = weights.get(layer, 0.0) + weight * inner
+            rows.append(dataclasses.replace(row, sources=tuple(weights.items()), scale=row.scale * scales.pop()))
+        return dataclasses.replace(both, base_layers=earlier.base_layers, rows=tuple(rows))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as the keys of ``growth.json`` that it knows."""
+        return {
+            "version": VERSION,
+            "method": self.method,
+            "options": dict(self.options),
+            "base": {"layers": self.base_layers},
+            "rows": [{**dataclasses.asdict(row), "sources": [list(s) for s in row.sources]} for row in self.rows],
+            "layer_map": [list(layers) for layers in self.layer_map],
+            "injected": list(self.injected),
+            "trainable": list(self.injected),
+            "experts": None,
+            "exactness": self.exactness,
+            "notes": list(self.notes),
+            "history": list(self.history),
+        }
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any], where: str = "growth.json") -> "Plan":
+        """Read a plan back; keys that are not the plan's own (digests, proof, …) are left alone.
+
+        Raises:
+            DataError: not a plan of this version, or a key is missing or wrong.
+        """
+        if record.get("version") != VERSION:
+            raise DataError(f"{where}: version {record.get('version')!r} is not {VERSION}: written by another tli_jax")
+        try:
+            rows = tuple(
+                Row(
+                    sources=tuple((int(layer), float(weight)) for layer, weight in row["sources"]),
+                    scale=float(row["scale"]),
+                    init=str(row["init"]),
+                    injected=bool(row["injected"]),
+                    generation=int(row["generation"]),
+                )
+                for row in record["rows"]
+            )
+            return cls(
+                method=record["method"],
+                base_layers=record["base"]["layers"],
+                rows=rows,
+                options=record["options"],
+                notes=tuple(record.get("notes", ())),
+                layer_map=tuple(tuple(layers) for layers in record["layer_map"]),
+                history=tuple(record["history"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: not a growth plan ({type(error).__name__}: {error}): mend or remove it") from error
+
+    def __str__(self) -> str:
+        return f"{self.method}: {self.base_layers} → {len(self)} layers\n{draw_layer_map(self)}"
+
+
+def draw_layer_map(plan: Plan, width: int = 88) -> str:
+    """The grown layers in order, as text: ``3`` is base layer 3 kept, ``[3·0]`` injected from 3 with outputs times 0."""
+    cells = []
+    for row in plan.rows:
+        text = "+".join(str(layer) for layer, _ in row.sources) or "new"
+        if row.init in COMPUTED_INITS:
+            text = f"{text}~"
+        text += "" if row.scale == 1 else f"·{row.scale:g}"
+        cells.append(f"[{text}]" if row.injected else text)
+    lines = [""]
+    for cell in cells:
+        if len(lines[-1]) + len(cell) + 1 > width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {cell}".strip()
+    return "\n".join(lines)
+
+
+def make_rows(order: Iterable[Row]) -> tuple[Row, ...]:
+    """Mark kept and injected: the first whole occurrence of each base layer is kept, all else is injected."""
+    seen: set[int] = set()
+    rows = []
+    for row in order:
+        layer = row.sources[0][0] if len(row.sources) == 1 else None
+        is_kept = layer is not None and layer not in seen and row.init in (KEEP, "half")
+        if is_kept and layer is not None:
+            seen.add(layer)
+        init = KEEP if is_kept else "copy" if row.init == KEEP else row.init
+        rows.append(dataclasses.replace(row, init=init, injected=not is_kept, generation=int(not is_kept)))
+    return tuple(rows)
+
+
+def nearest(word: str, words: Sequence[str]) -> str:
+    """A hint at what a mistyped word may have meant, or nothing."""
+    close = difflib.get_close_matches(word, words, n=1)
+    return f", is {close[0]!r} meant?" if close else ""
