@@ -1,0 +1,69 @@
+# `make` alone lists the targets. PYTHON chooses the interpreter: make test PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+NEWEST := .venv-newest/bin
+# Without compiling: half the time, and Python compiles what it imports.
+PIP_INSTALL := -m pip install -q --disable-pip-version-check --no-compile
+
+# Which Python is wanted for test-newest, newest first: on PATH, or one that pyenv has but does not offer there.
+# `--version` is not enough: a shim of pyenv's exists for Pythons that are not switched on, and fails when started.
+FIND_NEWEST = for v in 3.13 3.12; do \
+  for p in python$$v $$(ls -d "$$(pyenv root 2>/dev/null)"/versions/$$v.*/bin/python 2>/dev/null | sort -rV); do \
+    "$$p" -c 'import ensurepip, venv' >/dev/null 2>&1 && { echo "$$p"; exit; }; \
+  done; done
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-long test-newest lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+demo: .venv/.runtime  ## grow the base model that the package carries and show what growth kept (under 3 minutes)
+	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml
+
+test: .venv/.test  ## the tests, without the long ones
+	$(BIN)/python -m pytest -n 2 -m "not long"
+
+test-long: .venv/.test  ## only the long tests
+	$(BIN)/python -m pytest -m long
+
+test-newest:  ## the tests on Python 3.13 or 3.12 with the newest jax, without torch
+	@python=$$($(FIND_NEWEST)); \
+	if [ -z "$$python" ]; then echo "test-newest: skipped, neither Python 3.13 nor 3.12 starts here"; exit 0; fi; \
+	$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$$python" && \
+	$(NEWEST)/python -m pytest -n 2 -m "not long"
+
+lint: .venv/.lint  ## style, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports --no-logo
+
+clean:  ## remove the environments and every cache
+	rm -rf .venv .venv-newest build dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: what is installed stays until pyproject.toml changes.
+.venv/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "tli_jax needs Python 3.11 or newer, '$(PYTHON)' is not: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.runtime: .venv/.made pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/.test: .venv/.made pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+# With the package itself: pyright and lint-imports follow its imports.
+.venv/.lint: .venv/.made pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -e '.[lint]'
+	@touch $@
+
+.venv-newest/.test: pyproject.toml
+	$(NEWEST_PYTHON) -m venv --clear .venv-newest
+	$(NEWEST)/python $(PIP_INSTALL) -e '.[test-newest]'
+	@touch $@
