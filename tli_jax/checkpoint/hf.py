@@ -1,6 +1,7 @@
 """Hugging Face Llama folders: opened and checked, loaded as layer-stacked params, and written back."""
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,11 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     warnings: tuple[str, ...] = ()
     growth: dict[str, Any] | None = None
+
+    @property
+    def raw(self) -> dict[str, Any]:
+        """``config.json`` as it was read."""
+        return json.loads(self.config.source)
 
     @property
     def nbytes(self) -> int:

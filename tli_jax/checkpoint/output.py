@@ -12,6 +12,7 @@ from pathlib import Path
 from tli_jax.errors import OutputError, StorageError, UsageError
 
 _SPARE = 16 * 2**20
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_output(output: Path, model: Path, overwrite: bool) -> None:
@@ -67,9 +68,9 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
         _sync(folder)
         _replace(folder, output)
     except OSError as error:
-        reason = error.strerror or str(error)
-        what = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else reason
-        raise StorageError(f"{output}: writing failed, {what}: nothing was changed there") from error
+        if error.errno not in _DISK_TROUBLE:
+            raise
+        raise StorageError(f"{output}: writing failed ({error.strerror}), nothing was changed there: make room") from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

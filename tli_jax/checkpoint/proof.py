@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from tli_jax.models.llama import Block, RMSNorm, make_rope, nest
 
 MIN_TOKENS, MAX_TOKENS, WINDOW = 128, 4096, 512
 SECONDS = 60.0
-_SLICE_BYTES = 32 * 2**20
+_SLICE_BYTES = 16 * 2**20
 _ARITHMETIC_TOLERANCE = 1e-5
 
 
@@ -216,55 +216,57 @@ def _logits(h_ND: jax.Array, weight_VD: jax.Array) -> jax.Array:
     return jnp.einsum("nd,vd->nv", h_ND, weight_VD).astype(jnp.float32)
 
 
-def _start(N: int) -> dict[str, jax.Array]:
-    low, zero = jnp.full(N, -jnp.inf), jnp.zeros(N)
-    side = {"max": low, "sum": zero, "top": jnp.zeros(N, jnp.int32), "target": zero}
-    return {
-        **{f"base_{key}": value for key, value in side.items()},
-        **{f"grown_{key}": value for key, value in side.items()},
-        "weighted": zero,
-        "difference": jnp.zeros(()),
-        "largest": jnp.zeros(()),
-    }
+class _Stats(NamedTuple):
+    """Running softmax statistics over slices of the vocabulary; first dim S: base, grown. Both go through the same
+    operations, so that equal logits give equal statistics."""
+
+    max_SN: jax.Array
+    sum_SN: jax.Array
+    top_SN: jax.Array
+    target_SN: jax.Array
+    weighted_N: jax.Array
+    difference: jax.Array
+    largest: jax.Array
+
+
+def _start(N: int) -> _Stats:
+    zero = jnp.zeros((2, N))
+    return _Stats(zero - jnp.inf, zero, zero.astype(jnp.int32), zero, zero[0], jnp.zeros(()), jnp.zeros(()))
 
 
 @jax.jit
-def _update(
-    stats: dict[str, jax.Array], base_NV: jax.Array, grown_NV: jax.Array, targets_N: jax.Array, start: int
-) -> dict[str, jax.Array]:
-    new = dict(stats)
-    for side, logits in (("base", base_NV), ("grown", grown_NV)):
-        best, old = logits.max(-1), stats[f"{side}_max"]
-        top = jnp.maximum(best, old)
-        new[f"{side}_max"] = top
-        new[f"{side}_sum"] = stats[f"{side}_sum"] * jnp.exp(old - top) + jnp.exp(logits - top[:, None]).sum(-1)
-        new[f"{side}_top"] = jnp.where(best > old, logits.argmax(-1) + start, stats[f"{side}_top"])
-        at = targets_N - start
-        is_here = (at >= 0) & (at < logits.shape[1])
-        picked = jnp.take_along_axis(logits, jnp.clip(at, 0, logits.shape[1] - 1)[:, None], axis=1)[:, 0]
-        new[f"{side}_target"] = jnp.where(is_here, picked, stats[f"{side}_target"])
-    top = new["base_max"]
-    weighted = (jnp.exp(base_NV - top[:, None]) * (base_NV - grown_NV)).sum(-1)
-    new["weighted"] = stats["weighted"] * jnp.exp(stats["base_max"] - top) + weighted
-    new["difference"] = jnp.maximum(stats["difference"], jnp.abs(base_NV - grown_NV).max())
-    new["largest"] = jnp.maximum(stats["largest"], jnp.abs(base_NV).max())
-    return new
+def _update(stats: _Stats, base_NV: jax.Array, grown_NV: jax.Array, targets_N: jax.Array, start: int) -> _Stats:
+    logits_SNV = jnp.stack([base_NV, grown_NV])
+    best_SN = logits_SNV.max(-1)
+    max_SN = jnp.maximum(best_SN, stats.max_SN)
+    fade_SN = jnp.exp(stats.max_SN - max_SN)
+    exp_SNV = jnp.exp(logits_SNV - max_SN[..., None])
+    difference_NV = base_NV - grown_NV
+    at_N = targets_N - start
+    is_here_N = (at_N >= 0) & (at_N < base_NV.shape[1])
+    picked_SN = jnp.take_along_axis(logits_SNV, at_N[None, :, None], axis=-1, mode="clip")[..., 0]
+    return _Stats(
+        max_SN=max_SN,
+        sum_SN=stats.sum_SN * fade_SN + exp_SNV.sum(-1),
+        top_SN=jnp.where(best_SN > stats.max_SN, logits_SNV.argmax(-1) + start, stats.top_SN),
+        target_SN=jnp.where(is_here_N, picked_SN, stats.target_SN),
+        weighted_N=stats.weighted_N * fade_SN[0] + (exp_SNV[0] * difference_NV).sum(-1),
+        difference=jnp.maximum(stats.difference, jnp.abs(difference_NV).max()),
+        largest=jnp.maximum(stats.largest, jnp.abs(base_NV).max()),
+    )
 
 
-def _finish(stats: dict[str, jax.Array], shape: tuple[int, ...]) -> dict[str, float]:
-    s = {key: np.asarray(value, np.float64) for key, value in stats.items()}
-    normaliser = {side: s[f"{side}_max"] + np.log(s[f"{side}_sum"]) for side in ("base", "grown")}
-
-    def loss(side: str) -> float:
-        # Not the last token of each window: its successor is not known.
-        return float((normaliser[side] - s[f"{side}_target"]).reshape(shape)[:, :-1].mean())
-
-    kl = s["weighted"] / s["base_sum"] - normaliser["base"] + normaliser["grown"]
+def _finish(stats: _Stats, shape: tuple[int, ...]) -> dict[str, float]:
+    wide = _Stats(*(np.asarray(value, np.float64) for value in stats))
+    normaliser_SN = wide.max_SN + np.log(wide.sum_SN)
+    # Not the last token of each window: its successor is not known.
+    losses = (normaliser_SN - wide.target_SN).reshape(2, *shape)[:, :, :-1].mean((1, 2))
+    kl_N = wide.weighted_N / wide.sum_SN[0] - normaliser_SN[0] + normaliser_SN[1]
     return {
-        "max_abs_logit": float(s["largest"]),
-        "max_abs_logit_difference": float(s["difference"]),
-        "kl": float(kl.mean()),
-        "loss_base": loss("base"),
-        "loss_grown": loss("grown"),
-        "top1": float((s["base_top"] == s["grown_top"]).mean()),
+        "max_abs_logit": float(wide.largest),
+        "max_abs_logit_difference": float(wide.difference),
+        "kl": float(kl_N.mean()),
+        "loss_base": float(losses[0]),
+        "loss_grown": float(losses[1]),
+        "top1": float((wide.top_SN[0] == wide.top_SN[1]).mean()),
     }

@@ -146,13 +146,27 @@ def _computed(plan: Plan, number: int, name: str, sources: list[Tensor], is_outp
     return make
 
 
+def split_shards(pieces: list[Piece], max_shard_bytes: int) -> dict[str, list[Piece]]:
+    """File name → pieces, in order. A shard is closed before it grows beyond the limit; a larger tensor is one alone."""
+    shards: list[list[Piece]] = [[]]
+    size = 0
+    for piece in pieces:
+        if shards[-1] and size + piece.nbytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(piece)
+        size += piece.nbytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
+
+
 def write_safetensors(
-    folder: Path, pieces: list[Piece], max_shard_bytes: int, digests: dict[str, str], progress: Progress
+    folder: Path, shards: dict[str, list[Piece]], digests: dict[str, str], progress: Progress
 ) -> tuple[dict[str, str], float]:
-    """Write the pieces, in order, as one file or as shards with an index.
+    """Write the shards, synced, and an index where there is more than one.
 
     Args:
-        max_shard_bytes: a shard is closed before it grows beyond this; a larger tensor has one of its own.
         digests: sha256 of kept tensors, by their name in the file they come from; reused, so kept bytes are not read
             here at all.
         progress: told of the bytes as they are written.
@@ -160,16 +174,9 @@ def write_safetensors(
     Returns:
         sha256 of every tensor written, by name, and the seconds that hashing new tensors took.
     """
-    shards: list[list[Piece]] = [[]]
-    for piece in pieces:
-        if shards[-1] and sum(p.nbytes for p in shards[-1]) + piece.nbytes > max_shard_bytes:
-            shards.append([])
-        shards[-1].append(piece)
-    names = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    names = [SINGLE] if len(shards) == 1 else names
     written: dict[str, str] = {}
     hashing = 0.0
-    for name, shard in zip(names, shards, strict=True):
+    for name, shard in shards.items():
         with (folder / name).open("wb", buffering=0) as out:
             out.write(_header(shard))
             for piece in shard:
@@ -188,8 +195,9 @@ def write_safetensors(
                 written[piece.name] = digest.hexdigest()
             os.fsync(out.fileno())
     if len(shards) > 1:
-        weight_map = {piece.name: name for name, shard in zip(names, shards, strict=True) for piece in shard}
-        index = {"metadata": {"total_size": sum(p.nbytes for p in pieces)}, "weight_map": weight_map}
+        weight_map = {piece.name: name for name, shard in shards.items() for piece in shard}
+        size = sum(piece.nbytes for shard in shards.values() for piece in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return written, hashing
 

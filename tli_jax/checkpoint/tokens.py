@@ -1,0 +1,128 @@
+"""Token ids for a model from text, with the model's own tokenizer."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tli_jax.errors import DataError
+from tli_jax.models.config import LlamaConfig
+
+
+class Tokenizer(Protocol):
+    """The little that is needed of one."""
+
+    @property
+    def size(self) -> int: ...
+    def encode(self, text: str) -> list[int]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class _Fast:
+    """``tokenizer.json``, read by the tokenizers library alone: transformers, which wraps it, takes seconds to import."""
+
+    def __init__(self, file: Path):
+        import tokenizers
+
+        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        self.size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+class _Slow:
+    """Whatever else transformers can read, e.g. a lone ``tokenizer.model``."""
+
+    def __init__(self, folder: Path):
+        import transformers
+
+        loaded: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        self._tokenizer = loaded
+        self.size: int = 1 + max(loaded.get_vocab().values())
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def open_tokenizer(folder: Path, config: LlamaConfig) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer in a model folder, None where there is none, and warnings.
+
+    Raises:
+        DataError: it cannot be read, or has more tokens than the model.
+    """
+    file = folder / "tokenizer.json"
+    if not file.exists() and not (folder / "tokenizer.model").exists():
+        return None, [f"{folder}: no tokenizer, so text cannot be read"]
+    try:
+        tokenizer: Tokenizer = _Fast(file) if file.exists() else _Slow(folder)
+    except Exception as error:  # the libraries raise bare Exception
+        message = " ".join(str(error).split())[:160]
+        raise DataError(f"{folder}: the tokenizer cannot be read ({message}): mend or remove it") from error
+    if tokenizer.size > config.vocab_size:
+        raise DataError(
+            f"{folder}: the tokenizer has {tokenizer.size:,} tokens, the model's vocabulary {config.vocab_size:,}:"
+            " they do not belong together"
+        )
+    if tokenizer.size < config.vocab_size:
+        unused = f"uses {tokenizer.size:,} of the {config.vocab_size:,} in the model's vocabulary"
+        return tokenizer, [f"{folder}: the tokenizer {unused}"]
+    return tokenizer, []
+
+
+def embedded_text() -> str:
+    """The text that the package carries, written by the project: Python, English, and a little of other languages."""
+    return (resources.files("tli_jax") / "assets" / "text.txt").read_text(encoding="utf-8")
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 text.
+
+    Raises:
+        DataError: it is empty or not UTF-8; names the line.
+    """
+    data = file.read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}: line {line} is not UTF-8 (byte {error.start:,}): convert the file") from None
+    if not text.strip():
+        raise DataError(f"{file}: is empty, text is needed")
+    return text
+
+
+def windows(ids: list[int], config: LlamaConfig, tokens: int, length: int) -> np.ndarray:
+    """Ids as ``[B, T]``: a stream cut in windows that do not overlap, each with BOS in front where the model has one.
+
+    Args:
+        tokens: how many to return, at most; B * T.
+        length: T, at most; no longer than the model's context.
+
+    Raises:
+        DataError: there are fewer than 128 tokens.
+    """
+    bos = [] if config.bos_token_id is None else [config.bos_token_id]
+    T = min(length, config.max_position_embeddings, tokens)
+    fresh = T - len(bos)
+    B = min(tokens // T, len(ids) // fresh)
+    if B == 0:
+        # Less than one window: a single shorter one.
+        B, fresh = 1, len(ids)
+        if fresh + len(bos) < min(128, tokens):
+            raise DataError(f"the text has {fresh} tokens, the proof needs {min(128, tokens) - len(bos)}: give more text")
+    rows = np.asarray(ids[: B * fresh], np.int32).reshape(B, fresh)
+    return np.pad(rows, ((0, 0), (len(bos), 0)), constant_values=config.bos_token_id or 0)
+
+
+def random_windows(config: LlamaConfig, tokens: int, length: int) -> np.ndarray:
+    """Random ids as ``[B, T]``, for a model without a tokenizer."""
+    T = min(length, config.max_position_embeddings, tokens)
+    return np.random.default_rng(0).integers(0, config.vocab_size, (tokens // T, T), dtype=np.int32)
