@@ -1,0 +1,66 @@
+"""tli_jax: make a trained Llama deeper, prove what that did to it, and go on from there, in JAX.
+
+The functional API. Everything is imported on first use, so that ``import tli_jax`` costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tli_jax.checkpoint.hf import load_hf
+    from tli_jax.checkpoint.save import save_hf
+    from tli_jax.errors import TliError
+    from tli_jax.growth.inject import inject
+    from tli_jax.growth.plan import Plan, Row
+    from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
+    from tli_jax.models.config import LlamaConfig
+    from tli_jax.models.generate import generate
+    from tli_jax.models.llama import Llama, forward, init_params
+    from tli_jax.models.loss import losses
+
+_HOMES = {
+    "tli_jax.checkpoint.hf": ("load_hf",),
+    "tli_jax.checkpoint.save": ("save_hf",),
+    "tli_jax.errors": ("TliError",),
+    "tli_jax.growth.inject": ("inject",),
+    "tli_jax.growth.plan": ("Plan", "Row"),
+    "tli_jax.growth.presets": ("average", "custom", "dus", "interpose", "llama_pro", "slayer", "stack", "tli"),
+    "tli_jax.models.config": ("LlamaConfig",),
+    "tli_jax.models.generate": ("generate",),
+    "tli_jax.models.llama": ("Llama", "forward", "init_params"),
+    "tli_jax.models.loss": ("losses",),
+}
+_MODULES = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Llama",
+    "LlamaConfig",
+    "Plan",
+    "Row",
+    "TliError",
+    "average",
+    "custom",
+    "dus",
+    "forward",
+    "generate",
+    "init_params",
+    "inject",
+    "interpose",
+    "llama_pro",
+    "load_hf",
+    "losses",
+    "save_hf",
+    "slayer",
+    "stack",
+    "tli",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'tli_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -62,7 +62,9 @@ class UpscaleConfig:
     scale: Number | None = option(None, "tli: factor on residual outputs, with init scaled, noise or random")
     after: Layers | None = option(None, "positions by hand: base layers after which is injected, e.g. 3,7,11")
     remainder: Literal["allow", "error"] | None = option(None, "tli: whether K may leave layers over (default allow)")
-    drop: Whole | None = option(None, "dus: layers dropped from the end of one half and the start of the other (default L/4)")
+    drop: Whole | None = option(
+        None, "dus: layers dropped from the end of one half and the start of the other (default L/4)"
+    )
     groups: Whole | None = option(None, "llama_pro: number of groups, a divisor of L")
     copies: Whole | None = option(None, "tli, llama_pro, interpose: injected layers at each position (default 1)")
     times: Whole | None = option(None, "stack: how many times the trunk (default 2)")

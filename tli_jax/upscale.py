@@ -50,7 +50,9 @@ def make_plan(config: UpscaleConfig, base: Checkpoint) -> Plan:
     if "std" in known:
         given["std"] = base.config.initializer_range
     plan = preset(base.config.num_hidden_layers, **given)
-    return plan if base.growth is None else plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
+    return (
+        plan if base.growth is None else plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
+    )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -58,14 +58,17 @@ def read_header(file: Path) -> dict[str, Tensor]:
         if length > MAX_HEADER:
             raise DataError(f"{file}: claims a header of {length:,} bytes, not a safetensors file of a model")
         if 8 + length > size:
-            raise DataError(f"{file}: cut in the header, expected {8 + length:,} bytes or more, has {size:,}: fetch it again")
+            raise DataError(
+                f"{file}: cut in the header, expected {8 + length:,} bytes or more, has {size:,}: fetch it again"
+            )
         stream.seek(8)
         entries = parse_json(stream.read(length), f"{file}: header")
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not isinstance(metadata, dict):
         raise DataError(f"{file}: header: __metadata__ is {type(metadata).__name__}, must be an object")
     tensors = sorted(
-        (_read_entry(file, 8 + length, name, entry) for name, entry in entries.items()), key=lambda t: (t.start, t.nbytes)
+        (_read_entry(file, 8 + length, name, entry) for name, entry in entries.items()),
+        key=lambda t: (t.start, t.nbytes),
     )
     end = 8 + length
     for tensor in tensors:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tli_jax.checkpoint.headers import CODES, DTYPES, Tensor, check_names, parse_json, read_folder
+from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, parse_json, read_folder
 from tli_jax.errors import DataError, MissingInputError
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
 
@@ -109,7 +109,9 @@ def read_chunks(tensor: Tensor, size: int = _CHUNK) -> Iterator[memoryview]:
             while count < min(size, left):
                 more = stream.readinto(buffer[count : min(size, left)])
                 if not more:
-                    raise DataError(f"{tensor.file}: ends within tensor {tensor.name!r}: the file was cut while it was read")
+                    raise DataError(
+                        f"{tensor.file}: ends within tensor {tensor.name!r}: the file was cut while it was read"
+                    )
                 count += more
             left -= count
             yield buffer[:count]
@@ -139,9 +141,7 @@ def read_tensor(tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
     return out
 
 
-def load_hf(
-    path: Path | str, dtype: Any = None, shardings: Any = None
-) -> "tuple[LlamaConfig, dict[str, Any]]":
+def load_hf(path: Path | str, dtype: Any = None, shardings: Any = None) -> "tuple[LlamaConfig, dict[str, Any]]":
     """Load a Llama folder as layer-stacked params, named as Hugging Face names them.
 
     ``params["layers"]["mlp"]["up_proj"]["weight"]`` is ``[L, F, D]``: the tensors of all layers, stacked byte for byte.
@@ -169,7 +169,9 @@ def load_hf(
     def load(tensors: list[Tensor], name: str, sharding: "jax.sharding.Sharding | None") -> "jax.Array":
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
-            raise DataError(f"{path}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers, one is needed to stack")
+            raise DataError(
+                f"{path}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers, one is needed to stack"
+            )
         stacked = name.startswith("layers.")
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
         target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
@@ -193,31 +195,3 @@ def load_hf(
             sharding = sharding[key]
         leaves[name] = load(tensors, name, sharding)
     return config, nest(leaves)
-
-
-def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Hugging Face name and array (not yet fetched) of every tensor, layer by layer, as deep as the params are."""
-
-    def leaf(name: str) -> Any:
-        node = params
-        for key in name.split("."):
-            node = node[key]
-        return node
-
-    yield hf_name("embed_tokens.weight"), leaf("embed_tokens.weight")
-    for layer in range(leaf("layers.input_layernorm.weight").shape[0]):
-        for name in LAYER_TENSORS:
-            yield hf_name(name, layer), leaf(f"layers.{name}")[layer]
-    yield from ((hf_name(name), leaf(name)) for name in config.outer_tensors if name != "embed_tokens.weight")
-
-
-def stored_dtype(array: Any) -> str:
-    """The safetensors code of an array's dtype.
-
-    Raises:
-        DataError: it has none here.
-    """
-    code = CODES.get(np.dtype(array.dtype))
-    if code is None:
-        raise DataError(f"dtype {array.dtype} cannot be written, use one of float32, bfloat16, float16")
-    return code

@@ -19,21 +19,19 @@ OTHER_FILES = (
 )
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
 _SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
-_FIRST_READ = 64 * 1024  # bytes; the header of most shards is shorter, so that one request is enough
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_FIRST_READ, _LONGEST_HEADER = 65_536, 100_000_000  # bytes: most headers are shorter; the format's own limit
 
 
 def resolve(model: str, revision: str | None = None, headers_only: bool = False) -> Path:
     """The local folder that holds ``model``: a folder, which is returned as it is, or else a hub id ``name/name``.
 
-    ``revision`` is a branch, tag or full commit hash of a hub model. A hub model lands in the hub's cache, in a folder
-    named by the commit. With ``headers_only`` a model that is not in the cache becomes a temporary folder, gone when
-    the process ends: configuration and index are complete, but each safetensors file is sparse, with its real header
-    in front, its real size, and no weights on disk (they read as zeros). It is good for a plan and for nothing else.
+    ``revision`` is a branch, tag or full commit hash on the hub. A hub model lands in the hub's cache, in a folder that
+    is named by the commit. With ``headers_only``, unless its weights are cached, it lands in a temporary folder of that
+    name, gone when the process ends: configuration, index and sparse safetensors files, which have their real header
+    and their real size, but no weights (they read as zeros). That is good for a plan, and for nothing else.
 
-    Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer; or
-    offline and not cached), DataError (only pickles; damaged index), StorageError (cache not writable), UsageError
-    (``revision`` given with a folder).
+    Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer, not
+    cached), DataError (only pickles; damaged index), StorageError (disk), UsageError (a folder with ``revision``).
     """
     folder = os.path.expanduser(model)
     if os.path.isdir(folder):
@@ -43,27 +41,27 @@ def resolve(model: str, revision: str | None = None, headers_only: bool = False)
     if not _HUB_ID.fullmatch(model):
         raise MissingInputError(f"no folder {model!r}, and it is no hub id either: give a folder, or name/name")
 
-    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
 
     try:
         return _fetch(model, revision, headers_only)
-    except TliError:
-        raise
-    except (HTTPError, EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, UnicodeError, json.JSONDecodeError) as error:
         problem = _in_our_words(error, model, revision)
     # Raised out here because inside `except` the exception above, whose text may quote the token, would be its context.
     raise problem
 
 
 def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    import huggingface_hub as hf
 
-    # This request has a timeout, which the listing in snapshot_download has not, and notes the commit of `revision`.
-    commit = Path(hf_hub_download(model, "config.json", revision=revision)).parent.name
+    if not isinstance(hf.try_to_load_from_cache(model, "config.json", revision=revision), str):
+        # Asked once, because a download asks a hub that does not answer again and again, for half a minute.
+        hf.get_hf_file_metadata(hf.hf_hub_url(model, "config.json", revision=revision))
+    commit = Path(hf.hf_hub_download(model, "config.json", revision=revision)).parent.name
 
     def download(*patterns: str) -> Path:
         # In these patterns a * matches slashes too, so that folders have to be left out by name.
-        return Path(snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
+        return Path(hf.snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
 
     folder = download(*CONFIG_FILES) if headers_only else download(*CONFIG_FILES, *OTHER_FILES)
     shards = _shards(folder, model)
@@ -73,7 +71,7 @@ def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
         folder = _without_weights(folder, shards, model)
     if any((folder / shard).is_file() for shard in shards):
         return folder  # one that lacks some of its shards is the reader's to refuse: it names them all
-    files = [file.rfilename for file in HfApi().model_info(model, revision=commit, timeout=10).siblings or []]
+    files = [file.rfilename for file in hf.HfApi().model_info(model, revision=commit, timeout=10).siblings or []]
     if pickles := sorted(file for file in files if file.endswith((".bin", ".pth", ".pt", ".ckpt"))):
         raise DataError(f"hub model {model!r} has only pickled weights ({pickles[0]}): convert them to safetensors")
     raise MissingInputError(f"hub model {model!r} has no weights: looked for {WHOLE} and the shards named by {INDEX}")
@@ -113,7 +111,7 @@ def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
     def write(shard: str) -> None:
         url = hf_hub_url(model, shard, revision=folder.name)
         try:
-            size = get_hf_file_metadata(url, timeout=10).size or 0
+            size = get_hf_file_metadata(url).size or 0
         except EntryNotFoundError:
             return
         data = read(shard, url, 0, min(size, _FIRST_READ)) if size else b""
@@ -138,7 +136,7 @@ def _in_our_words(error: Exception, model: str, revision: str | None) -> TliErro
     if isinstance(cause, errors.GatedRepoError):
         return MissingInputError(f"hub model {model!r} is gated: accept its licence on its hub page, and {log_in}")
     if isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403):
-        return MissingInputError(f"no folder {model!r}, and this account sees no such hub model: check the name, or {log_in}")
+        return MissingInputError(f"no folder {model!r} and no hub model that you may read: check the name, or {log_in}")
     if isinstance(cause, errors.RevisionNotFoundError):
         return MissingInputError(f"hub model {model!r} has no revision {revision!r}: give a branch, tag or full commit")
     if isinstance(cause, errors.RemoteEntryNotFoundError):

@@ -24,14 +24,18 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
     """
     new, base = output.resolve(), model.resolve()
     if new == base or base in new.parents or new in base.parents:
-        raise UsageError(f"output {output} and model {model} must not be the same or lie in each other: choose another output")
+        raise UsageError(
+            f"output {output} and model {model} must not be the same or lie in each other: choose another output"
+        )
     if new.exists() and not new.is_dir():
         raise OutputError(f"{output}: is a file: choose another output")
     if new.is_dir() and any(new.iterdir()):
         if not overwrite:
             raise OutputError(f"{output}: exists and is not empty: choose another output, or add --overwrite")
         if not (new / "config.json").is_file():
-            raise OutputError(f"{output}: is not a model folder (no config.json), so it is not overwritten: remove it yourself")
+            raise OutputError(
+                f"{output}: is not a model folder (no config.json), so it is not overwritten: remove it yourself"
+            )
 
 
 @contextlib.contextmanager
@@ -56,7 +60,9 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
         _clear_abandoned(output.parent, prefix)
         free = shutil.disk_usage(output.parent).free
         if free < nbytes + _SPARE:
-            raise OutputError(f"{output}: {nbytes + _SPARE:,} bytes are needed, {free:,} are free: make room or go elsewhere")
+            raise OutputError(
+                f"{output}: {nbytes + _SPARE:,} bytes are needed, {free:,} are free: make room or go elsewhere"
+            )
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
     except OSError as error:
         raise OutputError(f"{output}: cannot be created ({error.strerror}): choose another output") from error
@@ -70,7 +76,9 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
     except OSError as error:
         if error.errno not in _DISK_TROUBLE:
             raise
-        raise StorageError(f"{output}: writing failed ({error.strerror}), nothing was changed there: make room") from error
+        raise StorageError(
+            f"{output}: writing failed ({error.strerror}), nothing was changed there: make room"
+        ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

@@ -115,7 +115,9 @@ def check(plan: Plan, proof: Proof) -> None:
         )
     relative = proof.max_abs_logit_difference / max(proof.max_abs_logit, 1e-30)
     if plan.exactness == "arithmetic" and proof.dtype == "float32" and not relative <= _ARITHMETIC_TOLERANCE:
-        raise ProofError(f"the plan promises equality but for rounding, but logits differ by {relative:.1e} relative, {where}")
+        raise ProofError(
+            f"the plan promises equality but for rounding, but logits differ by {relative:.1e} relative, {where}"
+        )
 
 
 def _run_layers(

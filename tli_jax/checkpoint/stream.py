@@ -89,7 +89,9 @@ def grown_pieces(base: Checkpoint, plan: Plan) -> list[Piece]:
             is_output = bool(set(name.split(".")) & set(RESIDUAL_OUTPUTS))
             sources = [tensors[hf_name(name, layer)] for layer, _ in row.sources]
             if len({source.dtype for source in sources}) > 1:
-                raise DataError(f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype")
+                raise DataError(
+                    f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype"
+                )
             target = hf_name(name, number)
             action = row.action(is_output)
             if action == "copy":
@@ -118,7 +120,9 @@ def _zeros(plan: Plan, number: int, name: str, sources: list[Tensor], is_output:
     return make
 
 
-def _combined(plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool) -> Callable[[], Iterator[Any]]:
+def _combined(
+    plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool
+) -> Callable[[], Iterator[Any]]:
     from tli_jax.growth.initialisers import combine
 
     row = plan.rows[number]
@@ -133,7 +137,9 @@ def _combined(plan: Plan, number: int, name: str, sources: list[Tensor], is_outp
     return make
 
 
-def _computed(plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool) -> Callable[[], Iterator[Any]]:
+def _computed(
+    plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool
+) -> Callable[[], Iterator[Any]]:
     from tli_jax.growth.initialisers import compute
 
     row = plan.rows[number]
@@ -229,7 +235,9 @@ def _copy(tensor: Tensor, out: Any, progress: Progress) -> None:
                     raise
                 break
             if count == 0:
-                raise DataError(f"{tensor.file}: ends within tensor {tensor.name!r}: the file was cut while it was read")
+                raise DataError(
+                    f"{tensor.file}: ends within tensor {tensor.name!r}: the file was cut while it was read"
+                )
             at += count
             progress(count)
     if at < end:

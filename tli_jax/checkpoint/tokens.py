@@ -117,7 +117,9 @@ def windows(ids: list[int], config: LlamaConfig, tokens: int, length: int) -> np
         # Less than one window: a single shorter one.
         B, fresh = 1, len(ids)
         if fresh + len(bos) < min(128, tokens):
-            raise DataError(f"the text has {fresh} tokens, the proof needs {min(128, tokens) - len(bos)}: give more text")
+            raise DataError(
+                f"the text has {fresh} tokens, the proof needs {min(128, tokens) - len(bos)}: give more text"
+            )
     rows = np.asarray(ids[: B * fresh], np.int32).reshape(B, fresh)
     return np.pad(rows, ((0, 0), (len(bos), 0)), constant_values=config.bos_token_id or 0)
 

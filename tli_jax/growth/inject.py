@@ -13,9 +13,7 @@ from tli_jax.growth.initialisers import combine, compute
 from tli_jax.growth.plan import Plan
 
 
-def inject(
-    params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[str] = ("o_proj", "down_proj")
-) -> Any:
+def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[str] = ("o_proj", "down_proj")) -> Any:
     """Grow layer-stacked params. Pure: works under ``jit``, ``grad`` and ``eval_shape``, and on sharded arrays.
 
     Args:

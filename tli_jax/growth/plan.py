@@ -219,7 +219,9 @@ class Plan:
                 history=tuple(record["history"]),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where}: not a growth plan ({type(error).__name__}: {error}): mend or remove it") from error
+            raise DataError(
+                f"{where}: not a growth plan ({type(error).__name__}: {error}): mend or remove it"
+            ) from error
 
     def __str__(self) -> str:
         return f"{self.method}: {self.base_layers} → {len(self)} layers\n{draw_layer_map(self)}"

@@ -46,7 +46,9 @@ def tli(
     if init not in INITS:
         raise UsageError(f"init {init!r} is not known{nearest(init, INITS)} There are {', '.join(INITS)}")
     if (init == "scaled") != (scale is not None) and init not in ("noise", "random"):
-        raise UsageError(f"init {init!r} and scale {scale}: 'scaled' needs a scale, only noise and random take one besides")
+        raise UsageError(
+            f"init {init!r} and scale {scale}: 'scaled' needs a scale, only noise and random take one besides"
+        )
     if after is None:
         _check_range("every", every, 1, layers)
         if remainder not in ("allow", "error"):

@@ -235,8 +235,12 @@ def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tu
     if kind not in ROPE_TYPES:
         raise DataError(f"{where}: {key} has rope type {kind!r}, supported are {', '.join(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise DataError(f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported")
-    theta = read.number("rope_theta", None) if "rope_theta" in rope else _Reader(raw, where).number("rope_theta", 10000.0)
+        raise DataError(
+            f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported"
+        )
+    theta = (
+        read.number("rope_theta", None) if "rope_theta" in rope else _Reader(raw, where).number("rope_theta", 10000.0)
+    )
     return theta, kind, tuple((name, read.number(name, None)) for name in _ROPE_FACTORS[kind])
 
 

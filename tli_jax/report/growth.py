@@ -49,7 +49,9 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
     """The layer map and a table of what growth costs."""
     options = ", ".join(f"{key} {value}" for key, value in plan.options.items())
     screen.print(f"[bold]{plan.method}[/bold] ({options}): {plan.base_layers} → {len(plan)} layers")
-    screen.print("layers of the grown model; 3 is base layer 3 kept, \\[3·0] injected, made of 3, residual outputs × 0:")
+    screen.print(
+        "layers of the grown model; 3 is base layer 3 kept, \\[3·0] injected, made of 3, residual outputs × 0:"
+    )
     for line in draw_layer_map(plan).splitlines():
         screen.print(f"  {line.replace('[', chr(92) + '[')}", soft_wrap=True)
     table = rich.table.Table(box=rich.box.SIMPLE)

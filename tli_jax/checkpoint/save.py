@@ -1,0 +1,86 @@
+"""Layer-stacked params written back as a Hugging Face folder, a tensor at a time."""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tli_jax.checkpoint import sidecar
+from tli_jax.checkpoint.headers import CODES
+from tli_jax.checkpoint.hf import hf_name
+from tli_jax.checkpoint.output import check_output, staged
+from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.errors import UsageError
+from tli_jax.growth.plan import Plan
+from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+
+
+def save_hf(
+    path: Path | str,
+    config: LlamaConfig,
+    params: dict[str, Any],
+    *,
+    plan: Plan | None = None,
+    source: Path | str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write params as a folder that any Llama loader opens, whole or not at all. One tensor is on the host at a time.
+
+    Args:
+        path: folder to write; must not exist, or be empty, unless ``overwrite``.
+        config: of the model or of the base it was grown from: the depth is that of the params.
+        params: layer-stacked, as ``load_hf`` and ``inject`` give them; dtypes are kept.
+        plan: how the params were grown; written as ``growth.json``.
+        source: folder of the base, whose tokenizer, generation, licence and notice files are taken along.
+        max_shard_size: largest safetensors file, e.g. ``"5GB"``.
+
+    Raises:
+        UsageError: a dtype that is not supported, or params that do not fit the plan.
+        OutputError, StorageError: the folder cannot be written.
+    """
+    path = Path(path)
+    pieces = [_piece(name, array) for name, array in unstack(config, params)]
+    depth = len(params["layers"]["input_layernorm"]["weight"])
+    if plan is not None and len(plan) != depth:
+        raise UsageError(f"the plan gives {len(plan)} layers, the params have {depth}: inject first")
+    if source is not None:
+        check_output(path, Path(source), overwrite)
+    elif path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise UsageError(f"{path}: exists and is not empty: choose another path, or overwrite=True")
+    with staged(path, sum(piece.nbytes for piece in pieces)) as partial:
+        write_safetensors(partial, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
+        raw = config.with_layers(depth).to_hf()
+        sidecar.write_json(partial / "config.json", sidecar.grow_config(raw, plan) if plan else raw)
+        if plan is not None:
+            sidecar.write_json(partial / "growth.json", plan.to_json() | {"digests": None, "proof": None})
+        if source is not None:
+            sidecar.copy_allowed(Path(source), partial)
+
+
+def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, functools.partial[Any]]]:
+    """Hugging Face name of every tensor, and a call that gives it; layer by layer, as deep as the params are."""
+
+    def leaf(name: str) -> Any:
+        return functools.reduce(lambda node, key: node[key], name.split("."), params)
+
+    first, *rest = config.outer_tensors
+    yield hf_name(first), functools.partial(leaf, first)
+    for layer in range(len(leaf("layers.input_layernorm.weight"))):
+        for name in LAYER_TENSORS:
+            yield hf_name(name, layer), functools.partial(lambda n, i: leaf(f"layers.{n}")[i], name, layer)
+    yield from ((hf_name(name), functools.partial(leaf, name)) for name in rest)
+
+
+def _piece(name: str, get: functools.partial[Any]) -> Piece:
+    like = get()
+    code = CODES.get(np.dtype(like.dtype))
+    if code is None:
+        raise UsageError(f"{name}: dtype {like.dtype} cannot be written, use one of float32, bfloat16, float16")
+
+    def make() -> Iterator[memoryview]:
+        yield memoryview(np.ascontiguousarray(get()).reshape(-1).view(np.uint8))
+
+    return Piece(name, code, tuple(like.shape), like.nbytes, make=make)
