@@ -9,17 +9,14 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from tli_jax.checkpoint.headers import INDEX, MAX_HEADER, SINGLE, parse_json
+from tli_jax.checkpoint.sidecar import ALLOWED
 from tli_jax.errors import DataError, MissingInputError, StorageError, TliError, UnavailableError, UsageError
 
-INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
-CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json")
-OTHER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.json", "chat_template.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*"),
-)
+_CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
 _SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
-_FIRST_READ, _LONGEST_HEADER = 65_536, 100_000_000  # bytes: most headers are shorter; the format's own limit
+_FIRST_READ = 65_536  # bytes; most headers are shorter, so that one request is enough
 
 
 def resolve(model: str, revision: str | None = None, headers_only: bool = False) -> Path:
@@ -33,8 +30,8 @@ def resolve(model: str, revision: str | None = None, headers_only: bool = False)
     Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer, not
     cached), DataError (only pickles; damaged index), StorageError (disk), UsageError (a folder with ``revision``).
     """
-    folder = os.path.expanduser(model)
-    if os.path.isdir(folder):
+    folder = os.path.expanduser(model)  # noqa: PTH111  # Path's own raises where there is no such home
+    if os.path.isdir(folder):  # noqa: PTH112  # and Path.is_dir where the name is too long
         if revision is not None:
             raise UsageError(f"{model!r} is a folder here, which has no revision {revision!r}: leave the revision out")
         return Path(folder)
@@ -60,10 +57,10 @@ def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
     commit = Path(hf.hf_hub_download(model, "config.json", revision=revision)).parent.name
 
     def download(*patterns: str) -> Path:
-        # In these patterns a * matches slashes too, so that folders have to be left out by name.
-        return Path(hf.snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=["*/*"]))
+        never = ["*/*", "*.py", "*.bin"]  # in these patterns a * matches slashes too
+        return Path(hf.snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=never))
 
-    folder = download(*CONFIG_FILES) if headers_only else download(*CONFIG_FILES, *OTHER_FILES)
+    folder = download(*_CONFIG_FILES, *(() if headers_only else ALLOWED))
     shards = _shards(folder, model)
     if not headers_only and shards:
         download(*shards)
@@ -74,18 +71,17 @@ def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
     files = [file.rfilename for file in hf.HfApi().model_info(model, revision=commit, timeout=10).siblings or []]
     if pickles := sorted(file for file in files if file.endswith((".bin", ".pth", ".pt", ".ckpt"))):
         raise DataError(f"hub model {model!r} has only pickled weights ({pickles[0]}): convert them to safetensors")
-    raise MissingInputError(f"hub model {model!r} has no weights: looked for {WHOLE} and the shards named by {INDEX}")
+    raise MissingInputError(f"hub model {model!r} has no weights: looked for {SINGLE} and the shards named by {INDEX}")
 
 
 def _shards(folder: Path, model: str) -> list[str]:
     """Names of the safetensors files to fetch; where there is an index, those that it names and no others."""
     if not (folder / INDEX).is_file():
-        return [WHOLE]
-    try:
-        names = set(json.loads((folder / INDEX).read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"hub model {model!r}: {INDEX} is not a JSON object with a weight_map of file names") from None
-    return sorted(name for name in names if isinstance(name, str) and _SHARD.fullmatch(name))
+        return [SINGLE]
+    weight_map = parse_json((folder / INDEX).read_bytes(), f"hub model {model!r}: {INDEX}").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DataError(f"hub model {model!r}: {INDEX}: weight_map must be an object of tensor name → file name")
+    return sorted({name for name in weight_map.values() if isinstance(name, str) and _SHARD.fullmatch(name)})
 
 
 def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
@@ -96,7 +92,7 @@ def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
 
     root = Path(tempfile.mkdtemp(prefix="tli_jax-headers-only-"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
-    copy = Path(shutil.copytree(folder, root / folder.name, ignore=lambda _, names: set(names) - set(CONFIG_FILES)))
+    copy = Path(shutil.copytree(folder, root / folder.name, ignore=lambda _, names: set(names) - set(_CONFIG_FILES)))
 
     def read(shard: str, url: str, start: int, stop: int) -> bytes:
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
@@ -116,7 +112,7 @@ def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
             return
         data = read(shard, url, 0, min(size, _FIRST_READ)) if size else b""
         end = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < end <= min(size, _LONGEST_HEADER):
+        if len(data) < end <= min(size, MAX_HEADER):
             data += read(shard, url, len(data), end)
         (copy / shard).write_bytes(data[:end])  # of what is no safetensors file, enough for the reader to name it
         os.truncate(copy / shard, size)
