@@ -79,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
     shards = split_shards(pieces, max_shard_bytes)
     files = {name: sum(piece.nbytes for piece in shard) for name, shard in shards.items()}
     files |= {INDEX: 0} if list(shards) != [SINGLE] else {}
-    files |= {name: 0 for name in ("config.json", "growth.json", "README.md")}
+    files |= dict.fromkeys(("config.json", "growth.json", "README.md"), 0)
     files |= {file.name: file.stat().st_size for file in sidecar.allowed_files(folder)}
     description = report.describe(base, plan, pieces, files)
     screen.print(f"base: {config.model}", markup=False)

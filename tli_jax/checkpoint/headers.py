@@ -140,7 +140,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
         if pickles:
             raise DataError(
-                f"{folder}: only pickled weights ({pickles[0]}), which are never opened: convert them to safetensors first"
+                f"{folder}: only pickled weights ({pickles[0]}), never opened here: convert them to safetensors first"
             )
         raise MissingInputError(f"{folder}: no weights, looked for {SINGLE} and {INDEX}")
     weight_map = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX)).get("weight_map")

@@ -176,7 +176,7 @@ def load_hf(path: Path | str, dtype: Any = None, shardings: Any = None) -> "tupl
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
         target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             if not stacked:
                 return read_tensor(tensors[0], index[0])[:, *index[1:]].astype(target, copy=False)
             out = np.empty([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)], target)

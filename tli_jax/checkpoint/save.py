@@ -81,6 +81,6 @@ def _piece(name: str, get: functools.partial[Any]) -> Piece:
         raise UsageError(f"{name}: dtype {like.dtype} cannot be written, use one of float32, bfloat16, float16")
 
     def make() -> Iterator[memoryview]:
-        yield memoryview(np.ascontiguousarray(get()).reshape(-1).view(np.uint8))
+        yield np.ascontiguousarray(get()).reshape(-1).view(np.uint8).data
 
     return Piece(name, code, tuple(like.shape), like.nbytes, make=make)

@@ -1,6 +1,6 @@
 """Growth from file to file: kept tensors are copied by the kernel, injected ones made a tensor at a time.
 
-Memory does not grow with the model: bytes pass through small buffers, and an initialiser that computes holds one tensor.
+Memory does not grow with the model: bytes pass through small buffers; an initialiser that computes holds one tensor.
 """
 
 import concurrent.futures
@@ -147,13 +147,13 @@ def _computed(
     def make() -> Iterator[Any]:
         source = read_tensor(sources[0])
         made = compute(row.init, source, number, name, row.factor(is_output), plan.options)
-        yield memoryview(np.asarray(made).reshape(-1).view(np.uint8))
+        yield np.asarray(made).reshape(-1).view(np.uint8).data
 
     return make
 
 
 def split_shards(pieces: list[Piece], max_shard_bytes: int) -> dict[str, list[Piece]]:
-    """File name → pieces, in order. A shard is closed before it grows beyond the limit; a larger tensor is one alone."""
+    """File name → pieces, in order. A shard closes before it outgrows the limit; a larger tensor has one alone."""
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
@@ -224,7 +224,7 @@ def _header(pieces: list[Piece]) -> bytes:
 
 
 def _copy(tensor: Tensor, out: Any, progress: Progress) -> None:
-    """Let the kernel copy a range of bytes, or share it where the file system can; by read and write where it cannot."""
+    """Let the kernel copy a range of bytes, or share it where it can; by read and write where it cannot copy."""
     with tensor.file.open("rb", buffering=0) as source:
         at, end = tensor.start, tensor.start + tensor.nbytes
         while at < end:

@@ -20,7 +20,7 @@ class Tokenizer(Protocol):
 
 
 class _Fast:
-    """``tokenizer.json``, read by the tokenizers library alone: transformers, which wraps it, takes seconds to import."""
+    """``tokenizer.json``, read by the tokenizers library: transformers, which wraps it, takes seconds to import."""
 
     def __init__(self, file: Path):
         import tokenizers

@@ -1,1 +1,1 @@
-"""Growth: plans, presets, initialisers and the pure injection function. Knows pytrees, not Llama, not Flax, no files."""
+"""Growth: plans, presets, initialisers and the pure injection function. Knows pytrees, not Llama, Flax or files."""

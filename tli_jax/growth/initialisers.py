@@ -42,7 +42,7 @@ COMPUTED: dict[str, Callable[[jax.Array, jax.Array, str, Mapping[str, Any]], jax
 }
 
 
-def compute(init: str, source: jax.Array, row: int, name: str, scale: float, options: Mapping[str, Any]) -> jax.Array:
+def compute(init: str, source: Any, row: int, name: str, scale: float, options: Mapping[str, Any]) -> jax.Array:
     """One tensor of one injected layer by an initialiser that computes.
 
     Args:

@@ -43,7 +43,7 @@ def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[st
         name = ".".join(within)
         if not leaf.shape or leaf.shape[0] != plan.base_layers:
             raise UsageError(
-                f"{layers}.{name} has shape {tuple(leaf.shape)}, the plan needs {plan.base_layers} layers in its first dim"
+                f"{layers}.{name} has shape {tuple(leaf.shape)}, the plan needs {plan.base_layers} layers first"
             )
         return _grow_leaf(leaf, plan, name, is_output=bool(set(within) & set(outputs)))
 

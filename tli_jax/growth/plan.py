@@ -86,7 +86,7 @@ class Plan:
             for layer, weight in row.sources:
                 if not 0 <= layer < self.base_layers:
                     raise UsageError(
-                        f"{self.method}: layer {number} is made of base layer {layer}, the base has 0…{self.base_layers - 1}"
+                        f"{self.method}: layer {number} is made of {layer}, the base has 0…{self.base_layers - 1}"
                     )
                 if not math.isfinite(weight):
                     raise UsageError(f"{self.method}: layer {number} has a weight of {weight}, use a finite number")
@@ -228,7 +228,7 @@ class Plan:
 
 
 def draw_layer_map(plan: Plan, width: int = 88) -> str:
-    """The grown layers in order, as text: ``3`` is base layer 3 kept, ``[3·0]`` injected from 3 with outputs times 0."""
+    """The grown layers in order: ``3`` is base layer 3 kept, ``[3·0]`` injected from 3 with outputs times 0."""
     cells = []
     for row in plan.rows:
         text = "+".join(str(layer) for layer, _ in row.sources) or "new"

@@ -68,7 +68,7 @@ def tli(
 
 
 def dus(layers: int, drop: int | None = None) -> Plan:
-    """Depth Up-Scaling (SOLAR, arXiv 2312.15166): layers 0…L−m−1, then m…L−1, plain copies; m = ``drop``, default L/4."""
+    """Depth Up-Scaling (SOLAR, arXiv 2312.15166): layers 0…L−m−1, then m…L−1, copied; m is ``drop``, default L/4."""
     drop = layers // 4 if drop is None else drop
     _check_range("drop", drop, 0, layers - 1)
     return _from_order("dus", layers, [*range(layers - drop), *range(drop, layers)], {"drop": drop})
@@ -113,7 +113,7 @@ def slayer(layers: int, *, after: Sequence[int] | None = None) -> Plan:
 
 
 def average(layers: int, every: int = 4, *, after: Sequence[int] | None = None) -> Plan:
-    """The "Average" baseline of arXiv 2508.08011: the mean of layers i and i+1, nothing zeroed, at positions as asked."""
+    """The "Average" baseline of arXiv 2508.08011: the mean of layers i and i+1, nothing zeroed, where asked for."""
     if after is None:
         _check_range("every", every, 1, layers)
         positions = set(range(every - 1, layers, every))

@@ -134,12 +134,12 @@ class Llama(nnx.Module):
 
         def body(x: jax.Array, layer: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, kv = layer
-            x, kv = block(x, rope, None if cache is None else Cache(*kv, cache.length))
+            x, kv = block(x, rope, None if cache is None else Cache(kv[0], kv[1], cache.length))
             return x, None if cache is None else kv
 
         kv = None if cache is None else (cache.k, cache.v)
         x_BTD, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, (self.layers, kv))
-        new_cache = None if cache is None else Cache(*kv, cache.length + T)
+        new_cache = None if cache is None else Cache(kv[0], kv[1], cache.length + T)
         return self.norm(x_BTD), new_cache
 
     def head(self, x_BTD: jax.Array) -> jax.Array:

@@ -152,7 +152,7 @@ def make_card(name: str, record: Mapping[str, Any], plan: Plan, front: Sequence[
             f"- {proved}",
             "- `growth.json` holds the plan row by row, the layer map, the digests of every tensor, and the proof.",
             "",
-            "Layers (`[…]` injected; the number is the base layer it is made of, the factor that of its residual outputs):",
+            "Layers (`[…]` injected; the number is the base layer it is made of, the factor that of its outputs):",
             "",
             "```",
             draw_layer_map(plan),
