@@ -20,6 +20,11 @@ help:  ## list the targets
 
 demo: .venv/.runtime  ## grow the base model that the package carries and show what growth kept (under 3 minutes)
 	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml
+	@echo; echo "Two other ways to the same size, not exact (their output is in out/demo/*.txt):"
+	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml --init copy --output out/demo/tli-copy >out/demo/tli-copy.txt
+	$(BIN)/python -m tli_jax.upscale --model embedded --method dus --drop 3 --overwrite --output out/demo/dus >out/demo/dus.txt
+	@echo; echo "Before any training, at equal size:"
+	@$(BIN)/python -m tli_jax.report out/demo/tli-identity out/demo/tli-copy out/demo/dus
 
 test: .venv/.test  ## the tests, without the long ones
 	$(BIN)/python -m pytest -n 2 -m "not long"

@@ -1,0 +1,162 @@
+"""Growing a 1B-shaped checkpoint file to file, beside ``cp`` and mergekit's passthrough, in one run.
+
+    python benchmarks/upscale.py --work DIR [--mergekit VENV/bin/mergekit-yaml] [--repeat 3] [--layers 16] [--proof]
+
+The base is Llama-3.2-1B's shape with random weights (16 layers, D 2048, F 8192, 32/8 heads, V 128256, tied, bf16,
+2.5 GB), grown 16 → 24 by ``tli`` K=2. Every contender reads from and writes to DIR, which needs 15 GB, and its writing
+is synced. All files have been read once before, so reads come from the page cache where it is large enough.
+
+- ``cp``: ``cp -r`` of the grown folder, synced: the bytes that any of them has to write.
+- ``write``: what tli_jax spends on writing, synced; digests, finite check, imports and proof apart.
+- ``process``: the whole of ``python -m tli_jax.upscale --no-proof``: imports, headers, digests, finite check, writing.
+- ``proof``: the same with the proof (``--proof``).
+- ``mergekit``: ``mergekit-yaml`` with a passthrough of the same layers, plain copies, in an environment of its own:
+  ``python -m venv VENV && VENV/bin/pip install torch==2.13.0 mergekit``.
+
+Peak memory is the largest resident set of the process, interpreter and mapped pages included. Results are printed and
+written to ``benchmarks/results/upscale.json`` with the machine they come from.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from tli_jax.checkpoint.hf import expected_shapes
+from tli_jax.checkpoint.sidecar import write_json
+from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.models.config import LlamaConfig
+
+SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
+SHAPE |= {"vocab_size": 128256, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
+SHAPE |= {"max_position_embeddings": 131072, "tie_word_embeddings": True, "dtype": "bfloat16"}
+
+
+def make_base(folder: Path, layers: int, max_shard_size: str) -> None:
+    """A folder of random bf16 weights, N(0, 0.02), norms one."""
+    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
+    rng = np.random.default_rng(0)
+
+    def piece(name: str, shape: tuple[int, ...]) -> Piece:
+        def make() -> Iterator[Any]:
+            drawn = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * 0.02
+            yield drawn.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
+
+        return Piece(name, "BF16", shape, 2 * int(np.prod(shape)), make=make)
+
+    folder.mkdir(parents=True)
+    pieces = [piece(name, shape) for name, shape in expected_shapes(config).items()]
+    write_safetensors(folder, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
+    write_json(folder / "config.json", config.to_hf())
+
+
+def measure(arguments: list[str], output: Path) -> tuple[dict[str, float], str]:
+    """Run a command that writes ``output``, sync that, and return seconds, peak memory in MB, and stdout."""
+    shutil.rmtree(output, ignore_errors=True)
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{arguments[0]} failed, see above")
+    subprocess.run(["sync", *map(str, output.iterdir())], check=True)
+    return {"seconds": time.perf_counter() - started, "peak_mb": usage.ru_maxrss / 1000}, printed
+
+
+def grow(base: Path, output: Path, *flags: str) -> dict[str, float]:
+    command = [sys.executable, "-m", "tli_jax.upscale", "--model", str(base), "--output", str(output), "--every", "2"]
+    found, printed = measure([*command, "--json", *flags], output)
+    seconds = json.loads(printed)["seconds"]
+    return found | {f"of_which_{name}": value for name, value in seconds.items()}
+
+
+def merge(mergekit: str, base: Path, output: Path, layers: int) -> dict[str, float]:
+    slices = []
+    for last in range(1, layers, 2):
+        slices += [[last - 1, last + 1], [last, last + 1]]
+    recipe = {"merge_method": "passthrough", "dtype": "bfloat16"}
+    recipe |= {"slices": [{"sources": [{"model": str(base), "layer_range": part}]} for part in slices]}
+    file = output.with_suffix(".yaml")
+    # JSON is YAML.
+    file.write_text(json.dumps(recipe), encoding="utf-8")
+    return measure([mergekit, str(file), str(output), "--no-copy-tokenizer"], output)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints; needs 15 GB")
+    parser.add_argument("--mergekit", help="its mergekit-yaml; left out otherwise")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--max-shard-size", default="5GB", help="of the base; smaller makes a sharded base")
+    parser.add_argument("--output-shard-size", default="5GB", help="of the grown model")
+    parser.add_argument("--proof", action="store_true", help="measure the proof too")
+    parser.add_argument("--name", default="upscale", help="of the file in benchmarks/results")
+    args = parser.parse_args()
+    base = args.work / f"base-{args.layers}-{args.max_shard_size}"
+    if not base.exists():
+        make_base(base, args.layers, args.max_shard_size)
+    output, copied, merged = (args.work / name for name in ("grown", "copied", "merged"))
+
+    runs: dict[str, list[dict[str, float]]] = {"cp": [], "process": [], "mergekit": []}
+    shards = ("--max-shard-size", args.output_shard_size)
+    grow(base, output, "--no-proof", *shards)  # reads everything once, and makes what cp copies
+    for number in range(args.repeat):
+        print(f"round {number + 1} of {args.repeat}", file=sys.stderr)
+        runs["cp"].append(measure(["cp", "-r", str(output), str(copied)], copied)[0])
+        shutil.rmtree(copied)
+        runs["process"].append(grow(base, output, "--no-proof", *shards))
+        if args.mergekit:
+            runs["mergekit"].append(merge(args.mergekit, base, merged, args.layers))
+            shutil.rmtree(merged)
+    if args.proof:
+        runs["proof"] = [grow(base, output, *shards)]
+
+    def median(name: str, key: str = "seconds") -> float:
+        return statistics.median(run[key] for run in runs[name])
+
+    cp = median("cp")
+    grown_bytes = sum(file.stat().st_size for file in output.iterdir())
+    rows = {"cp": (cp, median("cp", "peak_mb")), "write": (median("process", "of_which_write"), None)}
+    rows["process"] = (median("process"), median("process", "peak_mb"))
+    rows |= {name: (median(name), median(name, "peak_mb")) for name in ("proof", "mergekit") if runs.get(name)}
+    print(f"{base.name}: {grown_bytes / 1e9:.2f} GB written, median of {args.repeat}")
+    print(f"{'':10}{'seconds':>9}{'× cp':>8}{'peak MB':>9}")
+    for name, (seconds, peak) in rows.items():
+        print(f"{name:10}{seconds:9.2f}{seconds / cp:8.2f}" + (f"{peak:9.0f}" if peak else ""))
+    result = {
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
+        "versions": {"python": platform.python_version()}
+        | {n: metadata.version(n) for n in ("tli_jax", "jax", "numpy")},
+        "arguments": {key: value for key, value in vars(args).items() if key not in ("work", "mergekit")}
+        | {"mergekit": bool(args.mergekit)},
+        "bytes_written": grown_bytes,
+        "ratios_to_cp": {name: seconds / cp for name, (seconds, _) in rows.items()},
+        "runs": runs,
+    }
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
