@@ -64,6 +64,7 @@ REPOS: dict[str, dict[str, bytes]] = {
     "org/sharded": SHARDED,
     "org/single": SINGLE,
     "org/gated": SINGLE,
+    "org/private": SINGLE,
     "org/pickle": {"config.json": b"{}", "pytorch_model.bin": b"a pickle"},
     "org/gguf": {"llama.gguf": b"GGUF"},
     "org/empty": {"config.json": b"{}"},
@@ -144,6 +145,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(200, json.dumps({"id": repo, "sha": COMMIT, "siblings": siblings}).encode())
         if repo == "org/gated":
             return self.fail(403 if "Authorization" in self.headers else 401, "GatedRepo")
+        if repo == "org/private" and not match["c"] and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.fail(401, "RepoNotFound")
         name = match["f"] or match["g"]
         if name not in files:
             return self.fail(404, "EntryNotFound")
@@ -295,7 +298,7 @@ def test_headers_only_reads_headers_and_no_weights(hub: Hub, tmp_path: Path) -> 
 
 
 def test_a_sparse_shard_is_read_like_a_real_one(tmp_path: Path, hub: Hub) -> None:
-    (told,) = run(hub.endpoint, tmp_path / "home", ("org/single", "main", True))
+    (told,) = run(hub.endpoint, tmp_path / "home", ("org/private", "main", True))
     size, _ = told["files"]["model.safetensors"]
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes.fromhex(told["heads"]["model.safetensors"]))
