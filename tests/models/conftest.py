@@ -1,0 +1,56 @@
+"""Models to test on, read without the package's own checkpoint code, so that neither can hide the other's mistake."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tli_jax.models.config import LlamaConfig
+from tli_jax.models.llama import Params, nest
+
+
+def stack_layers(tensors: Mapping[str, Any]) -> Params:
+    """``model.layers.3.mlp.up_proj.weight`` and the like -> the layer-stacked tree."""
+    outer: dict[str, Any] = {}
+    layers: dict[str, dict[int, Any]] = {}
+    for name, tensor in tensors.items():
+        name = name.removeprefix("model.")
+        if name.startswith("layers."):
+            _, number, rest = name.split(".", 2)
+            layers.setdefault(rest, {})[int(number)] = tensor
+        else:
+            outer[name] = tensor
+    stacked = {f"layers.{n}": np.stack([rows[i] for i in range(len(rows))]) for n, rows in layers.items()}
+    return nest(outer | stacked)
+
+
+def read_folder(folder: Path) -> tuple[LlamaConfig, Params]:
+    config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    return config, stack_layers(load_file(folder / "model.safetensors"))
+
+
+@pytest.fixture(name="stack_layers", scope="session")
+def _stack_layers() -> Callable[[Mapping[str, Any]], Params]:
+    return stack_layers
+
+
+@pytest.fixture(name="read_folder", scope="session")
+def _read_folder() -> Callable[[Path], tuple[LlamaConfig, Params]]:
+    return read_folder
+
+
+@pytest.fixture(scope="session")
+def stories260k(material: Path) -> tuple[LlamaConfig, Params]:
+    return read_folder(material / "stories260k")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(material: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    # The texts are cut into windows here: the length that the tokenizer would warn of is not a limit.
+    return AutoTokenizer.from_pretrained(material / "stories260k", model_max_length=10**9)

@@ -1,0 +1,97 @@
+"""Continuations of a prompt, greedy or sampled, from the KV cache or, to check it, without one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tli_jax.errors import UsageError
+from tli_jax.models.config import LlamaConfig
+from tli_jax.models.llama import Llama, Params, make_cache
+
+
+def generate(
+    config: LlamaConfig,
+    params: Params,
+    prompt_BT: jax.Array,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    key: jax.Array | None = None,
+    cached: bool = True,
+) -> jax.Array:
+    """Token ids ``[B, T + max_new_tokens]``, int32: the prompt ``[B, T]`` and its continuation; as deep as ``params``.
+
+    Greedy at temperature 0, else drawn from ``softmax(logits / temperature)``: the same key draws the same tokens.
+    A row that has produced one of ``config.eos_token_ids`` repeats it to its end; those in the prompt do not count.
+    ``cached=False`` runs the whole sequence anew for every token; it gives the same and is there to check the cache.
+
+    Raises:
+        UsageError: nothing to continue or nothing asked for, more positions than the model has, a negative temperature,
+            or sampling without a key.
+    """
+    T, limit = prompt_BT.shape[1], config.max_position_embeddings
+    if T < 1 or max_new_tokens < 1:
+        raise UsageError(f"prompt of {T} tokens, max_new_tokens {max_new_tokens}: both must be at least 1")
+    if T + max_new_tokens > limit:
+        raise UsageError(
+            f"prompt of {T} tokens + max_new_tokens {max_new_tokens} = {T + max_new_tokens}, but the model has "
+            f"max_position_embeddings {limit}: ask for at most {max(0, limit - T)}"
+        )
+    # Written so that NaN is refused too.
+    if not temperature >= 0:
+        raise UsageError(f"temperature {temperature} must be 0 (greedy) or above")
+    if temperature > 0 and key is None:
+        raise UsageError(
+            f"temperature {temperature} draws tokens: pass key, such as jax.random.key(0), or temperature 0"
+        )
+    return _generate(config, max_new_tokens, temperature > 0, cached, params, prompt_BT, temperature, key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _generate(
+    config: LlamaConfig,
+    new: int,
+    sampled: bool,
+    cached: bool,
+    params: Params,
+    prompt_BT: jax.Array,
+    temperature: float,
+    key: jax.Array | None,
+) -> jax.Array:
+    B, T = prompt_BT.shape
+    model = Llama(config, params)
+    eos_E = jnp.array(config.eos_token_ids, jnp.int32)
+
+    def choose(i, x_BD, last_B, done_B):
+        logits_BV = model.head(x_BD).astype(jnp.float32)
+        if sampled:
+            next_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
+        else:
+            next_B = jnp.argmax(logits_BV, axis=-1)
+        next_B = jnp.where(done_B, last_B, next_B.astype(jnp.int32))
+        return next_B, done_B | jnp.isin(next_B, eos_E)
+
+    def from_cache(carry, i):
+        cache, last_B, done_B = carry
+        x_B1D, cache = model.hidden(last_B[:, None], cache)
+        next_B, done_B = choose(i, x_B1D[:, 0], last_B, done_B)
+        return (cache, next_B, done_B), next_B
+
+    def anew(carry, i):
+        tokens_BS, done_B = carry
+        last = T - 1 + i
+        # What stands after `last` is padding, which the causal mask hides.
+        x_BSD, _ = model.hidden(tokens_BS)
+        next_B, done_B = choose(i, x_BSD[:, last], tokens_BS[:, last], done_B)
+        return (tokens_BS.at[:, last + 1].set(next_B), done_B), None
+
+    prompt_BT, done_B = prompt_BT.astype(jnp.int32), jnp.zeros(B, bool)
+    if not cached:
+        padded_BS = jnp.pad(prompt_BT, ((0, 0), (0, new)))
+        return jax.lax.scan(anew, (padded_BS, done_B), jnp.arange(new))[0][0]
+    # The last token is never fed back, so it needs no slot.
+    x_BTD, cache = model.hidden(prompt_BT, make_cache(config, params, B, T + new - 1))
+    first_B, done_B = choose(0, x_BTD[:, -1], prompt_BT[:, -1], done_B)
+    _, rest_NB = jax.lax.scan(from_cache, (cache, first_B, done_B), jnp.arange(1, new))
+    return jnp.concatenate([prompt_BT, first_B[:, None], rest_NB.T], axis=1)
