@@ -72,6 +72,9 @@ def main(arguments: Sequence[str]) -> None:
         check_output(output, folder, config.overwrite)
     base = open_checkpoint(folder)
     tokenizer, warnings = tokens.open_tokenizer(folder, base.config)
+    if config.plan_only and tokenizer is None:
+        # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.
+        warnings = []
     for warning in (*base.warnings, *warnings):
         notes.print(f"warning: {warning}", soft_wrap=True, markup=False)
     plan = make_plan(config, base)
@@ -104,9 +107,11 @@ def main(arguments: Sequence[str]) -> None:
             proof = _prove(config, base, open_checkpoint(partial), plan, tokenizer)
             seconds["proof"] = proof["seconds"]
             report.print_proof(screen, proof)
+        # The hub's cache calls a folder by its commit.
+        revision = folder.name if folder.parent.name == "snapshots" else config.revision
         record = {
             **plan.to_json(),
-            "base": {"layers": plan.base_layers, "name": config.model, "revision": config.revision},
+            "base": {"layers": plan.base_layers, "name": config.model, "revision": revision},
             "parameters": description["after"]["parameters"],
             "digests": {"algorithm": "sha256", "base": digests, "grown": grown_digests},
             "nonfinite": nonfinite,

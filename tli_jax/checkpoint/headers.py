@@ -169,9 +169,14 @@ def _inside(folder: Path, name: str, where: str) -> Path:
         raise DataError(f"{folder / where}: names the file {name!r}, which is not a plain name in the folder")
     file = folder / name
     home = folder.resolve()
-    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
-    if file.resolve().parent not in (home, blobs):
-        raise DataError(f"{file}: is a link out of the folder, to {file.resolve()}: copy the file in")
+    target = file.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        # The hub's cache: blobs of this model, or those that models share, one folder deeper.
+        shared = home.parents[2] / "blobs"
+        allowed += [home.parents[1] / "blobs", shared / target.parent.name]
+    if target.parent not in allowed:
+        raise DataError(f"{file}: is a link out of the folder, to {target}: copy the file in")
     return file
 
 

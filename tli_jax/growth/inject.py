@@ -56,7 +56,7 @@ def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[st
 def _grow_leaf(leaf: jax.Array, plan: Plan, name: str, is_output: bool) -> jax.Array:
     """A gather of whole layers, then the rows that are more than a copy written over it."""
     actions = [row.action(is_output) for row in plan.rows]
-    first = [row.sources[0][0] if row.sources else 0 for row in plan.rows]
+    first = [row.sources[0][0] for row in plan.rows]
     grown = jnp.take(leaf, np.asarray(first), axis=0, mode="clip")
 
     zero = [number for number, action in enumerate(actions) if action == "zero"]

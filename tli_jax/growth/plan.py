@@ -92,7 +92,7 @@ class Plan:
                     raise UsageError(f"{self.method}: layer {number} has a weight of {weight}, use a finite number")
             if not math.isfinite(row.scale):
                 raise UsageError(f"{self.method}: layer {number} has a scale of {row.scale}, use a finite number")
-            if not row.sources and row.init not in COMPUTED_INITS:
+            if not row.sources:
                 raise UsageError(f"{self.method}: layer {number} has no source")
         if not self.layer_map:
             object.__setattr__(self, "layer_map", tuple(tuple(s for s, _ in row.sources) for row in self.rows))
@@ -229,13 +229,7 @@ class Plan:
 
 def draw_layer_map(plan: Plan, width: int = 88) -> str:
     """The grown layers in order: ``3`` is base layer 3 kept, ``[3·0]`` injected from 3 with outputs times 0."""
-    cells = []
-    for row in plan.rows:
-        text = "+".join(str(layer) for layer, _ in row.sources) or "new"
-        if row.init in COMPUTED_INITS:
-            text = f"{text}~"
-        text += "" if row.scale == 1 else f"·{row.scale:g}"
-        cells.append(f"[{text}]" if row.injected else text)
+    cells = [f"[{label(row)}]" if row.injected else label(row) for row in plan.rows]
     lines = [""]
     for cell in cells:
         if len(lines[-1]) + len(cell) + 1 > width:
@@ -244,13 +238,25 @@ def draw_layer_map(plan: Plan, width: int = 88) -> str:
     return "\n".join(lines)
 
 
+def label(row: Row) -> str:
+    """Of what a row is made, in a few letters: ``3``, ``3·0.5``, ``3+4·0``; ``~`` where an initialiser computes."""
+    text = "+".join(str(layer) for layer, _ in row.sources) + ("~" if row.init in COMPUTED_INITS else "")
+    return text if row.scale == 1 else f"{text}·{row.scale:g}"
+
+
 def make_rows(order: Iterable[Row]) -> tuple[Row, ...]:
-    """Mark kept and injected: the first whole occurrence of each base layer is kept, all else is injected."""
+    """Mark kept and injected: the first whole occurrence of each base layer is kept, all else is injected.
+
+    A layer that occurs only with scaled outputs is kept where it occurs first.
+    """
+    order = list(order)
+    whole = {row.sources[0][0] for row in order if row.is_base_layer}
     seen: set[int] = set()
     rows = []
     for row in order:
         layer = row.sources[0][0] if len(row.sources) == 1 else None
-        is_kept = layer is not None and layer not in seen and row.init in (KEEP, "half")
+        is_candidate = row.is_base_layer or (layer not in whole and row.init in (KEEP, "half"))
+        is_kept = layer is not None and layer not in seen and is_candidate
         if is_kept and layer is not None:
             seen.add(layer)
         init = KEEP if is_kept else "copy" if row.init == KEEP else row.init

@@ -71,8 +71,10 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
     screen.print(f"promise: {PROMISES[plan.exactness]}")
     for note in plan.notes:
         screen.print(f"note: {note}")
-    total = sum(description["writes"].values())
-    screen.print(f"writes {len(description['writes'])} files, {total:,} bytes: {', '.join(description['writes'])}")
+    weights = [name for name in description["writes"] if name.endswith(".safetensors")]
+    others = [name for name in description["writes"] if name not in weights]
+    shards = weights[0] if len(weights) == 1 else f"{weights[0]} … {weights[-1]}"
+    screen.print(f"writes {sum(description['writes'].values()):,} bytes: {', '.join([shards, *others])}")
 
 
 def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:
