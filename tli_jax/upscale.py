@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     notes = command.console(is_stderr=True)
     screen = notes if config.json else command.console()
 
-    folder = _resolve(config)
+    folder = hub.resolve(config.model, config.revision, config.plan_only)
     output = None if config.output is None else Path(config.output)
     if output is not None and not config.plan_only:
         check_output(output, folder, config.overwrite)
@@ -129,12 +129,6 @@ def main(arguments: Sequence[str]) -> None:
     screen.print(f"written to {output} ({times})\n\n{report.snippet(output)}", markup=False, soft_wrap=True)
     if config.json:
         _print_json({**description, **record, "output": str(output), "seconds": seconds})
-
-
-def _resolve(config: UpscaleConfig) -> Path:
-    if config.model == "embedded":
-        return Path(str(resources.files("tli_jax") / "assets" / "base"))
-    return hub.resolve(config.model, config.revision, config.plan_only)
 
 
 def _check(

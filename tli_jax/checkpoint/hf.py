@@ -141,25 +141,30 @@ def read_tensor(tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
     return out
 
 
-def load_hf(path: Path | str, dtype: Any = None, shardings: Any = None) -> "tuple[LlamaConfig, dict[str, Any]]":
+def load_hf(
+    model: Path | str, dtype: Any = None, shardings: Any = None, *, revision: str | None = None
+) -> "tuple[LlamaConfig, dict[str, Any]]":
     """Load a Llama folder as layer-stacked params, named as Hugging Face names them.
 
     ``params["layers"]["mlp"]["up_proj"]["weight"]`` is ``[L, F, D]``: the tensors of all layers, stacked byte for byte.
 
     Args:
-        path: a folder; see ``open_checkpoint`` for what is refused.
+        model: a folder, a hub id, or ``"embedded"``, the small base that the package carries.
         dtype: dtype of all params; as stored by default.
-        shardings: where the params go: one ``jax.sharding.Sharding`` for all, or a tree of them like the params. Each
+        shardings: where the params go, on a mesh or not: one ``jax.sharding.Sharding`` for all, or a tree of them like the params. Each
             device's share is read from disk by itself. The default device otherwise.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
+        MissingInputError, UnavailableError: the model cannot be had.
         MissingInputError, DataError: see ``open_checkpoint``; DataError too if layers differ in dtype.
     """
     import jax
 
+    from tli_jax.checkpoint import hub
     from tli_jax.models.llama import nest
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(hub.resolve(model, revision))
     config, layers = checkpoint.config, range(checkpoint.config.num_hidden_layers)
     flat: dict[str, list[Tensor]] = {name: [checkpoint.tensors[hf_name(name)]] for name in config.outer_tensors}
     flat |= {f"layers.{n}": [checkpoint.tensors[hf_name(n, i)] for i in layers] for n in LAYER_TENSORS}
@@ -170,7 +175,7 @@ def load_hf(path: Path | str, dtype: Any = None, shardings: Any = None) -> "tupl
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
             raise DataError(
-                f"{path}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers, one is needed to stack"
+                f"{checkpoint.folder}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers, one is needed to stack"
             )
         stacked = name.startswith("layers.")
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape

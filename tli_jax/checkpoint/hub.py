@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder here, or the Hugging Face hub, from which neither code nor pickles are fetched."""
+"""Where a model comes from: a folder here, the package itself, or the Hugging Face hub (neither code nor pickles)."""
 
 import atexit
 import concurrent.futures
@@ -7,20 +7,23 @@ import os
 import re
 import shutil
 import tempfile
+from importlib import resources
 from pathlib import Path
 
 from tli_jax.checkpoint.headers import INDEX, MAX_HEADER, SINGLE, parse_json
 from tli_jax.checkpoint.sidecar import ALLOWED
 from tli_jax.errors import DataError, MissingInputError, StorageError, TliError, UnavailableError, UsageError
 
+EMBEDDED = "embedded"
 _CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
 _SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
 _FIRST_READ = 65_536  # bytes; most headers are shorter, so that one request is enough
 
 
-def resolve(model: str, revision: str | None = None, headers_only: bool = False) -> Path:
-    """The local folder that holds ``model``: a folder, which is returned as it is, or else a hub id ``name/name``.
+def resolve(model: Path | str, revision: str | None = None, headers_only: bool = False) -> Path:
+    """The local folder that holds ``model``: a folder, which is returned as it is, the word ``embedded`` for the small
+    base that the package carries, or else a hub id ``name/name``.
 
     ``revision`` is a branch, tag or full commit hash on the hub. A hub model lands in the hub's cache, in a folder that
     is named by the commit. With ``headers_only``, unless its weights are cached, it lands in a temporary folder of that
@@ -30,6 +33,9 @@ def resolve(model: str, revision: str | None = None, headers_only: bool = False)
     Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer, not
     cached), DataError (only pickles; damaged index), StorageError (disk), UsageError (a folder with ``revision``).
     """
+    model = str(model)
+    if model == EMBEDDED:
+        return Path(str(resources.files("tli_jax") / "assets" / "base"))
     folder = os.path.expanduser(model)  # noqa: PTH111  # Path's own raises where there is no such home
     if os.path.isdir(folder):  # noqa: PTH112  # and Path.is_dir where the name is too long
         if revision is not None:
