@@ -97,6 +97,10 @@ class Plan:
         if not self.layer_map:
             object.__setattr__(self, "layer_map", tuple(tuple(s for s, _ in row.sources) for row in self.rows))
 
+    def __hash__(self) -> int:
+        # By hand because options are a mapping: a plan can be a static argument under jit.
+        return hash((self.method, self.base_layers, self.rows))
+
     def __len__(self) -> int:
         return len(self.rows)
 

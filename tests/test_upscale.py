@@ -1,0 +1,231 @@
+"""The command, end to end, on the base model that the package carries."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tli_jax import command, report, upscale
+from tli_jax.checkpoint import stream
+from tli_jax.checkpoint.hf import expected_shapes, open_checkpoint, read_tensor
+from tli_jax.growth.plan import Plan
+from tli_jax.models.config import LlamaConfig
+
+GROWTH_KEYS = (
+    "version method options base rows layer_map injected trainable experts exactness digests proof history".split()
+)
+PROOF_KEYS = "tokens dtype max_abs_logit_difference kl loss_base loss_grown top1".split()
+
+
+def run(*flags):
+    return command.run(upscale.main, [str(flag) for flag in flags])
+
+
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory):
+    """The embedded base grown by the defaults, 12 → 15 layers."""
+    output = tmp_path_factory.mktemp("upscale") / "grown"
+    assert run("--model", "embedded", "--output", output) == 0
+    return output
+
+
+def test_output_is_a_whole_model_folder(grown):
+    names = {file.name for file in grown.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "growth.json", "README.md"} <= names
+    assert json.loads((grown / "config.json").read_text())["num_hidden_layers"] == 15
+    assert not [file for file in grown.parent.iterdir() if file != grown]
+
+
+def test_growth_record(grown):
+    record = json.loads((grown / "growth.json").read_text())
+    assert set(GROWTH_KEYS) <= record.keys()
+    assert set(PROOF_KEYS) <= record["proof"].keys()
+    assert record["exactness"] == "bit"
+    assert record["proof"]["max_abs_logit_difference"] == 0
+    assert record["proof"]["loss_base"] == record["proof"]["loss_grown"]
+    assert record["proof"]["tokens"] >= 128
+    plan = Plan.from_json(record)
+    assert [number for number, injected in enumerate(plan.injected) if injected] == [4, 9, 14]
+    checkpoint = open_checkpoint(grown)
+    for name, digest in record["digests"]["grown"].items():
+        assert hashlib.sha256(read_tensor(checkpoint.tensors[name]).tobytes()).hexdigest() == digest
+
+
+def test_card_says_how_it_was_made(grown):
+    card = (grown / "README.md").read_text()
+    assert "tli" in card
+    assert "12 → 15 layers" in card
+    assert "max |Δlogit| 0" in card
+
+
+def test_grown_model_grows_again_with_one_layer_map(grown, tmp_path):
+    assert run("--model", grown, "--output", tmp_path / "again", "--method", "dus", "--drop", 5, "--no-proof") == 0
+    record = json.loads((tmp_path / "again" / "growth.json").read_text())
+    assert len(record["rows"]) == 20
+    assert record["layer_map"][4] == [3]  # injected by the first growth, of base layer 3
+    assert record["rows"][4]["generation"] == 1
+    assert not record["rows"][4]["injected"]
+    assert record["rows"][10]["generation"] == 2
+    assert [step["method"] for step in record["history"]] == ["tli"]
+    assert record["proof"] is None
+
+
+def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(grown, tmp_path):
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tli_jax.checkpoint import hub, tokens
+
+    base = hub.resolve("embedded")
+    checkpoint = open_checkpoint(base)
+    ids = AutoTokenizer.from_pretrained(base).encode(tokens.embedded_text(), add_special_tokens=False)
+    windows = torch.tensor(tokens.windows(ids, checkpoint.config, 2048, 512), dtype=torch.long)
+    logits = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(windows).logits for f in (base, grown)]
+    assert torch.equal(*logits)
+    for init in ("copy", "half"):
+        output = tmp_path / init
+        assert run("--model", "embedded", "--output", output, "--init", init) == 0
+        proof = json.loads((output / "growth.json").read_text())["proof"]
+        windows = tokens.windows(ids, checkpoint.config, proof["tokens"], 512)
+        windows = torch.tensor(windows, dtype=torch.long)
+        with torch.no_grad():
+            loss = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(windows, labels=windows).loss
+        # The proof runs in the stored bf16, transformers here in fp32: the 1e-4 of fp32 is tested on an fp32 base.
+        assert abs(float(loss) - proof["loss_grown"]) < 2e-2
+
+
+def test_plan_only_reads_no_weights_and_writes_nothing(tmp_path, capsys):
+    """A 405B-shaped folder of sparse files: real headers, no data on disk."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=126,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        head_dim=128,
+        dtype="bfloat16",
+    )
+    pieces = [stream.Piece(n, "BF16", s, 2 * int(np.prod(s))) for n, s in expected_shapes(config).items()]
+    shards = stream.split_shards(pieces, 5 * 10**9)
+    for name, shard in shards.items():
+        entries, at = {}, 0
+        for piece in shard:
+            entries[piece.name] = {"dtype": "BF16", "shape": piece.shape, "data_offsets": [at, at + piece.nbytes]}
+            at += piece.nbytes
+        header = json.dumps(entries).encode()
+        with (tmp_path / name).open("wb") as file:
+            file.write(struct.pack("<Q", len(header)) + header)
+            file.truncate(8 + len(header) + at)
+    index = {"weight_map": {piece.name: name for name, shard in shards.items() for piece in shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
+    before = sorted(tmp_path.iterdir())
+    assert run("--model", tmp_path, "--plan-only", "--json", "--every", 8) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["before"]["parameters"] == 405_853_388_800
+    assert found["after"]["layers"] == 126 + 126 // 8
+    assert found["is_exact"]
+    assert found["after"]["bytes"] == 2 * found["after"]["parameters"]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_json_alone_on_stdout(tmp_path, capsys):
+    assert run("--model", "embedded", "--output", tmp_path / "out", "--json", "--no-proof") == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["after"]["layers"] == 15
+    assert "12 → 15 layers" in captured.err
+
+
+def test_sample_is_the_same_text_for_an_exact_growth(tmp_path, capsys):
+    assert run("--model", "embedded", "--output", tmp_path / "out", "--sample", "def ", "--no-proof") == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    texts = [next(line for line in lines if line.startswith(name)).split(":", 1)[1] for name in ("base:", "grown:")]
+    assert texts[0] == texts[1]
+    assert len(texts[0]) > 20
+
+
+def test_configuration_file_and_flags_over_it(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: embedded\nmethod: tli\nevery: 3\nplan_only: true\n")
+    assert run("--config", file) == 0
+    assert "12 → 16 layers" in capsys.readouterr().out
+    assert run("--config", file, "--every", "2") == 0
+    assert "12 → 18 layers" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "layers"),
+    [
+        (("--method", "dus", "--drop", "3"), 18),
+        (("--method", "llama_pro", "--groups", "4"), 16),
+        (("--method", "stack", "--times", "2"), 24),
+        (("--method", "interpose", "--after", "1,2"), 14),
+        (("--method", "slayer"), 15),
+        (("--method", "average", "--after", "5"), 13),
+        (("--method", "custom", "--layers", "0-3, 3*0, 4-11"), 13),
+        (("--init", "noise", "--every", "6", "--scale", "0"), 14),
+    ],
+)
+def test_every_method_from_the_command_line(flags, layers, tmp_path):
+    assert run("--model", "embedded", "--output", tmp_path / "out", *flags) == 0
+    record = json.loads((tmp_path / "out" / "growth.json").read_text())
+    assert len(record["rows"]) == layers
+    assert open_checkpoint(tmp_path / "out").config.num_hidden_layers == layers
+    is_same = record["proof"]["max_abs_logit_difference"] == 0
+    assert is_same == (record["exactness"] == "bit")
+
+
+def test_option_of_another_method_is_refused(capsys):
+    assert run("--model", "embedded", "--plan-only", "--method", "dus", "--every", "2") == 2
+    assert "every: not an option of method dus" in capsys.readouterr().err
+
+
+def test_broken_promise_fails_names_the_layer_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+    """What a wrong writer would do: residual outputs that should be zero are not."""
+
+    def ones(plan, number, name, sources, is_output):
+        return lambda: iter([np.ones(sources[0].shape, "bfloat16").reshape(-1).view(np.uint8).data])
+
+    monkeypatch.setattr(stream, "_zeros", ones)
+    assert run("--model", "embedded", "--output", tmp_path / "out", "--every", "6") == 65
+    assert "part after layer 6 of the grown model" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_compares_and_draws(grown, tmp_path, capsys):
+    from tli_jax.report.__main__ import main
+
+    assert command.run(main, [str(grown), "--layer-maps", str(tmp_path / "maps.svg")]) == 0
+    assert "tli identity" in capsys.readouterr().out
+    drawing = (tmp_path / "maps.svg").read_text()
+    assert drawing.count(">new<") == 3
+    assert report.__doc__
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path):
+    arguments = [sys.executable, "-m", "tli_jax.upscale", "--model", "embedded", "--no-proof", "--overwrite"]
+    arguments += ["--output", str(tmp_path / "out")]
+    plain = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert "write done in" in plain.stderr
+    assert "\x1b" not in plain.stdout + plain.stderr
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    process = subprocess.Popen(arguments, stderr=theirs, stdout=subprocess.DEVNULL, env=environment)
+    os.close(theirs)
+    shown = b""
+    # Linux answers EIO, not an end of file, once the other side of a terminal is closed.
+    with contextlib.suppress(OSError):
+        while chunk := os.read(ours, 4096):
+            shown += chunk
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"\x1b[" in shown
+    assert b"write" in shown
