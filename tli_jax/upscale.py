@@ -161,7 +161,7 @@ def _prove(
     else:
         content = tokens.embedded_text() if config.text is None else tokens.read_text(Path(config.text))
         tokens_BT = tokens.windows(tokenizer.encode(content), base.config, count, proof.WINDOW)
-    with command.progress("prove", len(plan) + plan.base_layers, unit="layers") as advance:
+    with command.progress("prove", proof.layers_to_run(plan), unit="layers") as advance:
         found = proof.prove(base, grown, plan, tokens_BT, text, lambda: advance(1))
     proof.check(plan, found)
     return found.to_json()
@@ -169,6 +169,8 @@ def _prove(
 
 def _sample(screen: Any, prompt: str, tokenizer: tokens.Tokenizer | None, folders: dict[str, Path]) -> None:
     """A greedy continuation by each model."""
+    import jax.numpy as jnp
+
     from tli_jax.checkpoint.hf import load_hf
     from tli_jax.models.generate import generate
 
@@ -177,8 +179,8 @@ def _sample(screen: Any, prompt: str, tokenizer: tokens.Tokenizer | None, folder
     for name, folder in folders.items():
         config, params = load_hf(folder)
         bos = [] if config.bos_token_id is None else [config.bos_token_id]
-        ids = np.asarray([bos + tokenizer.encode(prompt)], np.int32)
-        longer = generate(config, params, ids, min(64, config.max_position_embeddings - ids.shape[1]))
+        ids = np.asarray([bos + tokenizer.encode(prompt)])
+        longer = generate(config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1]))
         text = tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
         screen.print(f"{name:>5}: {text!r}", markup=False, soft_wrap=True)
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_tensor
+from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_chunks, read_tensor
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
@@ -68,11 +68,22 @@ def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int
     started = time.perf_counter()
     _block(base.config, params, x).block_until_ready()
     per_token = (time.perf_counter() - started) / MIN_TOKENS
-    layers = len(plan) + (0 if plan.is_exact else plan.base_layers)
+    layers = layers_to_run(plan)
     # The head costs as much as its parameters are layers; both models need it.
     layers += 2 * base.config.vocab_size * base.config.hidden_size / base.config.layer_params
     affordable = int(seconds / (per_token * layers))
     return max(MIN_TOKENS, min(MAX_TOKENS, affordable // WINDOW * WINDOW or affordable))
+
+
+def layers_to_run(plan: Plan) -> int:
+    """How many layers a proof runs: all of the grown model, and the base's from where the two must part."""
+    shared = 0
+    for row in plan.rows:
+        if row.is_base_layer and not row.injected and row.sources[0][0] == shared:
+            shared += 1
+        elif row.scale != 0:
+            break
+    return len(plan) + plan.base_layers - shared
 
 
 def prove(
@@ -136,9 +147,9 @@ def _run_layers(
         if parted_at is None:
             is_next = row.is_base_layer and row.sources[0][0] == next_base and not row.injected
             if is_next:
-                base_params = _layer(base, next_base)
+                is_same_layer = _holds(base, next_base, params)
+                x_base = y if is_same_layer else _block(config, _layer(base, next_base), x_base)
                 next_base += 1
-                x_base = y if _same_bytes(base_params, params) else _block(config, base_params, x_base)
             if not _same(x_base, y):
                 parted_at = number
         x_grown = y
@@ -172,13 +183,24 @@ def _embed(checkpoint: Checkpoint, tokens_BT: np.ndarray) -> jax.Array:
     return jnp.asarray(rows[inverse.reshape(tokens_BT.shape)])
 
 
-def _same_bytes(a: Any, b: Any) -> bool:
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in pairs)
+def _holds(checkpoint: Checkpoint, layer: int, params: dict[str, Any]) -> bool:
+    """Whether a layer on disk holds the same bytes as params in memory; read through a small buffer."""
+
+    def holds(name: str) -> bool:
+        leaf: Any = functools.reduce(lambda node, key: node[key], name.split("."), params)
+        bytes_here = leaf.reshape(-1).view(np.uint8)
+        at = 0
+        for chunk in read_chunks(checkpoint.tensors[hf_name(name, layer)]):
+            if not np.array_equal(bytes_here[at : at + len(chunk)], chunk):
+                return False
+            at += len(chunk)
+        return True
+
+    return all(holds(name) for name in LAYER_TENSORS)
 
 
-def _same(a: jax.Array, b: jax.Array) -> bool:
-    return a is b or _same_bytes(np.asarray(a), np.asarray(b))
+def _same(a: Any, b: Any) -> bool:
+    return a is b or np.array_equal(np.asarray(a).view(np.uint8), np.asarray(b).view(np.uint8))
 
 
 @jax.jit
@@ -206,7 +228,7 @@ def _compare_logits(
     stats = _start(h_base.shape[0])
     for start in range(0, config.vocab_size, rows):
         weights = [read_tensor(head, slice(start, start + rows)) for head in heads]
-        is_shared = is_same_hidden and _same_bytes(weights[0], weights[1])
+        is_shared = is_same_hidden and _same(weights[0], weights[1])
         logits = _logits(h_base, weights[0])
         other = logits if is_shared else _logits(h_grown, weights[1])
         stats = _update(stats, logits, other, targets_N, start)
