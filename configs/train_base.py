@@ -161,7 +161,7 @@ def main() -> None:
 
     params = jax.tree.map(lambda x: x.astype(config.dtype), params)
     write(args.output, config, params, tokenizer)
-    card = {
+    facts = {
         "python": platform.python_version(),
         "text_sha256": digest,
         "train_tokens": train["steps"] * train["batch_tokens"],
@@ -170,8 +170,33 @@ def main() -> None:
         "new_domain_loss": round(held_out_loss(params, domain), 4),
         "bytes_per_token": round(bytes_per_token, 3),
     }
-    print(json.dumps(card, indent=2))
-    (args.output / "recipe.json").write_text(json.dumps(card | {"recipe": recipe}, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(facts, indent=2))
+    (args.output / "recipe.json").write_text(json.dumps(facts | {"recipe": recipe}, indent=2) + "\n", encoding="utf-8")
+    (args.output / "README.md").write_text(model_card(config, facts), encoding="utf-8")
+
+
+def model_card(config: LlamaConfig, facts: dict) -> str:
+    """What the model is, what it was trained on, and how good it is."""
+    return f"""---
+license: apache-2.0
+library_name: transformers
+---
+# The base model of tli_jax
+
+A real Llama of {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, with a byte-level
+BPE tokenizer of {config.vocab_size:,} tokens, trained by the project itself from `configs/base.yaml`:
+
+    python configs/train_base.py --config configs/base.yaml --output base
+
+- Text: the sources of the standard library of Python {facts["python"]}, and their docstrings once more as plain prose;
+  sha256 of the text {facts["text_sha256"]}. One file in forty was held out.
+- Kept out on purpose, as a new domain for later: the documentation topics (`pydoc_data.topics`).
+- Trained on {facts["train_tokens"]:,} tokens ({facts["bytes_per_token"]} bytes each) in {facts["seconds"]:,} s on a CPU.
+- Held-out loss {facts["held_out_loss"]} nats a token, on the new domain {facts["new_domain_loss"]} (windows of
+  512 tokens with BOS in front, 200 windows at most).
+
+It is there to be grown, proved and trained on in seconds. It writes text that looks like Python; it knows nothing.
+"""
 
 
 def write(folder: Path, config: LlamaConfig, params: Params, tokenizer: Tokenizer) -> None:
