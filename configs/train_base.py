@@ -171,7 +171,8 @@ def main() -> None:
         "bytes_per_token": round(bytes_per_token, 3),
     }
     print(json.dumps(facts, indent=2))
-    (args.output / "recipe.json").write_text(json.dumps(facts | {"recipe": recipe}, indent=2) + "\n", encoding="utf-8")
+    record = json.dumps(facts | {"recipe": recipe}, indent=2) + "\n"
+    (args.output / "recipe.json").write_text(record, encoding="utf-8")
     (args.output / "README.md").write_text(model_card(config, facts), encoding="utf-8")
 
 
@@ -183,8 +184,8 @@ library_name: transformers
 ---
 # The base model of tli_jax
 
-A real Llama of {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, with a byte-level
-BPE tokenizer of {config.vocab_size:,} tokens, trained by the project itself from `configs/base.yaml`:
+A real Llama of {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, with a
+byte-level BPE tokenizer of {config.vocab_size:,} tokens, trained by the project itself from `configs/base.yaml`:
 
     python configs/train_base.py --config configs/base.yaml --output base
 
