@@ -1,5 +1,6 @@
 """``python -m tli_jax.upscale``: grow a checkpoint, file to file, and prove what that did to the model."""
 
+import dataclasses
 import inspect
 import json
 import platform
@@ -18,7 +19,14 @@ from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.headers import INDEX, SINGLE
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from tli_jax.checkpoint.output import check_output, staged
-from tli_jax.checkpoint.stream import check_tensors, grown_pieces, parse_size, split_shards, write_safetensors
+from tli_jax.checkpoint.stream import (
+    Piece,
+    check_tensors,
+    grown_pieces,
+    parse_size,
+    split_shards,
+    write_safetensors,
+)
 from tli_jax.config import UpscaleConfig, parse
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.plan import Plan
@@ -55,28 +63,61 @@ def make_plan(config: UpscaleConfig, base: Checkpoint) -> Plan:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A growth that has been thought through: everything that can be refused before a byte is written has been."""
+
+    config: UpscaleConfig
+    base: Checkpoint
+    tokenizer: tokens.Tokenizer | None
+    plan: Plan
+    shards: dict[str, list[Piece]]
+    description: dict[str, Any]
+
+
 def main(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     config = parse(UpscaleConfig, PROGRAM, "Grow a Llama checkpoint and prove it.", arguments)
+    screen = command.console(is_stderr=config.json)
+    job = prepare(config)
+    screen.print(f"base: {config.model}", markup=False)
+    report.print_plan(screen, job.plan, job.description)
+    result = job.description
+    if not config.plan_only:
+        seconds = {"start": time.perf_counter() - started}
+        record = grow(job, screen, seconds)
+        seconds["total"] = time.perf_counter() - started
+        if config.sample is not None:
+            _sample(job, screen, config.sample)
+        times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
+        snippet = report.snippet(str(config.output))
+        screen.print(f"written to {config.output} ({times})\n\n{snippet}", markup=False, soft_wrap=True)
+        result = {**result, **record, "output": config.output, "seconds": seconds}
+    if config.json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+
+
+def prepare(config: UpscaleConfig) -> Job:
+    """Find and check the base, and make the plan; reads headers and configuration only.
+
+    Raises:
+        TliError: whatever can be known to be wrong before weights are read.
+    """
     if not config.model:
         raise UsageError("--model is needed: a folder, a hub id, or 'embedded'")
     if config.output is None and not config.plan_only:
         raise UsageError("--output is needed: the folder to write (or --plan-only)")
     max_shard_bytes = parse_size(config.max_shard_size)
-    notes = command.console(is_stderr=True)
-    screen = notes if config.json else command.console()
-
     folder = hub.resolve(config.model, config.revision, config.plan_only)
-    output = None if config.output is None else Path(config.output)
-    if output is not None and not config.plan_only:
-        check_output(output, folder, config.overwrite)
+    if config.output is not None and not config.plan_only:
+        check_output(Path(config.output), folder, config.overwrite)
     base = open_checkpoint(folder)
     tokenizer, warnings = tokens.open_tokenizer(folder, base.config)
     if config.plan_only and tokenizer is None:
         # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.
         warnings = []
     for warning in (*base.warnings, *warnings):
-        notes.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        _warn(warning)
     plan = make_plan(config, base)
     pieces = grown_pieces(base, plan)
     shards = split_shards(pieces, max_shard_bytes)
@@ -84,57 +125,55 @@ def main(arguments: Sequence[str]) -> None:
     files |= {INDEX: 0} if list(shards) != [SINGLE] else {}
     files |= dict.fromkeys(("config.json", "growth.json", "README.md"), 0)
     files |= {file.name: file.stat().st_size for file in sidecar.allowed_files(folder)}
-    description = report.describe(base, plan, pieces, files)
-    screen.print(f"base: {config.model}", markup=False)
-    report.print_plan(screen, plan, description)
-    if config.plan_only:
-        if config.json:
-            _print_json(description)
-        return
-    assert output is not None
+    return Job(config, base, tokenizer, plan, shards, report.describe(base, plan, pieces, files))
 
-    seconds = {"start": time.perf_counter() - started}
-    digests, nonfinite = _check(config, base, seconds, notes)
-    with staged(output, sum(files.values())) as partial:
+
+def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
+    """Check the base, write the grown folder, prove it; what ``growth.json`` says. ``seconds`` is filled on the way.
+
+    Raises:
+        DataError: NaN or Inf in the base, a text that cannot be read, or a promise that is not kept.
+        OutputError, StorageError: the output cannot be written.
+    """
+    config, base, plan = job.config, job.base, job.plan
+    ids = _read_ids(job)
+    digests, nonfinite = _check(job, seconds)
+    with staged(Path(str(config.output)), sum(job.description["writes"].values())) as partial:
         at = time.perf_counter()
-        with command.progress("write", sum(piece.nbytes for piece in pieces)) as advance:
-            grown_digests, hashing = write_safetensors(partial, shards, digests, advance)
+        with command.progress("write", job.description["after"]["bytes"]) as advance:
+            grown_digests, hashing = write_safetensors(partial, job.shards, digests, advance)
         seconds |= {"write": time.perf_counter() - at - hashing, "hash": hashing}
         sidecar.write_json(partial / "config.json", sidecar.grow_config(base.raw, plan))
-        sidecar.copy_allowed(folder, partial)
+        sidecar.copy_allowed(base.folder, partial)
         proof = None
         if config.proof:
-            proof = _prove(config, base, open_checkpoint(partial), plan, tokenizer)
+            proof = _prove(job, open_checkpoint(partial), ids)
             seconds["proof"] = proof["seconds"]
             report.print_proof(screen, proof)
         # The hub's cache calls a folder by its commit.
-        revision = folder.name if folder.parent.name == "snapshots" else config.revision
+        revision = base.folder.name if base.folder.parent.name == "snapshots" else config.revision
         record = {
             **plan.to_json(),
             "base": {"layers": plan.base_layers, "name": config.model, "revision": revision},
-            "parameters": description["after"]["parameters"],
+            "parameters": job.description["after"]["parameters"],
             "digests": {"algorithm": "sha256", "base": digests, "grown": grown_digests},
             "nonfinite": nonfinite,
             "versions": _versions(),
             "proof": proof,
         }
         sidecar.write_json(partial / "growth.json", record)
-        card = report.make_card(output.name, record, plan, _card_front(config))
+        card = report.make_card(Path(str(config.output)).name, record, plan, _card_front(config))
         (partial / "README.md").write_text(card, encoding="utf-8")
-        at = time.perf_counter()
-    seconds |= {"finish": time.perf_counter() - at, "total": time.perf_counter() - started}
-    if config.sample is not None:
-        _sample(screen, config.sample, tokenizer, {"base": folder, "grown": output})
-    times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-    screen.print(f"written to {output} ({times})\n\n{report.snippet(output)}", markup=False, soft_wrap=True)
-    if config.json:
-        _print_json({**description, **record, "output": str(output), "seconds": seconds})
+    return record
 
 
-def _check(
-    config: UpscaleConfig, base: Checkpoint, seconds: dict[str, float], notes: Any
-) -> tuple[dict[str, str], dict[str, int]]:
+def _warn(message: str) -> None:
+    command.console(is_stderr=True).print(f"warning: {message}", soft_wrap=True, markup=False)
+
+
+def _check(job: Job, seconds: dict[str, float]) -> tuple[dict[str, str], dict[str, int]]:
     """Digests of the base, in one pass with the search for NaN and Inf."""
+    base = job.base
     at = time.perf_counter()
     with command.progress("check", base.nbytes) as advance:
         digests, nonfinite = check_tensors(base.tensors.values(), advance)
@@ -142,46 +181,56 @@ def _check(
     if nonfinite:
         found = ", ".join(f"{name} ({count})" for name, count in sorted(nonfinite.items())[:5])
         message = f"{base.folder}: NaN or Inf in {len(nonfinite)} tensors: {found}"
-        if not config.allow_nonfinite:
+        if not job.config.allow_nonfinite:
             raise DataError(f"{message}: mend them, or add --allow-nonfinite")
-        notes.print(f"warning: {message}", markup=False, soft_wrap=True)
+        _warn(message)
     return digests, nonfinite
 
 
-def _prove(
-    config: UpscaleConfig, base: Checkpoint, grown: Checkpoint, plan: Plan, tokenizer: tokens.Tokenizer | None
-) -> dict[str, Any]:
+def _read_ids(job: Job) -> list[int] | None:
+    """Token ids of the text for the proof; None where there is no tokenizer."""
+    config = job.config
+    if job.tokenizer is None:
+        if config.text is not None or config.sample is not None:
+            raise DataError(f"{job.base.folder}: no tokenizer, which --text and --sample need: leave them out")
+        return None
+    text = tokens.embedded_text() if config.text is None else tokens.read_text(Path(config.text))
+    ids = job.tokenizer.encode(text)
+    tokens.windows(ids, job.base.config, tokens.FEWEST, tokens.FEWEST)  # refuses what is too short
+    return ids
+
+
+def _prove(job: Job, grown: Checkpoint, ids: list[int] | None) -> dict[str, Any]:
     # JAX starts here and not before: without a proof it is not needed.
     from tli_jax.checkpoint import proof
 
+    base, plan = job.base, job.plan
     count = proof.choose_tokens(base, plan)
-    text = "the embedded text" if config.text is None else config.text
-    if tokenizer is None:
+    if ids is None:
         tokens_BT, text = tokens.random_windows(base.config, count, proof.WINDOW), "random ids"
     else:
-        content = tokens.embedded_text() if config.text is None else tokens.read_text(Path(config.text))
-        tokens_BT = tokens.windows(tokenizer.encode(content), base.config, count, proof.WINDOW)
+        tokens_BT = tokens.windows(ids, base.config, count, proof.WINDOW)
+        text = job.config.text or "the embedded text"
     with command.progress("prove", proof.layers_to_run(plan), unit="layers") as advance:
         found = proof.prove(base, grown, plan, tokens_BT, text, lambda: advance(1))
     proof.check(plan, found)
     return found.to_json()
 
 
-def _sample(screen: Any, prompt: str, tokenizer: tokens.Tokenizer | None, folders: dict[str, Path]) -> None:
+def _sample(job: Job, screen: Any, prompt: str) -> None:
     """A greedy continuation by each model."""
     import jax.numpy as jnp
 
     from tli_jax.checkpoint.hf import load_hf
     from tli_jax.models.generate import generate
 
-    if tokenizer is None:
-        raise DataError("a sample needs a tokenizer, the model has none")
-    for name, folder in folders.items():
+    assert job.tokenizer is not None, "refused at the start"
+    for name, folder in {"base": job.base.folder, "grown": Path(str(job.config.output))}.items():
         config, params = load_hf(folder)
         bos = [] if config.bos_token_id is None else [config.bos_token_id]
-        ids = np.asarray([bos + tokenizer.encode(prompt)])
+        ids = np.asarray([bos + job.tokenizer.encode(prompt)])
         longer = generate(config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1]))
-        text = tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
+        text = job.tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
         screen.print(f"{name:>5}: {text!r}", markup=False, soft_wrap=True)
 
 
@@ -193,10 +242,6 @@ def _versions() -> dict[str, str]:
 def _card_front(config: UpscaleConfig) -> list[str]:
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and not Path(config.model).exists()
     return [f"base_model: {config.model}"] if is_hub_id else []
-
-
-def _print_json(content: dict[str, Any]) -> None:
-    print(json.dumps(content, indent=2, ensure_ascii=False))
 
 
 if __name__ == "__main__":

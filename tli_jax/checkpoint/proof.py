@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_chunks, read_tensor
+from tli_jax.checkpoint.tokens import FEWEST
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
 from tli_jax.models.llama import Block, RMSNorm, make_rope, nest
 
-MIN_TOKENS, MAX_TOKENS, WINDOW = 128, 4096, 512
+MAX_TOKENS, WINDOW = 4096, 512
 SECONDS = 60.0
 _SLICE_BYTES = 16 * 2**20
 _ARITHMETIC_TOLERANCE = 1e-5
@@ -63,16 +64,16 @@ class Proof:
 def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int:
     """Number of tokens with which the proof takes about ``seconds``, measured on the first layer; 128 to 4096."""
     params = _layer(base, 0)
-    x = jnp.zeros((1, MIN_TOKENS, base.config.hidden_size), params["mlp"]["up_proj"]["weight"].dtype)
+    x = jnp.zeros((1, FEWEST, base.config.hidden_size), params["mlp"]["up_proj"]["weight"].dtype)
     _block(base.config, params, x).block_until_ready()
     started = time.perf_counter()
     _block(base.config, params, x).block_until_ready()
-    per_token = (time.perf_counter() - started) / MIN_TOKENS
+    per_token = (time.perf_counter() - started) / FEWEST
     layers = layers_to_run(plan)
     # The head costs as much as its parameters are layers; both models need it.
     layers += 2 * base.config.vocab_size * base.config.hidden_size / base.config.layer_params
     affordable = int(seconds / (per_token * layers))
-    return max(MIN_TOKENS, min(MAX_TOKENS, affordable // WINDOW * WINDOW or affordable))
+    return max(FEWEST, min(MAX_TOKENS, affordable // WINDOW * WINDOW or affordable))
 
 
 def layers_to_run(plan: Plan) -> int:

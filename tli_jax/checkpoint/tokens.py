@@ -1,13 +1,16 @@
 """Token ids for a model from text, with the model's own tokenizer."""
 
+import importlib.util
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from tli_jax.errors import DataError
+from tli_jax.errors import DataError, MissingInputError
 from tli_jax.models.config import LlamaConfig
+
+FEWEST = 128  # tokens that a proof needs at least
 
 
 class Tokenizer(Protocol):
@@ -59,8 +62,11 @@ def open_tokenizer(folder: Path, config: LlamaConfig) -> tuple[Tokenizer | None,
         DataError: it cannot be read, or has more tokens than the model.
     """
     file = folder / "tokenizer.json"
-    if not file.exists() and not (folder / "tokenizer.model").exists():
-        return None, [f"{folder}: no tokenizer, so text cannot be read"]
+    if not file.exists():
+        if not (folder / "tokenizer.model").exists():
+            return None, [f"{folder}: no tokenizer, so text cannot be read"]
+        if importlib.util.find_spec("sentencepiece") is None:
+            return None, [f"{folder}: reading tokenizer.model, and so text, needs pip install 'tli_jax[sentencepiece]'"]
     try:
         tokenizer: Tokenizer = _Fast(file) if file.exists() else _Slow(folder)
     except Exception as error:  # the libraries raise bare Exception
@@ -86,8 +92,11 @@ def read_text(file: Path) -> str:
     """A UTF-8 text.
 
     Raises:
+        MissingInputError: it is not there.
         DataError: it is empty or not UTF-8; names the line.
     """
+    if not file.is_file():
+        raise MissingInputError(f"{file}: no such text file")
     data = file.read_bytes()
     try:
         text = data.decode("utf-8")
@@ -107,7 +116,7 @@ def windows(ids: list[int], config: LlamaConfig, tokens: int, length: int) -> np
         length: T, at most; no longer than the model's context.
 
     Raises:
-        DataError: there are fewer than 128 tokens.
+        DataError: there are fewer than ``FEWEST`` tokens, or than ``tokens``.
     """
     bos = [] if config.bos_token_id is None else [config.bos_token_id]
     T = min(length, config.max_position_embeddings, tokens)
@@ -116,10 +125,9 @@ def windows(ids: list[int], config: LlamaConfig, tokens: int, length: int) -> np
     if B == 0:
         # Less than one window: a single shorter one.
         B, fresh = 1, len(ids)
-        if fresh + len(bos) < min(128, tokens):
-            raise DataError(
-                f"the text has {fresh} tokens, the proof needs {min(128, tokens) - len(bos)}: give more text"
-            )
+        needed = min(FEWEST, tokens) - len(bos)
+        if fresh < needed:
+            raise DataError(f"the text has {fresh} tokens, the proof needs {needed}: give more text")
     rows = np.asarray(ids[: B * fresh], np.int32).reshape(B, fresh)
     return np.pad(rows, ((0, 0), (len(bos), 0)), constant_values=config.bos_token_id or 0)
 
