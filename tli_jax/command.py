@@ -26,6 +26,8 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     """Run a command; its exit code. One line on stderr says what is wrong, the traceback comes with ``--debug``."""
 
     def stop(number: int, frame: FrameType | None) -> None:
+        for other in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(other, signal.SIG_IGN)  # clearing up takes a moment, and is not to be stopped
         raise _Stopped(signal.Signals(number).name)
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -55,7 +57,8 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print("error:", " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    print("error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
     return code
 
 

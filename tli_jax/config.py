@@ -111,7 +111,7 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
         raise UsageError(f"{word} is not known{_nearest(word, [_flag(name) for name in fields])}; see --help")
     flags = vars(given)
     path = flags.pop("config", None)
-    return _validate(kind, (_read_yaml(Path(path)) if path else {}) | flags, path or "command line")
+    return _validate(kind, _read_yaml(Path(path)) if path else {}, flags, path)
 
 
 def _flag(name: str) -> str:
@@ -121,28 +121,29 @@ def _flag(name: str) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise MissingInputError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must hold keys and values, is {type(content).__name__}")
     return content
 
 
-def _validate(kind: type[Config], values: dict[str, Any], where: str) -> Config:
+def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any], path: str | None) -> Config:
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        return pydantic.TypeAdapter(kind).validate_python(values | flags)
     except pydantic.ValidationError as error:
         problems = []
         for found in error.errors():
             key = ".".join(str(part) for part in found["loc"][:1])
+            where = "command line" if key in flags else path
             if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-                problems.append(f"key {key!r} is not known{_nearest(key, names)}")
+                problems.append(f"{where}: key {key!r} is not known{_nearest(key, names)}")
             else:
-                problems.append(f"{key} is {found['input']!r}: {found['msg']}")
-        raise UsageError(f"{where}: {'; '.join(problems)}") from None
+                problems.append(f"{where}: {key} is {found['input']!r}: {found['msg']}")
+        raise UsageError("; ".join(problems)) from None
 
 
 def _nearest(word: str, names: Sequence[str]) -> str:

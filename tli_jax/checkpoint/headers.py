@@ -3,10 +3,13 @@
 Nothing is memory-mapped: a file that is cut while mapped kills the process.
 """
 
+import collections
 import dataclasses
 import json
 import math
 import os
+import re
+import reprlib
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,8 +21,9 @@ import numpy as np
 from tli_jax.errors import DataError, MissingInputError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# A header of 8 MiB describes 50,000 tensors; parsed, it is held in memory many times over.
-MAX_HEADER = 8 * 2**20
+# JSON of 4 MiB describes 25,000 tensors; parsed, the worst of it takes 110 MB.
+MAX_HEADER = 4 * 2**20
+_SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -94,11 +98,11 @@ def _read_entry(file: Path, data: int, name: str, entry: Any) -> Tensor:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         numbers = (*shape, start, end)
-        if not all(type(n) is int and n >= 0 for n in numbers) or start > end:
+        if not all(type(n) is int and 0 <= n < 2**63 for n in numbers) or len(shape) > 8 or start > end:
             raise ValueError
         itemsize = _SIZES[dtype]
     except (TypeError, KeyError, ValueError):
-        raise DataError(f"{file}: header entry of tensor {name!r} is not understood: {str(entry)[:120]}") from None
+        raise DataError(f"{file}: header entry of tensor {name!r} is not understood: {reprlib.repr(entry)}") from None
     if math.prod(shape) * itemsize != end - start:
         raise DataError(f"{file}: tensor {name!r} of {dtype} {list(shape)} does not fill its {end - start:,} bytes")
     return Tensor(name, file, dtype, shape, data + start, end - start)
@@ -114,17 +118,31 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise DataError(f"{where}: key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
+            twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise DataError(f"{where}: key {twice!r} appears twice")
         return found
 
     try:
         found = json.loads(text, object_pairs_hook=unique)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: is not JSON ({type(error).__name__}: {str(error)[:80]})") from None
     if not isinstance(found, dict):
         raise DataError(f"{where}: is {type(found).__name__}, must be a JSON object")
     return found
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder.
+
+    Raises:
+        DataError: it is not that, or too large to be.
+    """
+    size = file.stat().st_size
+    if size > MAX_HEADER:
+        raise DataError(f"{file}: has {size:,} bytes, more than the {MAX_HEADER:,} that a model needs: fetch it again")
+    return parse_json(file.read_bytes(), str(file))
 
 
 def read_folder(folder: Path) -> dict[str, Tensor]:
@@ -135,7 +153,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
         DataError: damaged, contradictory, only a pickle, or an index that leaves the folder.
     """
     if (folder / SINGLE).exists():
-        return read_header(_inside(folder, SINGLE, SINGLE))
+        return read_header(inside(folder, SINGLE))
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
         if pickles:
@@ -143,10 +161,13 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
                 f"{folder}: only pickled weights ({pickles[0]}), never opened here: convert them to safetensors first"
             )
         raise MissingInputError(f"{folder}: no weights, looked for {SINGLE} and {INDEX}")
-    weight_map = parse_json((folder / INDEX).read_bytes(), str(folder / INDEX)).get("weight_map")
+    weight_map = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise DataError(f"{folder / INDEX}: weight_map must be an object of tensor name → file name")
-    shards = {name: _inside(folder, name, INDEX) for name in sorted(set(weight_map.values()))}
+    names = sorted(set(weight_map.values()))
+    if strange := [name for name in names if not _SHARD_NAME.fullmatch(name)]:
+        raise DataError(f"{folder / INDEX}: names the file {strange[0]!r}, not a plain name of a safetensors file")
+    shards = {name: inside(folder, name) for name in names}
     missing = [name for name, file in shards.items() if not file.exists()]
     if missing:
         raise MissingInputError(f"{folder}: {len(missing)} of {len(shards)} shards missing: {', '.join(missing)}")
@@ -163,20 +184,24 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _inside(folder: Path, name: str, where: str) -> Path:
-    """The file of that name, which must lie in the folder; a hub snapshot may link to its own blobs."""
-    if not name or set(name) & set("\0\\/") or name in (".", ".."):
-        raise DataError(f"{folder / where}: names the file {name!r}, which is not a plain name in the folder")
+def inside(folder: Path, name: str) -> Path:
+    """The file of that name, which must lie in the folder; a hub snapshot may link to its own blobs.
+
+    Raises:
+        DataError: it is a link to elsewhere, or no file.
+    """
     file = folder / name
     home = folder.resolve()
-    target = file.resolve()
+    target = Path(os.path.realpath(file))  # where links go in circles, Path.resolve raises
     allowed = [home]
     if home.parent.name == "snapshots":
         # The hub's cache: blobs of this model, or those that models share, one folder deeper.
-        shared = home.parents[2] / "blobs"
-        allowed += [home.parents[1] / "blobs", shared / target.parent.name]
+        repository = home.parent.parent
+        allowed += [repository / "blobs", repository.parent / "blobs" / target.parent.name]
     if target.parent not in allowed:
         raise DataError(f"{file}: is a link out of the folder, to {target}: copy the file in")
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file}: is not a regular file")
     return file
 
 

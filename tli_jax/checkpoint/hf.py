@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, parse_json, read_folder
+from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, read_folder, read_json
 from tli_jax.errors import DataError, MissingInputError
+from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise MissingInputError(f"{folder}: no such folder: give the folder of a model, with config.json in it")
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{folder}: no config.json, so not a model folder")
-    raw = parse_json((folder / "config.json").read_bytes(), str(folder / "config.json"))
+    raw = read_json(folder / "config.json")
     warnings = []
     if "auto_map" in raw:
         warnings.append(f"{folder / 'config.json'}: auto_map asks for code of the model's own, which is never run")
@@ -87,10 +88,24 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
                 " set tie_word_embeddings to false"
             )
         warnings.append(f"{folder}: lm_head.weight equals the embedding it is tied to, and is stored once")
+    layers = config.num_hidden_layers
+    if layers > len(tensors):
+        raise DataError(f"{folder}: config.json has num_hidden_layers {layers:,}, the weights {len(tensors)} tensors")
     check_names(tensors, expected_shapes(config), folder)
-    growth = folder / "growth.json"
-    record = parse_json(growth.read_bytes(), str(growth)) if growth.is_file() else None
-    return Checkpoint(folder, config, tensors, tuple(warnings), record)
+    return Checkpoint(folder, config, tensors, tuple(warnings), _read_growth(folder, config))
+
+
+def _read_growth(folder: Path, config: LlamaConfig) -> dict[str, Any] | None:
+    file = folder / "growth.json"
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    plan = Plan.from_json(record, str(file))
+    if not len(plan) == len(plan.layer_map) == config.num_hidden_layers:
+        raise DataError(
+            f"{file}: is about {len(plan)} layers, config.json about {config.num_hidden_layers}: mend or remove it"
+        )
+    return record
 
 
 def read_chunks(tensor: Tensor, size: int = _CHUNK) -> Iterator[memoryview]:
@@ -151,7 +166,7 @@ def load_hf(
     Args:
         model: a folder, a hub id, or ``"embedded"``, the small base that the package carries.
         dtype: dtype of all params; as stored by default.
-        shardings: where the params go, on a mesh or not: one ``jax.sharding.Sharding`` for all, or a tree of them like the params. Each
+        shardings: where the params go: one ``jax.sharding.Sharding`` for all, or a tree of them like the params. Each
             device's share is read from disk by itself. The default device otherwise.
         revision: branch, tag or commit of a hub id.
 
@@ -175,7 +190,8 @@ def load_hf(
         dtypes = {tensor.dtype for tensor in tensors}
         if len(dtypes) > 1:
             raise DataError(
-                f"{checkpoint.folder}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers, one is needed to stack"
+                f"{checkpoint.folder}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers,"
+                " one is needed to stack"
             )
         stacked = name.startswith("layers.")
         shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape

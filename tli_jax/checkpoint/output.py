@@ -27,15 +27,28 @@ def check_output(output: Path, model: Path, overwrite: bool) -> None:
         raise UsageError(
             f"output {output} and model {model} must not be the same or lie in each other: choose another output"
         )
-    if new.exists() and not new.is_dir():
-        raise OutputError(f"{output}: is a file: choose another output")
-    if new.is_dir() and any(new.iterdir()):
-        if not overwrite:
-            raise OutputError(f"{output}: exists and is not empty: choose another output, or add --overwrite")
-        if not (new / "config.json").is_file():
-            raise OutputError(
-                f"{output}: is not a model folder (no config.json), so it is not overwritten: remove it yourself"
-            )
+    with _refusing(output):
+        if new.exists() and not new.is_dir():
+            raise OutputError(f"{output}: is a file: choose another output")
+        if new.is_mount():
+            raise OutputError(f"{output}: is a mount point, which cannot be replaced: choose a folder in it")
+        _recover(new)
+        if _is_filled(new):
+            if not overwrite:
+                raise OutputError(f"{output}: exists and is not empty: choose another output, or add --overwrite")
+            if not (new / "config.json").is_file():
+                raise OutputError(
+                    f"{output}: is not a model folder (no config.json), so it is not overwritten: remove it yourself"
+                )
+
+
+@contextlib.contextmanager
+def _refusing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+        raise OutputError(f"{output}: cannot be created ({why}): choose another output") from error
 
 
 @contextlib.contextmanager
@@ -54,7 +67,7 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
     """
     output = output.resolve()
     prefix = f".{output.name}.partial-"
-    try:
+    with _refusing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         _recover(output)
         _clear_abandoned(output.parent, prefix)
@@ -64,35 +77,25 @@ def staged(output: Path, nbytes: int) -> Iterator[Path]:
                 f"{output}: {nbytes + _SPARE:,} bytes are needed, {free:,} are free: make room or go elsewhere"
             )
         folder = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"{output}: cannot be created ({error.strerror}): choose another output") from error
-    lock = os.open(folder, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())
-        _sync(folder)
-        _replace(folder, output)
+        with _locked(folder):
+            yield folder
+            folder.chmod(0o777 & ~_umask())
+            _sync(folder)
+            # The old output is set aside first, and removed only after the new one is there.
+            if _is_filled(output):
+                output.rename(_previous(output))
+            folder.rename(output)
+            _fsync(output.parent)
     except OSError as error:
         if error.errno not in _DISK_TROUBLE:
             raise
         raise StorageError(
-            f"{output}: writing failed ({error.strerror}), nothing was changed there: make room"
+            f"{output}: writing failed ({error.strerror}), nothing half-written is left: make room"
         ) from error
     finally:
+        _recover(output)
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
-def _replace(folder: Path, output: Path) -> None:
-    """Rename into place. The old output is set aside first, and removed only after the new one is there."""
-    previous = _previous(output)
-    if output.is_dir() and any(output.iterdir()):
-        output.rename(previous)
-    folder.rename(output)
-    _fsync(output.parent)
-    if previous.exists():
-        shutil.rmtree(previous)
 
 
 def _previous(output: Path) -> Path:
@@ -100,21 +103,32 @@ def _previous(output: Path) -> Path:
 
 
 def _recover(output: Path) -> None:
-    """Finish or undo a replacement that was killed between its two renames."""
+    """Finish a replacement, or undo one that was stopped between its two renames."""
     previous = _previous(output)
     if previous.exists():
-        if output.exists():
-            shutil.rmtree(previous)
+        if _is_filled(output):
+            shutil.rmtree(previous, ignore_errors=True)
         else:
             previous.rename(output)
 
 
+def _is_filled(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def _clear_abandoned(parent: Path, prefix: str) -> None:
-    for folder in parent.glob(f"{prefix}*"):
-        descriptor = os.open(folder, os.O_RDONLY)
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    for folder in [path for path in parent.iterdir() if path.name.startswith(prefix)]:
+        with contextlib.suppress(OSError), _locked(folder):  # or else it is in use by another process
             shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
         os.close(descriptor)
 
 

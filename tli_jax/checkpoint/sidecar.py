@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tli_jax.checkpoint.headers import inside
 from tli_jax.growth.plan import Plan
 
 # Nothing else is ever taken along: no code, no pickles, no sub-folders.
@@ -30,9 +31,13 @@ _CODE = (".py", ".bin", ".pth", ".pt", ".pkl", ".so", ".sh")
 
 
 def allowed_files(folder: Path) -> list[Path]:
-    """Tokenizer, generation, chat-template, licence and notice files at the top of a model folder."""
+    """Tokenizer, generation, chat-template, licence and notice files at the top of a model folder.
+
+    Raises:
+        DataError: one is a link out of the folder, to what nobody meant to publish.
+    """
     return sorted(
-        file
+        inside(folder, file.name)
         for file in folder.iterdir()
         if file.is_file() and file.suffix not in _CODE and any(fnmatch.fnmatch(file.name, p) for p in ALLOWED)
     )
