@@ -1,0 +1,205 @@
+"""What a run is told: flags, a YAML file, flags over the file; and what is refused, by name."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tli_jax.config import UpscaleConfig, parse
+from tli_jax.errors import MissingInputError, UsageError
+
+FIELDS = {field.name: field for field in dataclasses.fields(UpscaleConfig)}
+
+
+def read(*arguments: str) -> UpscaleConfig:
+    return parse(UpscaleConfig, "program", "What it does.", arguments)
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    """Parses a YAML text, and flags over it."""
+
+    def read_file(text: str, *arguments: str) -> UpscaleConfig:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return read("--config", str(tmp_path / "run.yaml"), *arguments)
+
+    return read_file
+
+
+def test_nothing_given_is_the_defaults() -> None:
+    assert read() == UpscaleConfig()
+    config = UpscaleConfig()
+    assert (config.method, config.proof, config.overwrite, config.max_shard_size) == ("tli", True, False, "5GB")
+    # What belongs to a method is its own to default.
+    for name in ("every", "init", "scale", "after", "drop", "groups", "copies", "times", "layers", "seed"):
+        assert getattr(config, name) is None
+
+
+# One value of each key, as text of a flag, as YAML, and as it is meant. A key that is not here fails the test.
+VALUES: dict[str, tuple[str, str, object]] = {
+    "model": ("a/b", "a/b", "a/b"),
+    "output": ("out", "out", "out"),
+    "revision": ("v1", "v1", "v1"),
+    "method": ("dus", "dus", "dus"),
+    "every": ("2", "2", 2),
+    "init": ("half", "half", "half"),
+    "scale": ("0.5", "0.5", 0.5),
+    "after": ("3,7,11", "[3, 7, 11]", (3, 7, 11)),
+    "remainder": ("error", "error", "error"),
+    "drop": ("8", "8", 8),
+    "groups": ("4", "4", 4),
+    "copies": ("2", "2", 2),
+    "times": ("3", "3", 3),
+    "layers": ("0-3, 3*0", "0-3, 3*0", "0-3, 3*0"),
+    "seed": ("-1", "-1", -1),
+    "noise_ratio": ("1e-2", "0.01", 0.01),
+    "text": ("t.txt", "t.txt", "t.txt"),
+    "proof": ("--no-proof", "no", False),
+    "sample": ("Es war", "Es war", "Es war"),
+    "plan_only": ("--plan-only", "yes", True),
+    "json": ("--json", "true", True),
+    "overwrite": ("--overwrite", "true", True),
+    "max_shard_size": ("500MiB", "500MiB", "500MiB"),
+    "allow_nonfinite": ("--allow-nonfinite", "true", True),
+    "debug": ("--debug", "true", True),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_key_is_a_flag(name: str, file) -> None:
+    flag, in_yaml, meant = VALUES[name]
+    wanted = dataclasses.replace(UpscaleConfig(), **{name: meant})
+    arguments = [flag] if flag.startswith("--") else ["--" + name.replace("_", "-"), flag]
+    assert read(*arguments) == wanted
+    assert file(f"{name}: {in_yaml}") == wanted
+    if not flag.startswith("--"):
+        assert read(f"--{name.replace('_', '-')}={flag}") == wanted
+
+
+def test_every_key_is_explained() -> None:
+    help = subprocess.run(
+        [sys.executable, "-m", "tli_jax.upscale", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert help.returncode == 0 and help.stderr == ""
+    for name, field in FIELDS.items():
+        assert "--" + name.replace("_", "-") in help.stdout
+        assert field.metadata["help"].split()[0] in help.stdout
+
+
+def test_flags_win_over_the_file(file) -> None:
+    text = "model: base\noutput: out\nevery: 4\nproof: false\noverwrite: true\nafter: [1, 2]\n"
+    config = file(text, "--every", "2", "--proof", "--no-overwrite", "--after", "5")
+    assert config == UpscaleConfig(model="base", output="out", every=2, proof=True, overwrite=False, after=(5,))
+    assert file(text).every == 4
+    # And the last of several.
+    assert read("--every", "2", "--every", "3", "--no-proof", "--proof") == UpscaleConfig(every=3)
+
+
+def test_lists() -> None:
+    assert read("--after", "3,7,11").after == (3, 7, 11)
+    assert read("--after", " 3, 7 ,11,").after == (3, 7, 11)
+    assert read("--after", "3").after == (3,)
+    assert read("--after", "").after == ()
+
+
+def test_yaml_of_other_shapes(file) -> None:
+    assert file("after:\n- 3\n- 7\n").after == (3, 7)
+    assert file("after: 3,7").after == (3, 7)
+    assert file("layers: 0").layers == "0"  # a number to YAML, meant as text
+    assert file("max_shard_size: 5000000").max_shard_size == "5000000"
+    assert file("output: null\nevery: ~") == UpscaleConfig()
+    assert file("# nothing but this\n{}") == UpscaleConfig()
+    assert file("scale: 1") == UpscaleConfig(scale=1.0)
+    assert file("output: grün/더 깊이") == UpscaleConfig(output="grün/더 깊이")
+
+
+# Flags that are refused, and words of the message.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "--evry 2": ("--evry is not known", "is --every meant?"),
+    "--evry=2": ("--evry=2 is not known", "is --every meant?"),
+    "--max_shard_size 5GB": ("--max_shard_size is not known", "is --max-shard-size meant?"),
+    "--no-profe": ("--no-profe is not known",),
+    "--over": ("--over is not known",),  # no abbreviations
+    "-e 2": ("-e is not known",),
+    "stray": ("stray is not known", "--help"),
+    "--every": ("--every", "expected one argument"),
+    "--overwrite=yes": ("--overwrite", "yes"),
+    "--every two": ("every is 'two'", "integer"),
+    "--every 2.5": ("every is '2.5'", "integer"),
+    "--scale big": ("scale is 'big'", "number"),
+    "--after 1,x": ("after is 'x'", "integer"),
+    "--method sliding": ("method is 'sliding'", "'slayer'"),
+    "--init identty": ("init is 'identty'", "'identity'"),
+    "--remainder maybe": ("remainder is 'maybe'", "'error'"),
+    "--every x --drop y": ("every is 'x'", "drop is 'y'"),
+}
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+def test_flags_that_are_refused(flags: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(*flags.split())
+    for text in FLAGS[flags]:
+        assert text in str(caught.value)
+
+
+TEXTS: dict[str, tuple[str, ...]] = {
+    "evry: 2": ("key 'evry' is not known", "is every meant?"),
+    "max-shard-size: 5GB": ("key 'max-shard-size' is not known", "is max_shard_size meant?"),
+    "something: else": ("key 'something' is not known",),
+    "evry: 2\nmetod: dus": ("is every meant?", "is method meant?"),
+    "1: 2": ("1",),
+    "every: yes": ("every is True", "must be a number, not yes or no"),
+    "scale: no": ("scale is False", "must be a number, not yes or no"),
+    "after: [1, true]": ("after is True", "must be a number, not yes or no"),
+    "every: two": ("every is 'two'", "integer"),
+    "every: 2.5": ("every is 2.5", "integer"),
+    "every: [2]": ("every is [2]", "integer"),
+    "every: {a: 2}": ("every is {'a': 2}", "integer"),
+    "after: 3": ("after is 3", "tuple"),
+    "after: {3: 4}": ("after is {3: 4}", "tuple"),
+    "proof: 3": ("proof is 3", "boolean"),
+    "proof: maybe": ("proof is 'maybe'", "boolean"),
+    "proof: null": ("proof is None", "boolean"),
+    "model: 5": ("model is 5", "string"),
+    "output: yes": ("output is True", "string"),
+    "layers: yes": ("layers is True", "string"),
+    "layers: [0, 1]": ("layers is [0, 1]", "string"),
+    "method: null": ("method is None",),
+    "- every": ("must hold keys and values, is list",),
+    "every": ("must hold keys and values, is str",),
+    "": ("must hold keys and values, is NoneType",),
+    "every: [2": ("is not YAML",),
+    "every: 2\n\tdrop: 3": ("is not YAML",),
+    "a: !!python/object/apply:os.system ['touch marker']": ("is not YAML",),
+    "[" * 1500: ("is not YAML",),
+    "every: 2\n--- \nevery: 3": ("is not YAML",),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:30]))
+def test_files_that_are_refused(text: str, file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        file(text)
+    assert str(caught.value).startswith(str(tmp_path / "run.yaml"))
+    for words in TEXTS[text]:
+        assert words in str(caught.value)
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_wrong_flag_over_a_file_is_not_the_file_s_fault(file) -> None:
+    with pytest.raises(UsageError, match=r"^command line: every is 'x'"):
+        file("drop: 3", "--every", "x")
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(MissingInputError, match=r"nowhere\.yaml: no such configuration file"):
+        read("--config", str(tmp_path / "nowhere.yaml"))
+    with pytest.raises(MissingInputError, match="no such configuration file"):
+        read("--config", str(tmp_path))
+    (tmp_path / "latin").write_bytes("text: grün".encode("latin-1"))
+    with pytest.raises(UsageError, match="latin: is not YAML"):
+        read("--config", str(tmp_path / "latin"))
