@@ -6,7 +6,6 @@ Every key of the file is a flag and every flag is a key: ``every: 4`` is ``--eve
 
 import argparse
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,7 +14,7 @@ import pydantic
 import yaml
 from pydantic.dataclasses import dataclass
 
-from tli_jax.errors import MissingInputError, UsageError
+from tli_jax.errors import MissingInputError, UsageError, nearest
 
 Method = Literal["tli", "dus", "llama_pro", "stack", "interpose", "slayer", "average", "custom"]
 Init = Literal["identity", "copy", "scaled", "half", "average", "average_identity", "noise", "random"]
@@ -108,7 +107,7 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
     given, rest = parser.parse_known_args(arguments)
     if rest:
         word = next((word for word in rest if word.startswith("-")), rest[0])
-        raise UsageError(f"{word} is not known{_nearest(word, [_flag(name) for name in fields])}; see --help")
+        raise UsageError(f"{word} is not known{nearest(word, [_flag(name) for name in fields])}; see --help")
     flags = vars(given)
     path = flags.pop("config", None)
     return _validate(kind, _read_yaml(Path(path)) if path else {}, flags, path)
@@ -140,12 +139,7 @@ def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any],
             where = "command line" if key in flags else path
             if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
                 names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-                problems.append(f"{where}: key {key!r} is not known{_nearest(key, names)}")
+                problems.append(f"{where}: key {key!r} is not known{nearest(key, names)}")
             else:
                 problems.append(f"{where}: {key} is {found['input']!r}: {found['msg']}")
         raise UsageError("; ".join(problems)) from None
-
-
-def _nearest(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
-    return f", is {close[0]} meant?" if close else ""

@@ -3,6 +3,9 @@
 A message is one line: what is wrong, where (file, tensor or key), and what to do about it.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class TliError(ValueError):
     """Base of every error that a user, not a programmer, has to act on."""
@@ -48,3 +51,9 @@ class StorageError(TliError):
 
 class ProofError(DataError):
     """The grown model does not keep what its plan promises."""
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """For the end of a message: which known word a mistyped one may have meant, or nothing."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f", is {close[0]} meant?" if close else ""

@@ -105,7 +105,7 @@ def prepare(config: UpscaleConfig) -> Job:
     """
     if not config.model:
         raise UsageError("--model is needed: a folder, a hub id, or 'embedded'")
-    if config.output is None and not config.plan_only:
+    if not config.output and not config.plan_only:
         raise UsageError("--output is needed: the folder to write (or --plan-only)")
     max_shard_bytes = parse_size(config.max_shard_size)
     folder = hub.resolve(config.model, config.revision, config.plan_only)
@@ -137,8 +137,8 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
     """
     config, base, plan = job.config, job.base, job.plan
     ids = _read_ids(job)
-    digests, nonfinite = _check(job, seconds)
     with staged(Path(str(config.output)), sum(job.description["writes"].values())) as partial:
+        digests, nonfinite = _check(job, seconds)
         at = time.perf_counter()
         with command.progress("write", job.description["after"]["bytes"]) as advance:
             grown_digests, hashing = write_safetensors(partial, job.shards, digests, advance)

@@ -5,9 +5,8 @@ operator (``growth.inject``) and by the out-of-core one (``checkpoint.stream``) 
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from tli_jax.errors import DataError, UsageError
@@ -203,6 +202,8 @@ class Plan:
         if record.get("version") != VERSION:
             raise DataError(f"{where}: version {record.get('version')!r} is not {VERSION}: written by another tli_jax")
         try:
+            if not isinstance(record["options"], Mapping):
+                raise TypeError("options must be an object")
             rows = tuple(
                 Row(
                     sources=tuple((int(layer), float(weight)) for layer, weight in row["sources"]),
@@ -266,9 +267,3 @@ def make_rows(order: Iterable[Row]) -> tuple[Row, ...]:
         init = KEEP if is_kept else "copy" if row.init == KEEP else row.init
         rows.append(dataclasses.replace(row, init=init, injected=not is_kept, generation=int(not is_kept)))
     return tuple(rows)
-
-
-def nearest(word: str, words: Sequence[str]) -> str:
-    """A hint at what a mistyped word may have meant, or nothing."""
-    close = difflib.get_close_matches(word, words, n=1)
-    return f", is {close[0]!r} meant?" if close else ""

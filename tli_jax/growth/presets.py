@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from tli_jax.errors import UsageError
-from tli_jax.growth.plan import INITS, KEEP, Plan, Row, make_rows, nearest
+from tli_jax.errors import UsageError, nearest
+from tli_jax.growth.plan import INITS, KEEP, Plan, Row, make_rows
+
+# Of a layer or of the trunk: far above any sense, far below what fills the memory with rows.
+MAX_REPEATS = 1000
 
 
 def tli(
@@ -44,7 +47,7 @@ def tli(
         UsageError: an option is out of range.
     """
     if init not in INITS:
-        raise UsageError(f"init {init!r} is not known{nearest(init, INITS)} There are {', '.join(INITS)}")
+        raise UsageError(f"init {init!r} is not known{nearest(init, INITS)}; there are {', '.join(INITS)}")
     if (init == "scaled") != (scale is not None) and init not in ("noise", "random"):
         raise UsageError(
             f"init {init!r} and scale {scale}: 'scaled' needs a scale, only noise and random take one besides"
@@ -91,7 +94,7 @@ def llama_pro(layers: int, groups: int | None = None, copies: int = 1, *, after:
 
 def stack(layers: int, times: int = 2) -> Plan:
     """G_stack (arXiv 2405.15319; StackBERT): the whole trunk ``times`` times."""
-    _check_range("times", times, 1, None)
+    _check_range("times", times, 1, MAX_REPEATS)
     return _from_order("stack", layers, list(range(layers)) * times, {"times": times})
 
 
@@ -159,9 +162,9 @@ PRESETS: dict[str, Callable[..., Plan]] = {
 }
 
 
-def _check_range(name: str, value: int, low: int, high: int | None) -> None:
-    if value < low or (high is not None and value > high):
-        raise UsageError(f"{name} is {value}, must be {f'{low}…{high}' if high is not None else f'{low} or more'}")
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name} is {value}, must be {low}…{high}")
 
 
 def _check_positions(after: Sequence[int], layers: int) -> set[int]:
@@ -187,7 +190,7 @@ def _inject_after(
     scale: float | None = None,
 ) -> Plan:
     """Each base layer, and after those in ``positions`` injected ones made by ``init``."""
-    _check_range("copies", copies, 1, None)
+    _check_range("copies", copies, 1, MAX_REPEATS)
     order: list[Row] = []
     notes: list[str] = []
     fixed = {"identity": 0.0, "average_identity": 0.0, "half": 0.5}
