@@ -231,7 +231,7 @@ def _sample(job: Job, screen: Any, prompt: str) -> None:
         ids = np.asarray([bos + job.tokenizer.encode(prompt)])
         longer = generate(config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1]))
         text = job.tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
-        screen.print(f"{name:>5}: {text!r}", markup=False, soft_wrap=True)
+        screen.print(f"{name:>5} writes: {text!r}", markup=False, soft_wrap=True)
 
 
 def _versions() -> dict[str, str]:
