@@ -99,11 +99,11 @@ def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:
 
 def compare_records(records: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
     """A table of several grown models, one row each, from their ``growth.json``."""
-    table = rich.table.Table(box=rich.box.SIMPLE)
+    table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("folder", "method", "layers", "parameters", "promise"):
-        table.add_column(heading)
-    for heading in ("loss of base", "loss of grown", "Δ loss", "KL", "same top-1"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, no_wrap=True)
+    for heading in ("base loss", "grown loss", "Δ loss", "KL", "same top-1"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for folder, record in records.items():
         proof = record["proof"] or {}
         numbers = ("not proved", "", "", "", "")

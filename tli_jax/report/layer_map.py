@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 from tli_jax.growth.plan import Plan, label
 
-_BOX, _GAP, _ROW, _LEFT = 40, 6, 104, 16
+_BOX, _HIGH, _GAP, _ROW, _LEFT = 48, 40, 5, 104, 16
 _KEPT, _EXACT, _CHANGED = "#4c6a92", "#7fb069", "#e0913d"
 
 
@@ -25,11 +25,11 @@ def draw_svg(plans: Mapping[str, Plan]) -> str:
         for place, row in enumerate(plan.rows):
             x, y = _LEFT + place * (_BOX + _GAP), top + 24
             colour = _KEPT if row.scale == 1 and not row.injected else _EXACT if row.scale == 0 else _CHANGED
-            box = {"x": x, "y": y, "width": _BOX, "height": _BOX, "rx": 5, "fill": colour}
+            box = {"x": x, "y": y, "width": _BOX, "height": _HIGH, "rx": 5, "fill": colour}
             ElementTree.SubElement(svg, "rect", {key: str(value) for key, value in box.items()})
-            _text(svg, label(row), x + _BOX / 2, y + _BOX / 2 + 5, anchor="middle", fill="white", size=13)
+            _text(svg, label(row), x + _BOX / 2, y + _HIGH / 2 + 5, anchor="middle", fill="white", size=13)
             if row.injected:
-                _text(svg, "new", x + _BOX / 2, y + _BOX + 14, anchor="middle", fill="#555", size=11)
+                _text(svg, "new", x + _BOX / 2, y + _HIGH + 14, anchor="middle", fill="#555", size=11)
     legend = "number: base layer it is made of · factor: of its residual outputs"
     _text(svg, legend, _LEFT, _ROW * len(plans) + 20, anchor="start", fill="#555", size=12)
     return ElementTree.tostring(svg, encoding="unicode") + "\n"
