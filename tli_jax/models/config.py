@@ -155,10 +155,13 @@ class LlamaConfig:
         if head_dim % 2:
             raise DataError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs an even one")
         rope_theta, rope_type, rope_factors = _read_rope(raw, where)
-        dtype = raw.get("dtype", raw.get("torch_dtype")) or "float32"
+        dtype_key = "dtype" if raw.get("dtype") else "torch_dtype"
+        dtype = raw.get(dtype_key) or "float32"
         if dtype not in DTYPES:
-            raise DataError(f"{where}: dtype {dtype!r} is not supported, use one of {', '.join(DTYPES)}")
-        eos = raw.get("eos_token_id", 2)
+            raise DataError(f"{where}: {dtype_key} {dtype!r} is not supported, use one of {', '.join(DTYPES)}")
+        bos = read.token_ids("bos_token_id", 1)
+        if len(bos) > 1:
+            raise DataError(f"{where}: bos_token_id is {raw['bos_token_id']!r}, must be one token id or null")
         return cls(
             vocab_size=read.integer("vocab_size", 32000),
             hidden_size=hidden,
@@ -175,8 +178,8 @@ class LlamaConfig:
             rope_type=rope_type,
             rope_factors=rope_factors,
             dtype=dtype,
-            bos_token_id=raw.get("bos_token_id", 1),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=read.token_ids("eos_token_id", 2),
             source=json.dumps(raw),
         )
 
@@ -208,6 +211,9 @@ class LlamaConfig:
                 "bos_token_id": self.bos_token_id,
                 "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
             }
+        if raw.get("layer_types"):
+            # One entry a layer, and all the same, or it would not have been read.
+            raw["layer_types"] = raw["layer_types"][:1] * self.num_hidden_layers
         return raw | {"num_hidden_layers": self.num_hidden_layers}
 
 
@@ -226,10 +232,11 @@ def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> None:
 
 def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tuple[str, float], ...]]:
     """Rotary parameters, from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
-    key = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
+    # With both, transformers goes by the old one.
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
-    if not isinstance(rope, Mapping):
-        raise DataError(f"{where}: {key} is {rope!r}, must be an object")
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise DataError(f"{where}: {key} is {rope!r}, must be one object for all layers")
     read = _Reader(rope, f"{where}: {key}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
@@ -241,7 +248,11 @@ def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tu
     theta = (
         read.number("rope_theta", None) if "rope_theta" in rope else _Reader(raw, where).number("rope_theta", 10000.0)
     )
-    return theta, kind, tuple((name, read.number(name, None)) for name in _ROPE_FACTORS[kind])
+    factors = {name: read.number(name, None) for name in _ROPE_FACTORS[kind]}
+    if kind == "llama3" and factors["high_freq_factor"] <= factors["low_freq_factor"]:
+        high, low = factors["high_freq_factor"], factors["low_freq_factor"]
+        raise DataError(f"{where}: {key} has high_freq_factor {high}, must be above its low_freq_factor {low}")
+    return theta, kind, tuple(factors.items())
 
 
 class _Reader:
@@ -270,6 +281,14 @@ class _Reader:
         if type(value) not in (int, float) or not 0 < value < math.inf:
             raise DataError(f"{self.where}: {key} is {value!r}, must be a number above 0")
         return float(value)
+
+    def token_ids(self, key: str, default: int) -> tuple[int, ...]:
+        """One token id, a list of them, or null for none."""
+        value = self.raw.get(key, default)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(one) is not int or one < 0 for one in ids):
+            raise DataError(f"{self.where}: {key} is {value!r}, must be a token id, a list of them or null")
+        return tuple(ids)
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
