@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Params, nest
+from tli_jax.models.llama import Params, init_params, nest
 
 
 def stack_layers(tensors: Mapping[str, Any]) -> Params:
@@ -28,6 +29,18 @@ def stack_layers(tensors: Mapping[str, Any]) -> Params:
     return nest(outer | stacked)
 
 
+def random_params(config: LlamaConfig, seed: int = 0) -> Params:
+    """Random params, norms too, drawn by numpy: nothing to compile."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        mean, std = (1.0, 0.3) if "norm" in jax.tree_util.keystr(path) else (0.0, config.initializer_range)
+        return rng.normal(mean, std, leaf.shape).astype(np.float32)
+
+    abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
 def read_folder(folder: Path) -> tuple[LlamaConfig, Params]:
     config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
     return config, stack_layers(load_file(folder / "model.safetensors"))
@@ -36,6 +49,11 @@ def read_folder(folder: Path) -> tuple[LlamaConfig, Params]:
 @pytest.fixture(name="stack_layers", scope="session")
 def _stack_layers() -> Callable[[Mapping[str, Any]], Params]:
     return stack_layers
+
+
+@pytest.fixture(name="random_params", scope="session")
+def _random_params() -> Callable[..., Params]:
+    return random_params
 
 
 @pytest.fixture(name="read_folder", scope="session")

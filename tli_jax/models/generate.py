@@ -24,7 +24,7 @@ def generate(
 
     Greedy at temperature 0, else drawn from ``softmax(logits / temperature)``: the same key draws the same tokens.
     A row that has produced one of ``config.eos_token_ids`` repeats it to its end; those in the prompt do not count.
-    ``cached=False`` runs the whole sequence anew for every token; it gives the same and is there to check the cache.
+    ``cached=False`` runs the whole sequence anew for every token: the same but for rounding, to check the cache with.
 
     Raises:
         UsageError: nothing to continue or nothing asked for, more positions than the model has, a negative temperature,
@@ -45,14 +45,13 @@ def generate(
         raise UsageError(
             f"temperature {temperature} draws tokens: pass key, such as jax.random.key(0), or temperature 0"
         )
-    return _generate(config, max_new_tokens, temperature > 0, cached, params, prompt_BT, temperature, key)
+    return _generate(config, max_new_tokens, cached, params, prompt_BT, temperature, key if temperature > 0 else None)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(
     config: LlamaConfig,
     new: int,
-    sampled: bool,
     cached: bool,
     params: Params,
     prompt_BT: jax.Array,
@@ -65,10 +64,10 @@ def _generate(
 
     def choose(i, x_BD, last_B, done_B):
         logits_BV = model.head(x_BD).astype(jnp.float32)
-        if sampled:
-            next_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
-        else:
+        if key is None:
             next_B = jnp.argmax(logits_BV, axis=-1)
+        else:
+            next_B = jax.random.categorical(jax.random.fold_in(key, i), logits_BV / temperature)
         next_B = jnp.where(done_B, last_B, next_B.astype(jnp.int32))
         return next_B, done_B | jnp.isin(next_B, eos_E)
 

@@ -1,0 +1,91 @@
+"""The chunked loss is the plain one, in value and gradient, and never holds the logits of a batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tli_jax.models.config import LlamaConfig
+from tli_jax.models.llama import Llama, forward, init_params
+from tli_jax.models.loss import losses, token_losses
+
+SIZES = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "initializer_range": 0.3,
+}
+TOKENS = np.random.default_rng(1).integers(0, 37, (3, 12))
+
+
+def plain(config, params, tokens_BT):
+    """log_softmax over all the logits."""
+    logp_BTV = jax.nn.log_softmax(forward(config, params, tokens_BT[:, :-1]).astype(jnp.float32), axis=-1)
+    return -jnp.take_along_axis(logp_BTV, jnp.asarray(tokens_BT)[:, 1:, None], axis=-1)[..., 0]
+
+
+def value_and_grad(loss, params):
+    # Weights that differ by position, so that a loss in the wrong place shows in the sum.
+    weights = jnp.arange(1.0, 34.0).reshape(3, 11)
+
+    def weighted(params):
+        out = loss(params)
+        return (out * weights).sum() / weights.sum(), out
+
+    (_, out), gradients = jax.jit(jax.value_and_grad(weighted, has_aux=True))(params)
+    return out, gradients
+
+
+@pytest.fixture(scope="module")
+def expected(request, random_params):
+    """A model, tied or not, and what the plain loss says of it."""
+    config = LlamaConfig(**SIZES, tie_word_embeddings=request.param)
+    params = random_params(config)
+    return config, params, *value_and_grad(lambda params: plain(config, params, TOKENS), params)
+
+
+# B*T is 33: neither 5 nor 16 divides it, and 64 is more than there is. With the layers recomputed or not.
+@pytest.mark.parametrize(
+    ("expected", "chunk", "remat"),
+    [(True, 5, False), (True, 16, True), (True, 64, False), (False, 16, True)],
+    ids=["tied-5", "tied-16-remat", "tied-64", "untied-16-remat"],
+    indirect=["expected"],
+)
+def test_chunked_equals_plain(expected, chunk, remat):
+    config, params, value, gradients = expected
+    ours, of_ours = value_and_grad(lambda params: token_losses(Llama(config, params), TOKENS, chunk, remat), params)
+    assert ours.shape == (3, 11) and ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, value, rtol=1e-5, atol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_ours, gradients)
+
+
+@pytest.mark.parametrize("expected", [True], ids=["tied"], indirect=True)
+def test_losses_of_params_and_in_bfloat16(expected):
+    config, params, value, _ = expected
+    np.testing.assert_allclose(losses(config, params, TOKENS), value, rtol=1e-5, atol=1e-6)
+    rounded = losses(config, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params), TOKENS)
+    assert rounded.dtype == jnp.float32
+    # bf16 logits keep 8 bits, and the largest here is about 4.
+    np.testing.assert_allclose(rounded, value, atol=0.15)
+
+
+def test_the_logits_of_a_batch_are_never_held():
+    config = LlamaConfig(**SIZES | {"vocab_size": 128_256})
+    B, T, chunk = 2, 512, 64
+    params = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+    logits_bytes = B * T * config.vocab_size * 4
+
+    def temporaries(loss) -> int:
+        """Bytes of scratch that the compiled loss and its gradient take: nothing is run."""
+        step = jax.jit(jax.value_and_grad(lambda params, tokens: loss(params, tokens).mean()))
+        return step.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(lambda params, tokens: plain(config, params, tokens)) > logits_bytes
+    chunked = temporaries(lambda params, tokens: token_losses(Llama(config, params), tokens, chunk=chunk))
+    # A sixteenth of the logits is one chunk; the head's gradient and a few copies of one chunk are what remains.
+    assert chunked < logits_bytes / 3
