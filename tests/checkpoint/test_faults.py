@@ -453,7 +453,7 @@ CONFIGS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a page": (write("config.json", b"<!DOCTYPE html>"), ("is not JSON",)),
     "a key twice": (write("config.json", b'{"model_type": "llama", "model_type": "llama"}'), ("'model_type'", "twice")),
     "a key missing": (config(num_hidden_layers=...), ("'num_hidden_layers' is missing",)),
-    "a key mistyped": (config(num_hidden_layers=..., num_hiden_layers=4), ("is 'num_hiden_layers' meant?",)),
+    "a key mistyped": (config(num_hidden_layers=..., num_hiden_layers=4), ("is num_hiden_layers meant?",)),
     "text for a number": (config(hidden_size="32"), ("hidden_size is '32', must be a whole number",)),
     "a fraction": (config(num_hidden_layers=4.0), ("num_hidden_layers is 4.0",)),
     "yes for a number": (config(num_key_value_heads=True), ("num_key_value_heads is True",)),

@@ -204,7 +204,7 @@ def test_hidden_size_must_divide_where_no_head_dim_is_given():
 
 
 def test_a_misspelt_key_is_recognised():
-    with pytest.raises(DataError, match=r"'num_hidden_layers' is missing.*'num_hidden_layer' meant"):
+    with pytest.raises(DataError, match=r"'num_hidden_layers' is missing.*is num_hidden_layer meant"):
         LlamaConfig.from_hf(without(OLD, "num_hidden_layers") | {"num_hidden_layer": 16})
 
 

@@ -5,13 +5,12 @@ V vocabulary, L layers. A tensor is stored as Hugging Face stores it, ``[out, in
 """
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tli_jax.errors import DataError
+from tli_jax.errors import DataError, nearest
 
 # Name within a layer -> dims. In the layer-stacked tree each leaf has the dim L in front.
 LAYER_TENSORS: dict[str, tuple[str, ...]] = {
@@ -265,9 +264,7 @@ class _Reader:
         value = self.raw.get(key)
         value = default if value is None else value
         if value is None:
-            near = difflib.get_close_matches(key, self.raw, n=1)
-            hint = f" (is {near[0]!r} meant?)" if near else ""
-            raise DataError(f"{self.where}: key {key!r} is missing{hint}: add it")
+            raise DataError(f"{self.where}: key {key!r} is missing{nearest(key, self.raw)}: add it")
         return value
 
     def integer(self, key: str, default: int | None) -> int:
