@@ -1,0 +1,87 @@
+"""Growth that promises the same function, on a trained model: logits, gradients, and generation with a cache."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tli_jax.checkpoint.hf import load_hf
+from tli_jax.growth.inject import inject
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.presets import dus, tli
+from tli_jax.models.config import LlamaConfig
+from tli_jax.models.generate import generate
+from tli_jax.models.llama import Llama, forward
+from tli_jax.models.loss import token_losses
+
+Stories = tuple[LlamaConfig, dict[str, Any], jax.Array]
+
+
+@pytest.fixture(scope="module")
+def stories(material) -> Stories:
+    """A trained model of five layers, and text that it knows, as tokens ``[1, 128]``."""
+    config, params = load_hf(material / "stories260k")
+    with np.load(material / "stories260k" / "reference.npz") as reference:
+        return config, params, jnp.asarray(reference["input_ids"][:, :128])
+
+
+def grow(params: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """In one program: many small ones would take longer to compile."""
+    return jax.jit(lambda params: inject(params, plan))(params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_identity_growth_changes_no_logit(stories: Stories, dtype: Any):
+    """Both models through ``forward``: one scanned block, compiled once for each depth."""
+    config, params, tokens_BT = stories
+    params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    logits = forward(config, params, tokens_BT)
+    assert logits.dtype == dtype and np.isfinite(logits.astype(np.float32)).all()
+    for plan, depth in ((tli(5, 1), 10), (tli(5, 2), 7)):
+        assert plan.is_exact
+        grown = grow(params, plan)
+        assert grown["layers"]["input_layernorm"]["weight"].shape[0] == len(plan) == depth
+        # Compared by NumPy: a maximum taken by XLA on a CPU can pass over NaN.
+        np.testing.assert_array_equal(forward(config, grown, tokens_BT), logits, str(plan))
+
+
+@pytest.mark.parametrize("plan", [tli(5, 2, "half"), dus(5, 1)], ids=lambda plan: plan.method)
+def test_other_growth_does_change_them(stories: Stories, plan: Plan):
+    config, params, tokens_BT = stories
+    assert not plan.is_exact
+    difference = jnp.abs(forward(config, grow(params, plan), tokens_BT) - forward(config, params, tokens_BT)).max()
+    assert difference > 0.01
+
+
+def test_cached_generation_equals_uncached_and_the_bases(stories: Stories):
+    config, params, _ = stories
+    prompt = jnp.full((1, 1), config.bos_token_id)
+    base = generate(config, params, prompt, 60)
+    grown = grow(params, tli(5, 2))
+    np.testing.assert_array_equal(generate(config, grown, prompt, 60), base)
+    np.testing.assert_array_equal(generate(config, grown, prompt, 60, cached=False), base)
+    # A cache that mixed up its layers could go unseen where the injected ones add nothing.
+    grown = grow(params, tli(5, 2, "half"))
+    cached = generate(config, grown, prompt, 60)
+    np.testing.assert_array_equal(cached, generate(config, grown, prompt, 60, cached=False))
+    assert (cached != base).any()
+
+
+def test_only_the_outputs_of_injected_layers_have_a_gradient_at_first(stories: Stories):
+    """With zeroed residual outputs the loss sees nothing of what lies behind them."""
+    config, params, tokens_BT = stories
+    plan = tli(5, 2)
+
+    @jax.jit
+    def gradient(params: dict[str, Any]) -> dict[str, Any]:
+        return jax.grad(lambda params: token_losses(Llama(config, params), tokens_BT).mean())(params)
+
+    gradients = gradient(grow(params, plan))
+    injected = np.asarray(plan.injected)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients["layers"]):
+        is_output = path[-2].key in ("o_proj", "down_proj")
+        largest = np.abs(leaf).reshape(len(plan), -1).max(axis=1)
+        assert (largest[injected] > 0).all() if is_output else (largest[injected] == 0).all()
+        assert (largest[~injected] > 0).all()
