@@ -192,7 +192,8 @@ byte-level BPE tokenizer of {config.vocab_size:,} tokens, trained by the project
 - Text: the sources of the standard library of Python {facts["python"]}, and their docstrings once more as plain prose;
   sha256 of the text {facts["text_sha256"]}. One file in forty was held out.
 - Kept out on purpose, as a new domain for later: the documentation topics (`pydoc_data.topics`).
-- Trained on {facts["train_tokens"]:,} tokens ({facts["bytes_per_token"]} bytes each) in {facts["seconds"]:,} s on a CPU.
+- Trained on {facts["train_tokens"]:,} tokens of {facts["bytes_per_token"]} bytes each, in {facts["seconds"]:,} s
+  on a CPU.
 - Held-out loss {facts["held_out_loss"]} nats a token, on the new domain {facts["new_domain_loss"]} (windows of
   512 tokens with BOS in front, 200 windows at most).
 

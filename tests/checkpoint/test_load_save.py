@@ -82,7 +82,6 @@ def test_dtype(make_model: MAKE, tmp_path: Path):
         np.testing.assert_array_equal(np.asarray(a).astype(np.float32), b)
 
 
-@pytest.mark.xfail(reason="config.json keeps the dtype that was read")
 def test_config_names_the_dtype_of_the_weights(make_model: MAKE, tmp_path: Path):
     base = make_model(tmp_path / "base")
     save_hf(tmp_path / "half", *load_hf(base, dtype=jnp.bfloat16))

@@ -215,4 +215,6 @@ def load_hf(
         for key in name.split("."):
             sharding = sharding[key]
         leaves[name] = load(tensors, name, sharding)
+    if dtype is not None:
+        config = dataclasses.replace(config, dtype=np.dtype(dtype).name)
     return config, nest(leaves)

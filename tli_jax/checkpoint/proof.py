@@ -80,7 +80,7 @@ def layers_to_run(plan: Plan) -> int:
     """How many layers a proof runs: all of the grown model, and the base's from where the two must part."""
     shared = 0
     for row in plan.rows:
-        if row.is_base_layer and not row.injected and row.sources[0][0] == shared:
+        if row.is_base_layer and row.sources[0][0] == shared:
             shared += 1
         elif row.scale != 0:
             break
@@ -136,8 +136,8 @@ def _run_layers(
     base: Checkpoint, grown: Checkpoint, plan: Plan, tokens_BT: np.ndarray, step: Callable[[], None]
 ) -> tuple[jax.Array, jax.Array, int | None, list[Change]]:
     config = base.config
-    x_base = x_grown = _embed(base, tokens_BT)
-    parted_at = None if _same(_embed(grown, tokens_BT), x_base) else 0
+    x_base, x_grown = _embed(base, tokens_BT), _embed(grown, tokens_BT)
+    parted_at = None if _same(x_base, x_grown) else 0
     changes = []
     next_base = 0
     for number, row in enumerate(plan.rows):
@@ -146,8 +146,7 @@ def _run_layers(
         if row.injected:
             changes.append(Change(number, *map(float, _change(x_grown, y))))
         if parted_at is None:
-            is_next = row.is_base_layer and row.sources[0][0] == next_base and not row.injected
-            if is_next:
+            if row.is_base_layer and row.sources[0][0] == next_base:
                 is_same_layer = _holds(base, next_base, params)
                 x_base = y if is_same_layer else _block(config, _layer(base, next_base), x_base)
                 next_base += 1
@@ -266,7 +265,10 @@ def _update(stats: _Stats, base_NV: jax.Array, grown_NV: jax.Array, targets_N: j
     max_SN = jnp.maximum(best_SN, stats.max_SN)
     fade_SN = jnp.exp(stats.max_SN - max_SN)
     exp_SNV = jnp.exp(logits_SNV - max_SN[..., None])
-    difference_NV = base_NV - grown_NV
+    # NaN would get lost in a maximum: the same NaN on both sides is no difference, any other is an infinite one.
+    is_same_NV = (base_NV == grown_NV) | (jnp.isnan(base_NV) & jnp.isnan(grown_NV))
+    difference_NV = jnp.where(is_same_NV, 0.0, jnp.abs(base_NV - grown_NV))
+    difference_NV = jnp.where(jnp.isnan(difference_NV), jnp.inf, difference_NV)
     at_N = targets_N - start
     is_here_N = (at_N >= 0) & (at_N < base_NV.shape[1])
     picked_SN = jnp.take_along_axis(logits_SNV, at_N[None, :, None], axis=-1, mode="clip")[..., 0]
@@ -275,8 +277,8 @@ def _update(stats: _Stats, base_NV: jax.Array, grown_NV: jax.Array, targets_N: j
         sum_SN=stats.sum_SN * fade_SN + exp_SNV.sum(-1),
         top_SN=jnp.where(best_SN > stats.max_SN, logits_SNV.argmax(-1) + start, stats.top_SN),
         target_SN=jnp.where(is_here_N, picked_SN, stats.target_SN),
-        weighted_N=stats.weighted_N * fade_SN[0] + (exp_SNV[0] * difference_NV).sum(-1),
-        difference=jnp.maximum(stats.difference, jnp.abs(difference_NV).max()),
+        weighted_N=stats.weighted_N * fade_SN[0] + (exp_SNV[0] * (base_NV - grown_NV)).sum(-1),
+        difference=jnp.maximum(stats.difference, difference_NV.max()),
         largest=jnp.maximum(stats.largest, jnp.abs(base_NV).max()),
     )
 

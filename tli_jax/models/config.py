@@ -210,6 +210,9 @@ class LlamaConfig:
                 "bos_token_id": self.bos_token_id,
                 "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
             }
+        dtype_key = "dtype" if raw.get("dtype") else "torch_dtype"
+        if (raw.get(dtype_key) or "float32") != self.dtype:
+            raw[dtype_key] = self.dtype
         if raw.get("layer_types"):
             # One entry a layer, and all the same, or it would not have been read.
             raw["layer_types"] = raw["layer_types"][:1] * self.num_hidden_layers
