@@ -19,6 +19,7 @@ written to ``benchmarks/results/upscale.json`` with the machine they come from.
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import shutil
@@ -109,7 +110,12 @@ def main() -> None:
     args = parser.parse_args()
     base = args.work / f"base-{args.layers}-{args.max_shard_size}"
     if not base.exists():
-        make_base(base, args.layers, args.max_shard_size)
+        # In a process of its own: a child starts with the peak memory of the process it was forked from.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_base, args=(base, args.layers, args.max_shard_size)
+        )
+        maker.start()
+        maker.join()
     output, copied, merged = (args.work / name for name in ("grown", "copied", "merged"))
 
     runs: dict[str, list[dict[str, float]]] = {"cp": [], "process": [], "mergekit": []}
