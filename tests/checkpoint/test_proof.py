@@ -318,10 +318,11 @@ def test_transformers_finds_the_loss_of_the_proof(
     assert (found.loss_grown == found.loss_base) if plan.is_exact else (found.loss_grown > found.loss_base + 0.01)
 
 
-def test_the_grown_folder_tells_the_same_story_in_transformers(material: Path, grow: GROW, tmp_path: Path):
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_grown_folder_tells_the_same_story_in_transformers(material: Path, grow: GROW, tmp_path: Path, every: int):
     torch = pytest.importorskip("torch", reason="torch is not installed: no transformers model to compare with")
     transformers = pytest.importorskip("transformers")
-    grown = grow(material / "stories260k", tli(5, 2), tmp_path / "grown").folder
+    grown = grow(material / "stories260k", tli(5, every), tmp_path / "grown").folder
     model = transformers.LlamaForCausalLM.from_pretrained(grown)
     ids = torch.full((1, 1), model.config.bos_token_id)
     story = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False).numpy()

@@ -152,10 +152,12 @@ def _run_layers(
                 next_base += 1
             if not _same(x_base, y):
                 parted_at = number
-        x_grown = y
+        # Waited for, and let go of, before the next layer is read: layers must not queue up in memory.
+        x_grown = y.block_until_ready()
+        del params
         step()
     for layer in range(next_base, config.num_hidden_layers):
-        x_base = _block(config, _layer(base, layer), x_base)
+        x_base = _block(config, _layer(base, layer), x_base).block_until_ready()
         step()
     return x_base, x_grown, parted_at, changes
 
@@ -172,7 +174,8 @@ def _norm(eps: float, weight_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
 
 
 def _layer(checkpoint: Checkpoint, layer: int) -> dict[str, Any]:
-    return nest({name: read_tensor(checkpoint.tensors[hf_name(name, layer)]) for name in LAYER_TENSORS})
+    # Moved to the device one by one, so that only one tensor is ever held twice.
+    return nest({name: jnp.asarray(read_tensor(checkpoint.tensors[hf_name(name, layer)])) for name in LAYER_TENSORS})
 
 
 def _embed(checkpoint: Checkpoint, tokens_BT: np.ndarray) -> jax.Array:
@@ -188,7 +191,7 @@ def _holds(checkpoint: Checkpoint, layer: int, params: dict[str, Any]) -> bool:
 
     def holds(name: str) -> bool:
         leaf: Any = functools.reduce(lambda node, key: node[key], name.split("."), params)
-        bytes_here = leaf.reshape(-1).view(np.uint8)
+        bytes_here = np.asarray(leaf).reshape(-1).view(np.uint8)
         at = 0
         for chunk in read_chunks(checkpoint.tensors[hf_name(name, layer)]):
             if not np.array_equal(bytes_here[at : at + len(chunk)], chunk):
