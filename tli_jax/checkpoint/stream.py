@@ -97,10 +97,10 @@ def grown_pieces(base: Checkpoint, plan: Plan) -> list[Piece]:
             if action == "copy":
                 pieces.append(_keep(sources[0], target))
                 continue
-            make = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
+            maker = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
+            make = maker(plan, number, name, sources, is_output)
             like = sources[0]
-            part = Piece(target, like.dtype, like.shape, like.nbytes)
-            pieces.append(dataclasses.replace(part, make=make(plan, number, name, sources, is_output)))
+            pieces.append(Piece(target, like.dtype, like.shape, like.nbytes, make=make))
     pieces += [_keep(tensors[hf_name(n)], hf_name(n)) for n in base.config.outer_tensors if n != "embed_tokens.weight"]
     return pieces
 
@@ -123,13 +123,14 @@ def _zeros(plan: Plan, number: int, name: str, sources: list[Tensor], is_output:
 def _combined(
     plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool
 ) -> Callable[[], Iterator[Any]]:
-    from tli_jax.growth.initialisers import combine
-
     row = plan.rows[number]
     dtype = DTYPES[sources[0].dtype]
     weights = [np.float32(weight) for _, weight in row.sources]
 
     def make() -> Iterator[Any]:
+        # Here, because it brings JAX, which a plan alone does not need.
+        from tli_jax.growth.initialisers import combine
+
         for chunks in zip(*(read_chunks(source) for source in sources), strict=True):
             arrays = [np.frombuffer(chunk, dtype) for chunk in chunks]
             yield memoryview(combine(arrays, weights, np.float32(row.factor(is_output))).view(np.uint8))
@@ -140,11 +141,11 @@ def _combined(
 def _computed(
     plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool
 ) -> Callable[[], Iterator[Any]]:
-    from tli_jax.growth.initialisers import compute
-
     row = plan.rows[number]
 
     def make() -> Iterator[Any]:
+        from tli_jax.growth.initialisers import compute
+
         source = read_tensor(sources[0])
         made = compute(row.init, source, number, name, row.factor(is_output), plan.options)
         yield np.asarray(made).reshape(-1).view(np.uint8).data
