@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -55,9 +55,11 @@ class UpscaleConfig:
     model: str = option("", "folder, hub id, or 'embedded': the small base that the package carries")
     output: str | None = option(None, "folder to write; not needed with --plan-only")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    method: Method = option("tli", "growth method")
+    method: Method = option("tli", f"one of {', '.join(get_args(Method))} (default tli)")
     every: Whole | None = option(None, "tli, average: inject after every K base layers (default 4)")
-    init: Init | None = option(None, "tli: how an injected layer starts (default identity)")
+    init: Init | None = option(
+        None, f"tli: how an injected layer starts, one of {', '.join(get_args(Init))} (default identity)"
+    )
     scale: Number | None = option(None, "tli: factor on residual outputs, with init scaled, noise or random")
     after: Layers | None = option(None, "positions by hand: base layers after which is injected, e.g. 3,7,11")
     remainder: Literal["allow", "error"] | None = option(None, "tli: whether K may leave layers over (default allow)")
