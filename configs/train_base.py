@@ -20,10 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import yaml
-from safetensors.flax import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.checkpoint.output import check_output
+from tli_jax.checkpoint.save import save_hf
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Params, init_params
 from tli_jax.models.loss import losses, token_losses
 
@@ -117,7 +118,7 @@ def main() -> None:
     recipe = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     train = recipe["train"] | ({"steps": args.steps} if args.steps else {})
     config = LlamaConfig(**recipe["model"] | {"eos_token_ids": tuple(recipe["model"]["eos_token_ids"])})
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_output(args.output, None, overwrite=True)  # now, not after an hour of training
 
     documents, held_out_documents = standard_library(**recipe["text"])
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
@@ -202,21 +203,10 @@ It is there to be grown, proved and trained on in seconds. It writes text that l
 
 
 def write(folder: Path, config: LlamaConfig, params: Params, tokenizer: Tokenizer) -> None:
-    tensors = {}
-    for i in range(config.num_hidden_layers):
-        for name in LAYER_TENSORS:
-            leaf = params["layers"]
-            for key in name.split("."):
-                leaf = leaf[key]
-            tensors[f"model.layers.{i}.{name}"] = leaf[i]
-    for name in config.outer_tensors:
-        first, last = name.split(".")
-        tensors["model." * (first != "lm_head") + name] = params[first][last]
-    save_file(tensors, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_hf(folder, config, params, overwrite=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"bos_token": BOS, "eos_token": EOS}
     files = {
-        "config.json": config.to_hf(),
         "generation_config.json": {"bos_token_id": 0, "eos_token_id": 1},
         "tokenizer_config.json": special
         | {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.max_position_embeddings},

@@ -214,3 +214,13 @@ def test_a_folder_is_replaced_only_when_asked(make_model: MAKE, read_bytes: READ
     assert open_checkpoint(tmp_path / "out").config.num_hidden_layers == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
     assert len(read_bytes(tmp_path / "out")) == 6 * 9 + 2
+
+
+def test_overwriting_replaces_model_folders_only(make_model: MAKE, tmp_path: Path):
+    config, params = load_hf(make_model(tmp_path / "base"))
+    diary = tmp_path / "mine" / "diary.txt"
+    diary.parent.mkdir()
+    diary.write_text("dear diary")
+    with pytest.raises(OutputError, match="is not a model folder"):
+        save_hf(diary.parent, config, params, overwrite=True)
+    assert diary.read_text() == "dear diary"

@@ -11,7 +11,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Params, init_params, nest
+from tli_jax.models.llama import Params, init_params
+from tli_jax.models.tree import nest
 
 
 def stack_layers(tensors: Mapping[str, Any]) -> Params:

@@ -13,13 +13,14 @@ from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, read_folder,
 from tli_jax.errors import DataError, MissingInputError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.tree import nest, pick
 
 if TYPE_CHECKING:
     import jax
 
 # Buffers that old checkpoints carry and no Llama needs.
 _BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
-_CHUNK = 4 * 2**20
+CHUNK = 4 * 2**20  # bytes that pass through memory at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _read_growth(folder: Path, config: LlamaConfig) -> dict[str, Any] | None:
     return record
 
 
-def read_chunks(tensor: Tensor, size: int = _CHUNK) -> Iterator[memoryview]:
+def read_chunks(tensor: Tensor, size: int = CHUNK) -> Iterator[memoryview]:
     """The bytes of a tensor in order, through one buffer that the next chunk overwrites.
 
     Raises:
@@ -177,7 +178,6 @@ def load_hf(
     import jax
 
     from tli_jax.checkpoint import hub
-    from tli_jax.models.llama import nest
 
     checkpoint = open_checkpoint(hub.resolve(model, revision))
     config, layers = checkpoint.config, range(checkpoint.config.num_hidden_layers)
@@ -211,10 +211,7 @@ def load_hf(
 
     leaves = {}
     for name, tensors in flat.items():
-        sharding = shardings
-        for key in name.split("."):
-            sharding = sharding[key]
-        leaves[name] = load(tensors, name, sharding)
+        leaves[name] = load(tensors, name, pick(shardings, name))
     if dtype is not None:
         config = dataclasses.replace(config, dtype=np.dtype(dtype).name)
     return config, nest(leaves)

@@ -15,15 +15,15 @@ _SPARE = 16 * 2**20
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def check_output(output: Path, model: Path, overwrite: bool) -> None:
+def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
     """Refuse an output that would harm the base or somebody's files, before anything is read or written.
 
     Raises:
         UsageError: the output is the base's folder, or one of the two lies in the other.
         OutputError: something is there that must not be replaced.
     """
-    new, base = output.resolve(), model.resolve()
-    if new == base or base in new.parents or new in base.parents:
+    new, base = output.resolve(), None if model is None else model.resolve()
+    if base is not None and (new == base or base in new.parents or new in base.parents):
         raise UsageError(
             f"output {output} and model {model} must not be the same or lie in each other: choose another output"
         )

@@ -20,7 +20,8 @@ from tli_jax.checkpoint.tokens import FEWEST
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
-from tli_jax.models.llama import Block, RMSNorm, make_rope, nest
+from tli_jax.models.llama import Block, RMSNorm, make_rope
+from tli_jax.models.tree import nest, pick
 
 MAX_TOKENS, WINDOW = 4096, 512
 SECONDS = 60.0
@@ -190,8 +191,7 @@ def _holds(checkpoint: Checkpoint, layer: int, params: dict[str, Any]) -> bool:
     """Whether a layer on disk holds the same bytes as params in memory; read through a small buffer."""
 
     def holds(name: str) -> bool:
-        leaf: Any = functools.reduce(lambda node, key: node[key], name.split("."), params)
-        bytes_here = np.asarray(leaf).reshape(-1).view(np.uint8)
+        bytes_here = np.asarray(pick(params, name)).reshape(-1).view(np.uint8)
         at = 0
         for chunk in read_chunks(checkpoint.tensors[hf_name(name, layer)]):
             if not np.array_equal(bytes_here[at : at + len(chunk)], chunk):

@@ -15,6 +15,7 @@ from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_saf
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.tree import pick
 
 
 def save_hf(
@@ -30,7 +31,7 @@ def save_hf(
     """Write params as a folder that any Llama loader opens, whole or not at all. One tensor is on the host at a time.
 
     Args:
-        path: folder to write; must not exist, or be empty, unless ``overwrite``.
+        path: folder to write; must not exist, or be empty, unless ``overwrite``, which replaces a model folder only.
         config: of the model or of the base it was grown from: the depth is that of the params.
         params: layer-stacked, as ``load_hf`` and ``inject`` give them; dtypes are kept.
         plan: how the params were grown; written as ``growth.json``.
@@ -43,13 +44,10 @@ def save_hf(
     """
     path = Path(path)
     pieces = [_piece(name, array) for name, array in unstack(config, params)]
-    depth = len(params["layers"]["input_layernorm"]["weight"])
+    depth = _depth(params)
     if plan is not None and len(plan) != depth:
         raise UsageError(f"the plan gives {len(plan)} layers, the params have {depth}: inject first")
-    if source is not None:
-        check_output(path, Path(source), overwrite)
-    elif path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise UsageError(f"{path}: exists and is not empty: choose another path, or overwrite=True")
+    check_output(path, None if source is None else Path(source), overwrite)
     with staged(path, sum(piece.nbytes for piece in pieces)) as partial:
         write_safetensors(partial, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
         raw = config.with_layers(depth).to_hf()
@@ -62,16 +60,16 @@ def save_hf(
 
 def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, functools.partial[Any]]]:
     """Hugging Face name of every tensor, and a call that gives it; layer by layer, as deep as the params are."""
-
-    def leaf(name: str) -> Any:
-        return functools.reduce(lambda node, key: node[key], name.split("."), params)
-
     first, *rest = config.outer_tensors
-    yield hf_name(first), functools.partial(leaf, first)
-    for layer in range(len(leaf("layers.input_layernorm.weight"))):
+    yield hf_name(first), functools.partial(pick, params, first)
+    for layer in range(_depth(params)):
         for name in LAYER_TENSORS:
-            yield hf_name(name, layer), functools.partial(lambda n, i: leaf(f"layers.{n}")[i], name, layer)
-    yield from ((hf_name(name), functools.partial(leaf, name)) for name in rest)
+            yield hf_name(name, layer), functools.partial(lambda n, i: pick(params, f"layers.{n}")[i], name, layer)
+    yield from ((hf_name(name), functools.partial(pick, params, name)) for name in rest)
+
+
+def _depth(params: dict[str, Any]) -> int:
+    return len(pick(params, "layers.input_layernorm.weight"))
 
 
 def _piece(name: str, get: functools.partial[Any]) -> Piece:

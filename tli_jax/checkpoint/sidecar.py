@@ -43,11 +43,10 @@ def allowed_files(folder: Path) -> list[Path]:
     )
 
 
-def copy_allowed(source: Path, target: Path) -> list[str]:
-    """Copy the allowed files; their names."""
+def copy_allowed(source: Path, target: Path) -> None:
+    """Copy the allowed files."""
     for file in allowed_files(source):
         shutil.copyfile(file, target / file.name)
-    return [file.name for file in allowed_files(source)]
 
 
 def grow_config(raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:

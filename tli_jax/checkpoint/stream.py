@@ -19,13 +19,12 @@ from typing import Any
 import numpy as np
 
 from tli_jax.checkpoint.headers import DTYPES, INDEX, SINGLE, Tensor
-from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_chunks, read_tensor
+from tli_jax.checkpoint.hf import CHUNK, Checkpoint, hf_name, read_chunks, read_tensor
 from tli_jax.errors import DataError, UsageError
-from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LAYER_TENSORS, RESIDUAL_OUTPUTS
+from tli_jax.growth.plan import Plan, is_residual_output
+from tli_jax.models.config import LAYER_TENSORS
 
 Progress = Callable[[int], None]
-_CHUNK = 4 * 2**20
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Exponent bits, all set in NaN and Inf, and the unsigned type to look at them through.
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
@@ -86,7 +85,7 @@ def grown_pieces(base: Checkpoint, plan: Plan) -> list[Piece]:
     pieces = [_keep(tensors["model.embed_tokens.weight"], "model.embed_tokens.weight")]
     for number, row in enumerate(plan.rows):
         for name in LAYER_TENSORS:
-            is_output = bool(set(name.split(".")) & set(RESIDUAL_OUTPUTS))
+            is_output = is_residual_output(name)
             sources = [tensors[hf_name(name, layer)] for layer, _ in row.sources]
             if len({source.dtype for source in sources}) > 1:
                 raise DataError(
@@ -113,9 +112,9 @@ def _zeros(plan: Plan, number: int, name: str, sources: list[Tensor], is_output:
     nbytes = sources[0].nbytes
 
     def make() -> Iterator[Any]:
-        chunk = bytes(min(_CHUNK, nbytes))
-        for start in range(0, nbytes, _CHUNK):
-            yield memoryview(chunk)[: min(_CHUNK, nbytes - start)]
+        chunk = bytes(min(CHUNK, nbytes))
+        for start in range(0, nbytes, CHUNK):
+            yield memoryview(chunk)[: min(CHUNK, nbytes - start)]
 
     return make
 

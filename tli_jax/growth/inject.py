@@ -1,7 +1,7 @@
 """Injection: the pure function that turns layer-stacked params into deeper ones, as a plan says."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -10,10 +10,10 @@ import numpy as np
 
 from tli_jax.errors import UsageError
 from tli_jax.growth.initialisers import combine, compute
-from tli_jax.growth.plan import Plan
+from tli_jax.growth.plan import RESIDUAL_OUTPUTS, Plan, is_residual_output
 
 
-def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[str] = ("o_proj", "down_proj")) -> Any:
+def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Collection[str] = RESIDUAL_OUTPUTS) -> Any:
     """Grow layer-stacked params. Pure: works under ``jit``, ``grad`` and ``eval_shape``, and on sharded arrays.
 
     Args:
@@ -39,13 +39,12 @@ def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Sequence[st
             return leaf
         found += 1
         # NNX variables are pytree nodes of their own, whose one child is called "value".
-        within = [name for name in names[names.index(layers) + 1 :] if name != "value"]
-        name = ".".join(within)
+        name = ".".join(name for name in names[names.index(layers) + 1 :] if name != "value")
         if not leaf.shape or leaf.shape[0] != plan.base_layers:
             raise UsageError(
                 f"{layers}.{name} has shape {tuple(leaf.shape)}, the plan needs {plan.base_layers} layers first"
             )
-        return _grow_leaf(leaf, plan, name, is_output=bool(set(within) & set(outputs)))
+        return _grow_leaf(leaf, plan, name, is_output=is_residual_output(name, outputs))
 
     grown = jax.tree_util.tree_map_with_path(grow, params)
     if not found:

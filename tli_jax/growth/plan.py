@@ -6,7 +6,7 @@ operator (``growth.inject``) and by the out-of-core one (``checkpoint.stream``) 
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from tli_jax.errors import DataError, UsageError
@@ -15,9 +15,16 @@ VERSION = 1
 INITS = ("copy", "identity", "scaled", "half", "average", "average_identity", "noise", "random")
 COMPUTED_INITS = ("noise", "random")
 KEEP = "keep"
+# The only tensors through which a layer reaches the residual stream.
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
 
 Exactness = Literal["bit", "arithmetic", "none"]
 Action = Literal["copy", "zero", "combine", "compute"]
+
+
+def is_residual_output(name: str, outputs: Collection[str] = RESIDUAL_OUTPUTS) -> bool:
+    """Whether a row's scale multiplies the tensor of that name within a layer; its bias counts too."""
+    return not set(name.split(".")).isdisjoint(outputs)
 
 
 @dataclasses.dataclass(frozen=True)

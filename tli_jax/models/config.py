@@ -24,12 +24,9 @@ LAYER_TENSORS: dict[str, tuple[str, ...]] = {
     "mlp.up_proj.weight": ("F", "D"),
     "mlp.down_proj.weight": ("D", "F"),
 }
-# The only tensors through which a layer reaches the residual stream.
-RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
-ROPE_TYPES = ("default", "linear", "llama3")
 _ROPE_FACTORS = {
     "default": (),
     "linear": ("factor",),
@@ -241,8 +238,8 @@ def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tu
         raise DataError(f"{where}: {key} is {rope!r}, must be one object for all layers")
     read = _Reader(rope, f"{where}: {key}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ROPE_TYPES:
-        raise DataError(f"{where}: {key} has rope type {kind!r}, supported are {', '.join(ROPE_TYPES)}")
+    if kind not in _ROPE_FACTORS:
+        raise DataError(f"{where}: {key} has rope type {kind!r}, supported are {', '.join(_ROPE_FACTORS)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise DataError(
             f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported"

@@ -15,6 +15,7 @@ from flax import nnx
 
 from tli_jax.models.attention import attention, rotary_tables, rotate
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.tree import nest
 
 Params = dict[str, Any]
 
@@ -184,15 +185,3 @@ def init_params(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.floa
         for i, (name, shape) in enumerate(sorted(tensors.items()))
     }
     return nest(flat)
-
-
-def nest(flat: Mapping[str, Any]) -> Params:
-    """``{"a.b": x}`` -> ``{"a": {"b": x}}``."""
-    tree: Params = {}
-    for name, leaf in flat.items():
-        *parents, last = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
