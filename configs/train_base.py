@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tli_jax.checkpoint.output import check_output
 from tli_jax.checkpoint.save import save_hf
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, Params, init_params
+from tli_jax.models.llama import Llama, Params, Run, init_params
 from tli_jax.models.loss import losses, token_losses
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -140,7 +140,7 @@ def main() -> None:
     @jax.jit
     def step(params: Params, state: optax.OptState, tokens: jax.Array) -> tuple[Params, optax.OptState, jax.Array]:
         def loss_of(params: Params) -> jax.Array:
-            return token_losses(Llama(config, params), tokens, chunk=2048, remat=True).mean()
+            return token_losses(Llama(config, params), tokens, chunk=2048, run=Run(remat="full"))[0].mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, state = optimizer.update(grads, state, params)

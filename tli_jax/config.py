@@ -1,7 +1,8 @@
 """The typed description of a run: the only reader of YAML, and where command-line flags come from.
 
 Every key of the file is a flag and every flag is a key: ``every: 4`` is ``--every 4``, ``max_shard_size`` is
-``--max-shard-size``. Flags win over the file. Whatever is not known is refused, with the nearest name.
+``--max-shard-size``, and ``steps`` in the section ``train`` is ``--train.steps``. Flags win over the file. Whatever is
+not known is refused, with the nearest name.
 """
 
 import argparse
@@ -37,15 +38,131 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _pairs(value: Any) -> Any:
+    """``"data=2,fsdp=4"`` from the command line is a mapping."""
+    if not isinstance(value, str):
+        return value
+    parts = [part.partition("=") for part in value.split(",") if part.strip()]
+    if not all(sign for _, sign, _ in parts):
+        raise ValueError("must be name=value, separated by commas")
+    return {name.strip(): amount.strip() for name, _, amount in parts}
+
+
+def _sources(value: Any) -> Any:
+    """A path, paths with commas between, or a list of paths and of sources."""
+    listed = _split(value)
+    if not isinstance(listed, list | tuple):
+        listed = [listed]
+    return [{"path": one} if isinstance(one, str) else one for one in listed]
+
+
+def _line_breaks(value: Any) -> Any:
+    r"""``\n`` typed on a command line is a line break."""
+    return value.replace("\\n", "\n") if isinstance(value, str) else value
+
+
 Whole = Annotated[int, pydantic.BeforeValidator(_refuse_bool)]
 Number = Annotated[float, pydantic.BeforeValidator(_refuse_bool)]
 Layers = Annotated[tuple[Whole, ...], pydantic.BeforeValidator(_split)]
 Text = Annotated[str, pydantic.BeforeValidator(_text)]
 
 
+Positive = Annotated[Whole, pydantic.Field(ge=1)]
+NotNegative = Annotated[Whole, pydantic.Field(ge=0)]
+Share = Annotated[Number, pydantic.Field(ge=0, le=1)]
+Amount = Annotated[Number, pydantic.Field(ge=0, allow_inf_nan=False)]
+Group = Literal["kept", "injected", "outer"]
+Axis = Literal["data", "fsdp", "tensor"]
+FloatType = Literal["float32", "bfloat16"]
+
+
 def option(default: Any, text: str) -> Any:
     """A key with its default and its line of help."""
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Source:
+    """Something to read documents from, and its share in the mixture."""
+
+    path: Text
+    weight: Annotated[Number, pydantic.Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+Sources = Annotated[tuple[Source, ...], pydantic.BeforeValidator(_sources)]
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class TrainConfig:
+    """What ``python -m tli_jax.train`` is to do: continued pretraining."""
+
+    model: str = option("", "what to start from: folder (grown or not), run folder, hub id or 'embedded'")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    run: str = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
+    export: str | None = option(None, "Hugging Face folder to write at the end")
+    text: Sources = option((), "files or folders to train on, separated by commas; in YAML also {path, weight}")
+    validation_text: Sources = option((), "the same, for validation; by default the end of each source is kept out")
+    validation_share: Share = option(0.05, "how much of each source is kept out, without validation_text")
+    separator: Annotated[str | None, pydantic.BeforeValidator(_line_breaks)] = option(
+        None, r"plain text: what stands between documents, e.g. '\n'; by default a file is one document"
+    )
+    field: str = option("text", "JSONL, Parquet, datasets folders: the field that holds the text")
+    bos: bool = option(True, "BOS in front of each document, where the model has one")
+    eos: bool = option(False, "EOS behind each document")
+    on_bad: Literal["refuse", "skip"] = option("refuse", "what to do with documents that cannot be read")
+    isolate: bool = option(True, "documents in one window do not see each other")
+    steps: Positive = option(1000, "optimizer steps in all")
+    batch_size: Positive = option(8, "sequences a step, over all devices")
+    sequence_length: Positive | None = option(None, "tokens a sequence (default: the model's context, 2048 at most)")
+    seed: NotNegative = option(0, "seed of the order of the data")
+    only: str = option("all", "layers that train: all, injected, last_n(N) or layers(0,3,7-9)")
+    outer: str | None = option(
+        None, "tensors outside the layers that train: all, none, or of embed_tokens,norm,lm_head (default as only all)"
+    )
+    learning_rate: Amount = option(1e-4, "peak learning rate")
+    group_learning_rate: Annotated[dict[Group, Amount], pydantic.BeforeValidator(_pairs)] = option(
+        {}, "another one for some groups, e.g. injected=1e-3,kept=1e-5,outer=0"
+    )
+    warmup: NotNegative = option(0, "steps from 0 to the peak")
+    group_warmup: Annotated[dict[Group, NotNegative], pydantic.BeforeValidator(_pairs)] = option(
+        {}, "another one for some groups, e.g. kept=500"
+    )
+    schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "how the rate falls: cosine, wsd or constant")
+    decay_share: Share = option(0.2, "wsd: the last share of all steps, over which the rate falls in a line")
+    final_share: Share = option(0.1, "what is left of the peak at the end, with cosine and wsd")
+    optimizer: Literal["adamw", "adafactor", "lion", "muon"] = option("adamw", "adamw, adafactor, lion or muon")
+    b1: Share = option(0.9, "decay of the first moment")
+    b2: Share = option(0.95, "decay of the second moment")
+    eps: Amount = option(1e-8, "added to the denominator of an update")
+    weight_decay: Amount = option(0.1, "decoupled; of matrices within layers and of the head, not of norms and embedding")
+    clip: Amount = option(1.0, "largest global norm of the gradient; 0 for none")
+    param_dtype: FloatType = option("float32", "dtype of the parameters that train")
+    moment_dtype: FloatType = option("float32", "dtype of the first moment")
+    compute_dtype: FloatType = option("bfloat16", "dtype of activations and matrix products")
+    remat: Literal["none", "dots", "full"] = option(
+        "full", "what is computed again in the backward pass: none, all but matrix products (dots), full"
+    )
+    accumulation: Positive = option(1, "parts into which a step's batch is cut, one after the other")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "kernel: auto, xla, cudnn (GPU), splash (TPU)")
+    z_loss: Amount = option(0.0, "weight of the squared log of the softmax's denominator")
+    skip_limit: Positive = option(10, "bad steps in a row (loss not finite, or a spike) that are skipped before it stops")
+    spike: Amount = option(50.0, "a gradient this many times its running mean is a spike; 0 for none")
+    mesh: Annotated[dict[Axis, Whole], pydantic.BeforeValidator(_pairs)] = option(
+        {}, "devices an axis, e.g. data=2,fsdp=4,tensor=1; -1 takes the rest (default fsdp=-1)"
+    )
+    distributed: bool = option(False, "several processes, which find each other on Cloud TPU, GKE and Slurm")
+    process: str | None = option(None, "this process of several, elsewhere: INDEX/COUNT@HOST:PORT of process 0")
+    save_every: Positive = option(500, "steps between checkpoints; the last step is always saved")
+    keep: Positive = option(3, "checkpoints that are kept")
+    validate_every: Positive = option(100, "steps between validations; also before the first step and after the last")
+    validation_batches: Positive = option(20, "batches a validation, at most")
+    tensorboard: bool = option(False, "metrics for TensorBoard too, in the run folder")
+    wandb: str | None = option(None, "metrics to this project of Weights & Biases too")
+    max_shard_size: Text = option("5GB", "largest safetensors file of the export")
+    overwrite: bool = option(False, "replace an export that exists, once the new one is complete")
+    debug: bool = option(False, "show the traceback of an error")
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -81,6 +198,7 @@ class UpscaleConfig:
     max_shard_size: Text = option("5GB", "largest safetensors file")
     allow_nonfinite: bool = option(False, "go on when weights are NaN or Inf")
     debug: bool = option(False, "show the traceback of an error")
+    train: TrainConfig | None = option(None, "section: continued pretraining of what was grown, see tli_jax.train")
 
 
 Config = TypeVar("Config")
@@ -94,25 +212,70 @@ class _Parser(argparse.ArgumentParser):
 def parse(kind: type[Config], program: str, description: str, arguments: Sequence[str]) -> Config:
     """A configuration from ``--config FILE.yaml`` and flags over it.
 
+    A file that describes a growth and, in its section ``train``, what comes after, serves for that section alone too:
+    the model is then what the growth writes.
+
     Raises:
         UsageError: an unknown key or flag, or a wrong value.
         MissingInputError: the file is not there.
     """
     parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file; every flag below is a key in it")
-    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for name, field in fields.items():
+    switches = []
+    for name, field in _flat_fields(kind).items():
         # A flag of argparse's own for yes/no; anything else stays text, for the types above to read.
-        is_switch = field.type is bool
-        action: Any = argparse.BooleanOptionalAction if is_switch else "store"
-        parser.add_argument(_flag(name), dest=name, action=action, help=field.metadata["help"].replace("%", "%%"))
+        action: Any = argparse.BooleanOptionalAction if field.type is bool else "store"
+        switches.append(_flag(name))
+        parser.add_argument(switches[-1], dest=name, action=action, help=field.metadata["help"].replace("%", "%%"))
     given, rest = parser.parse_known_args(arguments)
     if rest:
         word = next((word for word in rest if word.startswith("-")), rest[0])
-        raise UsageError(f"{word} is not known{nearest(word, [_flag(name) for name in fields])}; see --help")
+        raise UsageError(f"{word} is not known{nearest(word, switches)}; see --help")
     flags = vars(given)
     path = flags.pop("config", None)
-    return _validate(kind, _read_yaml(Path(path)) if path else {}, flags, path)
+    values = _read_yaml(Path(path)) if path else {}
+    if kind is TrainConfig and isinstance(values.get("train"), dict):
+        values = {"model": values.get("output", "")} | values["train"]
+    return _validate(kind, values, flags, path)
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as the YAML that ``parse`` reads, every key in it."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+
+
+def from_yaml(kind: type[Config], path: Path) -> Config:
+    """Read what ``to_yaml`` wrote.
+
+    Raises:
+        UsageError, MissingInputError: see ``parse``.
+    """
+    return _validate(kind, _read_yaml(path), {}, str(path))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _sections(kind: Any) -> dict[str, Any]:
+    """Keys of a configuration that are configurations themselves."""
+    return {
+        field.name: part
+        for field in dataclasses.fields(kind)
+        for part in get_args(field.type)
+        if isinstance(part, type) and dataclasses.is_dataclass(part)
+    }
+
+
+def _flat_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
+    """Every key, those of a section by a dotted name."""
+    sections = _sections(kind)
+    flat = {field.name: field for field in dataclasses.fields(kind) if field.name not in sections}
+    for name, part in sections.items():
+        flat |= {f"{name}.{key}": field for key, field in _flat_fields(part).items()}
+    return flat
 
 
 def _flag(name: str) -> str:
@@ -132,16 +295,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any], path: str | None) -> Config:
+    merged = dict(values)
+    for name, value in flags.items():
+        section, dot, key = name.rpartition(".")
+        if not dot:
+            merged[key] = value
+        elif isinstance(merged.get(section) or {}, dict):
+            merged[section] = (merged.get(section) or {}) | {key: value}
     try:
-        return pydantic.TypeAdapter(kind).validate_python(values | flags)
+        return pydantic.TypeAdapter(kind).validate_python(merged)
     except pydantic.ValidationError as error:
         problems = []
         for found in error.errors():
-            key = ".".join(str(part) for part in found["loc"][:1])
+            parts = [str(part) for part in found["loc"]]
+            key = ".".join(parts[: 1 + (parts[0] in _sections(kind))])
             where = "command line" if key in flags else path
-            if found["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-                names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
-                problems.append(f"{where}: key {key!r} is not known{nearest(key, names)}")
+            if found["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(parts) <= 1 + key.count("."):
+                problems.append(f"{where}: key {key!r} is not known{nearest(key, _flat_fields(kind))}")
             else:
                 problems.append(f"{where}: {key} is {found['input']!r}: {found['msg']}")
         raise UsageError("; ".join(problems)) from None

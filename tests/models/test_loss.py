@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, forward, init_params
+from tli_jax.models.llama import Llama, Run, forward, init_params
 from tli_jax.models.loss import losses, token_losses
 
 SIZES = {
@@ -51,13 +51,13 @@ def expected(request, random_params):
 # B*T is 33: neither 5 nor 16 divides it, and 64 is more than there is. With the layers recomputed or not.
 @pytest.mark.parametrize(
     ("expected", "chunk", "remat"),
-    [(True, 5, False), (True, 16, True), (True, 64, False), (False, 16, True)],
-    ids=["tied-5", "tied-16-remat", "tied-64", "untied-16-remat"],
+    [(True, 5, "none"), (True, 16, "full"), (True, 64, "dots"), (False, 16, "full")],
+    ids=["tied-5", "tied-16-full", "tied-64-dots", "untied-16-full"],
     indirect=["expected"],
 )
 def test_chunked_equals_plain(expected, chunk, remat):
     config, params, value, gradients = expected
-    ours, of_ours = value_and_grad(lambda params: token_losses(Llama(config, params), TOKENS, chunk, remat), params)
+    ours, of_ours = value_and_grad(lambda params: token_losses(Llama(config, params), TOKENS, chunk, run=Run(remat=remat))[0], params)
     assert ours.shape == (3, 11) and ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, value, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_ours, gradients)
@@ -86,6 +86,6 @@ def test_the_logits_of_a_batch_are_never_held():
         return step.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(lambda params, tokens: plain(config, params, tokens)) > logits_bytes
-    chunked = temporaries(lambda params, tokens: token_losses(Llama(config, params), tokens, chunk=chunk))
+    chunked = temporaries(lambda params, tokens: token_losses(Llama(config, params), tokens, chunk=chunk)[0])
     # A sixteenth of the logits is one chunk; the head's gradient and a few copies of one chunk are what remains.
     assert chunked < logits_bytes / 3

@@ -1,10 +1,17 @@
 """Rotary position embedding and grouped-query attention."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tli_jax.models.config import LlamaConfig
+
+# q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h].
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# T and which document of its sequence each token belongs to, [B, T] or None for one document -> causal attention.
+Kernel = Callable[[int, jax.Array | None], Attend]
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -39,6 +46,16 @@ def rotate(x_BTNh: jax.Array, cos_Th: jax.Array, sin_Th: jax.Array) -> jax.Array
     return x_BTNh * cos_Th[:, None] + turned * sin_Th[:, None]
 
 
-def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask_TS: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in fp32: the one place where a kernel is chosen. Returns ``[B, T, H, h]``."""
-    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask_TS[None, None], implementation="xla")
+def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask: jax.Array) -> jax.Array:
+    """Grouped-query attention, softmax in fp32, under a mask ``[T, S]`` or ``[B, T, S]``. Returns ``[B, T, H, h]``."""
+    mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
+    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, implementation="xla")
+
+
+def causal(T: int, segments_BT: jax.Array | None) -> Attend:
+    """Causal attention by ``attention``: runs everywhere, within documents where ``segments_BT`` numbers them."""
+    positions_T = jnp.arange(T)
+    mask = positions_T[None] <= positions_T[:, None]
+    if segments_BT is not None:
+        mask = mask & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return jax.tree_util.Partial(attention, mask=mask)

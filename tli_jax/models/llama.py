@@ -3,29 +3,58 @@
 The parameter tree is the Hugging Face name table: ``params["layers"]["self_attn"]["q_proj"]["weight"]`` holds
 ``model.layers.*.self_attn.q_proj.weight`` of all layers, stacked in front. No depth is stored anywhere: it is the
 leading size of the leaves under ``layers``.
+
+Training may give the layers as a grouped stack instead: a list of segments, each a list of stacks with the leaves
+``[periods, layers, …]``. A segment runs period by period, and in each of them its stacks in order.
 """
 
 import functools
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tli_jax.models.attention import attention, rotary_tables, rotate
+from tli_jax.models.attention import Attend, Kernel, attention, causal, rotary_tables, rotate
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
 from tli_jax.models.tree import nest
 
 Params = dict[str, Any]
 
 
+Remat = Literal["none", "dots", "full"]
+_REMAT: dict[Remat, Callable[[Any], Any]] = {
+    "none": lambda layer: layer,
+    "dots": functools.partial(
+        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    ),
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+}
+
+
 class Rope(NamedTuple):
-    """What a block needs to know of positions: cosines and sines ``[T, h]`` and the attention mask ``[T, S]``."""
+    """What a block needs to know of positions: cosines and sines ``[T, h]``, and who attends to whom."""
 
     cos: jax.Array
     sin: jax.Array
-    mask: jax.Array
+    attend: Attend
+
+
+class Run(NamedTuple):
+    """How a model is run: nothing here changes the mathematics.
+
+    Args:
+        dtype: of activations and matrix products; that of the embedding by default. Norms, softmax and loss are fp32.
+        remat: what the backward pass computes again: nothing, all but the products with weights, or all of a layer.
+        kernel: the attention kernel.
+        place: pins an array, whose dims are spelled by letters, to its place on a mesh.
+    """
+
+    dtype: Any = None
+    remat: Remat = "none"
+    kernel: Kernel = causal
+    place: Callable[[jax.Array, str], jax.Array] = lambda x, dims: x
 
 
 class Cache(NamedTuple):
@@ -43,7 +72,7 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(weight)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...i,oi->...o", x, self.weight[...])
+        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
 
 
 class RMSNorm(nnx.Module):
@@ -56,7 +85,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         x32 = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return self.weight[...] * (x32 * scale).astype(x.dtype)
+        return self.weight[...].astype(x.dtype) * (x32 * scale).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -82,7 +111,7 @@ class Attention(nnx.Module):
             at = (0, cache.length, 0, 0)
             k_BSKh = jax.lax.dynamic_update_slice(cache.k, k_BSKh, at)
             v_BSKh = jax.lax.dynamic_update_slice(cache.v, v_BSKh, at)
-        out_BTHh = attention(q_BTHh, k_BSKh, v_BSKh, rope.mask)
+        out_BTHh = rope.attend(q_BTHh, k_BSKh, v_BSKh)
         return self.o_proj(out_BTHh.reshape(*x_BTD.shape[:2], -1)), (k_BSKh, v_BSKh)
 
 
@@ -121,31 +150,59 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, params: Mapping[str, Any]):
         self.config = config
         self.embed_tokens = Linear(params["embed_tokens"]["weight"])
-        self.layers = Block(config, params["layers"])
+        layers = params["layers"]
+        is_flat = isinstance(layers, Mapping)
+        self.layers = nnx.data(
+            Block(config, layers) if is_flat else [[Block(config, s) for s in segment] for segment in layers]
+        )
         self.norm = RMSNorm(params["norm"]["weight"], config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(params["lm_head"]["weight"])
 
     def hidden(
-        self, tokens_BT: jax.Array, cache: Cache | None = None, remat: bool = False
+        self,
+        tokens_BT: jax.Array,
+        cache: Cache | None = None,
+        segments_BT: jax.Array | None = None,
+        run: Run = Run(),  # noqa: B008
     ) -> tuple[jax.Array, Cache | None]:
         """Hidden states after the final norm, ``[B, T, D]``, and the cache with these tokens in it."""
         T = tokens_BT.shape[1]
-        x_BTD = self.embed_tokens.weight[...][tokens_BT]
+        embedding_VD = self.embed_tokens.weight[...]
+        # Placed as it is used, not as it is stored: the compiler would bring the looked-up rows together instead.
+        embedding_VD = run.place(embedding_VD.astype(run.dtype or embedding_VD.dtype), "VD")
+        x_BTD = run.place(embedding_VD[tokens_BT], "BTD")
         rope = make_rope(self.config, T, x_BTD.dtype, cache)
+        if cache is None:
+            x_BTD = self._through(x_BTD, rope._replace(attend=run.kernel(T, segments_BT)), run)
+            return self.norm(x_BTD), None
 
         def body(x: jax.Array, layer: tuple[Block, Any]) -> tuple[jax.Array, Any]:
-            block, kv = layer
-            x, kv = block(x, rope, None if cache is None else Cache(kv[0], kv[1], cache.length))
-            return x, None if cache is None else kv
+            block, (k, v) = layer
+            return block(x, rope, Cache(k, v, cache.length))
 
-        kv = None if cache is None else (cache.k, cache.v)
-        x_BTD, kv = jax.lax.scan(jax.checkpoint(body) if remat else body, x_BTD, (self.layers, kv))
-        new_cache = None if cache is None else Cache(kv[0], kv[1], cache.length + T)
-        return self.norm(x_BTD), new_cache
+        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (self.layers, (cache.k, cache.v)))
+        return self.norm(x_BTD), Cache(k, v, cache.length + T)
 
-    def head(self, x_BTD: jax.Array) -> jax.Array:
+    def _through(self, x_BTD: jax.Array, rope: Rope, run: Run) -> jax.Array:
+        def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
+            return run.place(block(x, rope)[0], "BTD"), None
+
+        def stack(x: jax.Array, blocks: Block) -> jax.Array:
+            return jax.lax.scan(_REMAT[run.remat](layer), x, blocks)[0]
+
+        def period(x: jax.Array, stacks: list[Block]) -> tuple[jax.Array, None]:
+            return functools.reduce(stack, stacks, x), None
+
+        if isinstance(self.layers, Block):
+            return stack(x_BTD, self.layers)
+        for segment in self.layers:
+            x_BTD, _ = jax.lax.scan(period, x_BTD, segment)
+        return x_BTD
+
+    @property
+    def head(self) -> Linear:
         """Logits ``[B, T, V]`` from hidden states."""
-        return (self.embed_tokens if self.lm_head is None else self.lm_head)(x_BTD)
+        return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def __call__(self, tokens_BT: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
         x_BTD, cache = self.hidden(tokens_BT, cache)
@@ -157,7 +214,8 @@ def make_rope(config: LlamaConfig, T: int, dtype: jnp.dtype, cache: Cache | None
     start = 0 if cache is None else cache.length
     positions_T = start + jnp.arange(T)
     keys_S = jnp.arange(T if cache is None else cache.k.shape[2])
-    return Rope(*rotary_tables(config, positions_T, dtype), mask=keys_S[None] <= positions_T[:, None])
+    mask_TS = keys_S[None] <= positions_T[:, None]
+    return Rope(*rotary_tables(config, positions_T, dtype), attend=jax.tree_util.Partial(attention, mask=mask_TS))
 
 
 def make_cache(config: LlamaConfig, params: Params, batch: int, slots: int) -> Cache:

@@ -6,32 +6,54 @@ import jax
 import jax.numpy as jnp
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, Params
+from tli_jax.models.llama import Llama, Params, Run
+
+# Logits that exist at a time, by default: 256 MiB in fp32, whatever the vocabulary.
+LOGITS = 2**26
 
 
-def token_losses(model: Llama, tokens_BT: jax.Array, chunk: int = 512, remat: bool = False) -> jax.Array:
-    """Cross-entropy in nats, fp32 ``[B, T-1]``, of each token after the first, given those before it.
+def token_losses(
+    model: Llama,
+    tokens_BT: jax.Array,
+    chunk: int | None = None,
+    segments_BT: jax.Array | None = None,
+    run: Run = Run(),  # noqa: B008
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of each token after the first, given those before it, in nats, fp32 ``[B, T-1]``; and the log of
+    the softmax's denominator, likewise, for a z-loss. Both are 0 where the token to predict is -1.
 
-    The head runs over ``chunk`` positions at a time, so memory does not grow with B*T*V.
+    Args:
+        chunk: positions that the head runs over at a time, counted over the whole batch; by default as many as keep
+            the logits within ``LOGITS``, so that memory grows neither with B*T nor with V.
+        segments_BT: the document of each token, which attention does not leave; None for one document.
     """
-    x_BTD, _ = model.hidden(tokens_BT[:, :-1], remat=remat)
+    inputs_BT, targets_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
+    x_BTD, _ = model.hidden(inputs_BT, None, None if segments_BT is None else segments_BT[:, :-1], run)
     B, T, D = x_BTD.shape
-    chunk = min(chunk, B * T)
-    pad = -(B * T) % chunk
-    x_NCD = jnp.pad(x_BTD.reshape(B * T, D), ((0, pad), (0, 0))).reshape(-1, chunk, D)
-    targets_NC = jnp.pad(tokens_BT[:, 1:].reshape(B * T), (0, pad)).reshape(-1, chunk)
+    # Cut along T, so that every device has a share of every chunk.
+    C = min(T, max(1, (chunk or LOGITS // model.config.vocab_size) // B))
+    pad = -T % C
+    x_NBCD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
+    targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad)), constant_values=-1).reshape(B, -1, C).swapaxes(0, 1)
+    head_VD = run.place(model.head.weight[...].astype(x_BTD.dtype), "VD")
 
     @jax.checkpoint
-    def one(chunk_of: tuple[jax.Array, jax.Array]) -> jax.Array:
-        x_CD, targets_C = chunk_of
-        logits_CV = model.head(x_CD).astype(jnp.float32)
-        picked_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-        return jax.nn.logsumexp(logits_CV, axis=-1) - picked_C
+    def one(chunk_of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x_BCD, targets_BC = run.place(chunk_of[0], "BTD"), chunk_of[1]
+        logits_BCV = jnp.einsum("...d,vd->...v", x_BCD, head_VD, preferred_element_type=jnp.float32)
+        logits_BCV = run.place(logits_BCV, "BTV")
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        # Not a gather: over a vocabulary that lies on several devices that would bring all logits together.
+        is_target = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]
+        picked_BC = jnp.sum(jnp.where(is_target, logits_BCV, 0.0), axis=-1)
+        is_counted = targets_BC >= 0
+        return jnp.where(is_counted, log_z_BC - picked_BC, 0.0), jnp.where(is_counted, log_z_BC, 0.0)
 
-    return jax.lax.map(one, (x_NCD, targets_NC)).reshape(-1)[: B * T].reshape(B, T)
+    losses_NBC, log_z_NBC = jax.lax.map(one, (x_NBCD, targets_NBC))
+    return tuple(y.swapaxes(0, 1).reshape(B, -1)[:, :T] for y in (losses_NBC, log_z_NBC))  # type: ignore[return-value]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def losses(config: LlamaConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """``token_losses`` of params that are not in a module."""
-    return token_losses(Llama(config, params), tokens_BT)
+    """Cross-entropy of each token after the first, in nats, fp32 ``[B, T-1]``; as deep as the params are."""
+    return token_losses(Llama(config, params), tokens_BT)[0]

@@ -1,0 +1,416 @@
+"""Checkpoints of a training run: bit-equal, whole or not there, and never silently wrong."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tli_jax.checkpoint.state import Checkpoints, _program, digests
+from tli_jax.errors import DataError, OutputError, StorageError
+
+
+class Moments(NamedTuple):
+    mu: Any
+    nu: Any
+    count: Any
+
+
+def make_mesh(*shape: int, kind: AxisType = AxisType.Auto) -> Mesh:
+    return jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(kind,) * 2)
+
+
+def place(mesh: Mesh, array: Any, *spec: str | None) -> jax.Array:
+    return jax.device_put(array, NamedSharding(mesh, P(*spec)))
+
+
+def make_state(mesh: Mesh, seed: int = 0) -> dict[str, Any]:
+    draw = np.random.default_rng(seed)
+    weight = draw.normal(size=(16, 8)).astype(np.float32)
+    weight[0, :2] = np.nan, -0.0
+    return {
+        "params": {
+            "layers": {"mlp.up_proj.weight": place(mesh, weight, "fsdp", "tensor")},
+            "norm": place(mesh, draw.normal(size=16).astype(ml_dtypes.bfloat16), "fsdp"),
+        },
+        "moments": Moments(
+            place(mesh, draw.normal(size=(8, 4, 2)).astype(np.float16), "fsdp", None, "tensor"),
+            {},
+            place(mesh, np.int32(seed)),
+        ),
+        "mask": [place(mesh, draw.random(8) < 0.5), place(mesh, draw.integers(-9, 9, 8, np.int8)), None],
+        "nothing": place(mesh, np.zeros((0, 8), np.float32), None, "tensor"),
+        "key": place(mesh, draw.integers(0, 2**32, 2, np.uint32)),
+    }
+
+
+def abstract(state: Any, mesh: Mesh) -> Any:
+    """The shapes of a state, with other shardings where its first dimension can be cut."""
+
+    def leaf(array: jax.Array) -> jax.ShapeDtypeStruct:
+        cut = array.ndim and array.shape[0] and array.shape[0] % mesh.shape["tensor"] == 0
+        return jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=NamedSharding(mesh, P("tensor") if cut else P())
+        )
+
+    return jax.tree.map(leaf, state)
+
+
+def raw(state: Any) -> list[tuple[str, bytes]]:
+    return [(str(leaf.dtype), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Mesh:
+    return make_mesh(4, 2)
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    yield checkpoints
+    checkpoints.close()
+
+
+def refuse(line: str) -> None:
+    raise AssertionError(f"given up: {line}")
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_round_trip_on_another_mesh(checkpoints: Checkpoints, kind: AxisType):
+    state = make_state(make_mesh(4, 2, kind=kind))
+    meta = {"position": {"source": [1, 2], "share": 0.1}, "text": "한"}
+    assert checkpoints.restore_newest(abstract(state, make_mesh(2, 4)), refuse) is None
+    assert checkpoints.read_meta() is None
+    assert checkpoints.save(7, state, meta)
+    checkpoints.finish()
+    assert checkpoints.read_meta() == meta
+    wanted = abstract(state, make_mesh(2, 4, kind=kind))
+    found = checkpoints.restore_newest(wanted, refuse)
+    assert found is not None
+    step, restored, found_meta = found
+    assert (step, found_meta) == (7, meta)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert raw(restored) == raw(state)
+    assert jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, wanted))
+    assert not checkpoints.save(7, state, {"position": "another"})
+    assert checkpoints.read_meta() == meta
+
+
+def test_arrays_may_be_donated_at_once(checkpoints: Checkpoints, mesh: Mesh):
+    update = jax.jit(lambda array: array * 1.5 + 1, donate_argnums=0)
+    array = place(mesh, np.random.default_rng(0).normal(size=(4096, 1024)).astype(np.float32), "fsdp")
+    before = np.array(array)
+    checkpoints.save(1, {"a": array}, {})
+    for _ in range(5):
+        array = update(array)
+    jax.block_until_ready(array)
+    checkpoints.finish()
+    found = checkpoints.restore_newest(abstract({"a": array}, mesh), refuse)
+    assert found is not None and np.array_equal(np.asarray(found[1]["a"]), before)
+
+
+def test_keeps_the_newest_and_the_frozen(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
+    frozen = {"a": place(mesh, np.arange(8.0))}
+    checkpoints.save_frozen(frozen)
+    for step in range(5):
+        checkpoints.save(step, make_state(mesh, step), {})
+        assert len(checkpoints.steps()) <= 3
+    checkpoints.finish()
+    assert checkpoints.steps() == [3, 4]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4", "frozen"]
+    assert raw(checkpoints.restore_frozen(abstract(frozen, mesh))) == raw(frozen)
+
+
+def test_every_damage_to_every_file_is_found(tmp_path: Path, mesh: Mesh):
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    states = {1: make_state(mesh, 1), 2: make_state(mesh, 2)}
+    checkpoints = Checkpoints(whole, keep=2)
+    for step, state in states.items():
+        checkpoints.save(step, state, {"step": step})
+    checkpoints.close()
+    files = sorted(path.relative_to(whole) for path in (whole / "2").rglob("*") if path.is_file())
+    draw = random.Random(0)
+    reports: list[str] = []
+    outcomes = set()
+    shutil.copytree(whole, folder)
+    checkpoints = Checkpoints(folder, keep=2)
+    wanted = abstract(states[1], mesh)
+    for file in files:
+        size = (whole / file).stat().st_size
+        for damage in ["flip", "flip", "cut", "empty", "delete"]:
+            shutil.rmtree(folder / "2", ignore_errors=True)
+            shutil.copytree(whole / "2", folder / "2")
+            reports.clear()
+            if damage == "delete":
+                (folder / file).unlink()
+            elif damage == "flip":
+                content = bytearray((whole / file).read_bytes())
+                content[draw.randrange(size)] ^= 1 << draw.randrange(8)
+                (folder / file).write_bytes(content)
+            else:
+                os.truncate(folder / file, size // 2 if damage == "cut" else 0)
+            found = checkpoints.restore_newest(wanted, reports.append)
+            assert found is not None
+            step, state, meta = found
+            assert raw(state) == raw(states[step]), (file, damage)
+            assert meta == {"step": step}
+            assert [str(folder / "2") in line and "\n" not in line for line in reports] == [True] * (2 - step)
+            assert checkpoints.steps() == ([1, 2] if step == 2 else [1])
+            outcomes.add((file.parts[1], damage, step))
+    assert {("meta", "flip", 1), ("state", "flip", 1), ("state", "cut", 1), ("state", "delete", 1)} <= outcomes
+    # The number is free again, and what was set aside goes once it is taken.
+    assert (folder / "2.damaged").exists()
+    checkpoints.save(2, states[2], {"step": 2})
+    checkpoints.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+    found = checkpoints.restore_newest(wanted, refuse)
+    assert found is not None and raw(found[1]) == raw(states[2])
+
+
+def test_no_good_step_is_not_no_step(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
+    state = make_state(mesh)
+    for step in (1, 2):
+        checkpoints.save(step, state, {})
+    checkpoints.finish()
+    for file in (tmp_path / "checkpoints").glob("*/meta/meta.json"):
+        file.write_bytes(file.read_bytes().replace(b'"shape"', b'"shale"', 1))
+    for _ in range(2):  # and stays so
+        reports: list[str] = []
+        with pytest.raises(DataError, match=r"checkpoints/1: meta/meta.json: .*not what was saved.*no other step"):
+            checkpoints.restore_newest(abstract(state, mesh), reports.append)
+        assert len(reports) == 2
+        with pytest.raises(DataError, match="not what was saved"):
+            checkpoints.read_meta()
+    assert checkpoints.steps() == [1, 2]
+
+
+def test_another_model_is_refused(checkpoints: Checkpoints, mesh: Mesh):
+    checkpoints.save(3, {"a": {"b": place(mesh, np.zeros((8, 4), np.float32))}, "c": place(mesh, np.zeros(2))}, {})
+    wanted = {"a": {"b": place(mesh, np.zeros((4, 8), np.float32))}, "c": place(mesh, np.zeros(2))}
+    with pytest.raises(DataError, match=r"/3: a.b is float32 \[8, 4\] in the checkpoint and float32 \[4, 8\] in this"):
+        checkpoints.restore_newest(wanted, refuse)
+    with pytest.raises(DataError, match=r"c \(with 1 more\) is absent in the checkpoint and|is float32 .* absent"):
+        checkpoints.restore_newest({"d": wanted["c"], "a": {"b": place(mesh, np.zeros((8, 4), np.float32))}}, refuse)
+    assert checkpoints.steps() == [3]
+    with pytest.raises(ValueError, match="one path"):
+        checkpoints.save(4, {"a": {"b": wanted["c"]}, "a.b": wanted["c"]}, {})
+
+
+def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
+    frozen = {"q": place(mesh, np.arange(64, dtype=np.float32), "fsdp"), "k": place(mesh, np.ones(8, ml_dtypes.bfloat16))}
+    other = make_mesh(8, 1)
+    assert checkpoints.restore_frozen(abstract(frozen, other)) is None
+    checkpoints.save_frozen(frozen)
+    folder = tmp_path / "checkpoints" / "frozen"
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    checkpoints.save_frozen(frozen)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+    assert raw(checkpoints.restore_frozen(abstract(frozen, other))) == raw(frozen)
+    with pytest.raises(DataError, match="frozen: q is not what this run started with"):
+        checkpoints.save_frozen(frozen | {"q": frozen["q"] + 1})
+    assert checkpoints.steps() == []
+    assert checkpoints.restore_frozen({}) == {}  # nothing is frozen
+    data = [file for file in folder.rglob("d/*") if np.arange(64, dtype=np.float32).tobytes()[8:16] in file.read_bytes()]
+    assert data
+    for file in data:
+        content = bytearray(file.read_bytes())
+        content[content.index(np.arange(64, dtype=np.float32).tobytes()[8:16])] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(DataError, match="frozen: q is not what was saved"):
+        checkpoints.restore_frozen(abstract(frozen, other))
+    (folder / "meta" / "meta.json").unlink()
+    with pytest.raises(DataError, match="frozen: meta/meta.json"):
+        checkpoints.restore_frozen(abstract(frozen, other))
+
+
+def run_script(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    script = textwrap.dedent("""
+        import os, sys
+        import jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from tli_jax.checkpoint.state import Checkpoints
+        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+        def put(array):
+            return jax.device_put(array, NamedSharding(mesh, P("fsdp")))
+        abstract = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
+    """)
+    return subprocess.Popen(
+        [sys.executable, "-c", script + textwrap.dedent(arguments[0]), *arguments[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
+    script = """
+        checkpoints = Checkpoints(sys.argv[1], keep=2)
+        assert not [name for name in os.listdir(sys.argv[1]) if not name.isdecimal() and name != "frozen"]
+        frozen = put(np.arange(2**20, dtype=np.float32))
+        checkpoints.save_frozen({"a": frozen})
+        found = checkpoints.restore_newest(abstract, print)
+        step = 0 if found is None else found[0]
+        assert found is None or np.array_equal(found[1]["a"], np.full((64, 512), step))
+        print("ready", flush=True)
+        while True:
+            step += 1
+            checkpoints.save(step, {"a": put(np.full((64, 512), step, np.float32))}, {"step": step})
+    """
+    draw = random.Random(0)
+    newest = 0
+    for _ in range(3):
+        process = run_script(script, str(tmp_path))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+        time.sleep(draw.uniform(0.1, 0.5))
+        process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        assert not out
+        assert not err
+        checkpoints = [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+        assert max(checkpoints) > newest
+        newest = max(checkpoints)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    like = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P()))}
+    found = checkpoints.restore_newest(like, refuse)
+    assert found is not None
+    step, state, meta = found
+    assert step == newest and meta == {"step": step}
+    assert np.array_equal(np.asarray(state["a"]), np.full((64, 512), step))
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("way", ["tmpfs", "limit"])
+def test_disk_full(tmp_path: Path, way: str):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    script = """
+        import resource, signal, time
+        from tli_jax.errors import StorageError
+        checkpoints = Checkpoints(sys.argv[1], keep=2)
+        checkpoints.save(1, {"a": put(np.ones((64, 512), np.float32))}, {})
+        checkpoints.finish()
+        if sys.argv[2] == "limit":
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))
+        big = put(np.random.default_rng(0).normal(size=(2048, 1024)).astype(np.float32))
+        checkpoints.save(2, {"a": big}, {})
+        start = time.monotonic()
+        try:
+            while time.monotonic() < start + 10:
+                checkpoints.check()
+                time.sleep(0.01)
+        except StorageError as error:
+            print(error.exit_code, error)
+        checkpoints.check()
+        checkpoints.close()
+        assert sorted(os.listdir(sys.argv[1])) == ["1"], os.listdir(sys.argv[1])
+        step, state, meta = checkpoints.restore_newest(abstract, print)
+        assert step == 1 and np.array_equal(state["a"], np.ones((64, 512)))
+        print(f"took {time.monotonic() - start:.1f}")
+    """
+    if way == "tmpfs" and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "tli_jax_test", str(folder)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("only root may mount")
+    try:
+        out, err = run_script(script, str(folder), way).communicate()
+    finally:
+        if way == "tmpfs":
+            subprocess.run(["umount", str(folder)], check=True)
+    assert not err
+    message, took = out.splitlines()
+    assert message.startswith(f"74 {folder}: writing a checkpoint failed")
+    assert ("No space left" if way == "tmpfs" else "File too large") in message
+    assert float(took.removeprefix("took ")) < 5
+
+
+def test_no_permission(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="file/checkpoints: cannot be used"):
+        Checkpoints(tmp_path / "file" / "checkpoints", keep=1)
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    (tmp_path / "run").rmdir()
+    with pytest.raises(StorageError, match="reading a checkpoint failed"):
+        checkpoints.steps()
+
+
+def test_two_processes(tmp_path: Path, mesh: Mesh):
+    """Saved by two, damaged for one, restored by two and by one."""
+    script = """
+        index, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    """
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "int32", "uint32", "int8", "bool"])
+def test_digest_does_not_depend_on_the_mesh(dtype: str):
+    draw = np.random.default_rng(0)
+    array = draw.integers(0, 2 if dtype == "bool" else 100, (16, 8, 24)).astype(np.dtype(dtype))
+    found = set()
+    for shape in [(1, 1), (8, 1), (4, 2), (2, 4)]:
+        for spec in [(), ("fsdp",), (None, "tensor", "fsdp"), (("fsdp", "tensor"),)]:
+            placed = place(make_mesh(*shape), array, *spec)
+            found |= {*digests([placed, placed])}
+    found |= {*digests([jnp.asarray(array)])}
+    assert len(found) == 1
+
+
+def test_digest_of_odd_shapes(mesh: Mesh):
+    arrays = [np.float32(1), np.zeros((0, 4), np.float32), np.zeros(4, np.float32), np.zeros((4, 1), np.float32)]
+    assert len(set(digests([place(mesh, array) for array in arrays]))) == 4
+    assert digests([]) == []
+
+
+_BITS = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8}
+
+
+@given(st.data(), st.sampled_from(sorted(_BITS)))
+def test_digest_shows_every_bit(data: st.DataObject, dtype: str):
+    """NaN payloads, signed zeros and denormals too."""
+    width = 8 * np.dtype(_BITS[dtype]).itemsize
+    draw = np.random.default_rng(data.draw(st.integers(0, 9)))
+    bits = draw.integers(0, 2**width, (3, 5), dtype=_BITS[dtype])
+    bits[0] = np.array([np.nan, 0, -0.0, 1e-45, np.inf]).astype(np.dtype(dtype)).view(_BITS[dtype]) if width > 8 else 0
+    before = digests([jnp.asarray(bits.view(np.dtype(dtype)))])
+    row, column = data.draw(st.integers(0, 2)), data.draw(st.integers(0, 4))
+    changed = bits.copy()
+    changed[row, column] ^= _BITS[dtype](1 << data.draw(st.integers(0, width - 1)))
+    assert digests([jnp.asarray(changed.view(np.dtype(dtype)))]) != before
+    swapped = bits.copy()
+    swapped[row] = bits[row - 1]
+    swapped[row - 1] = bits[row]
+    assert digests([jnp.asarray(swapped.view(np.dtype(dtype)))]) != before
+
+
+def test_digest_gathers_nothing(mesh: Mesh):
+    everywhere = NamedSharding(mesh, P())
+    specs = [("fsdp", "tensor"), ("tensor", None), (None, "fsdp"), ()]
+    arrays = [
+        jax.ShapeDtypeStruct((256, 512), dtype, sharding=NamedSharding(mesh, P(*spec)))
+        for spec in specs
+        for dtype in ("float32", "bfloat16")
+    ]
+    compiled = _program(everywhere).lower(arrays).compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    assert not [word for word in ("all-gather", "all-to-all", "collective-permute") if word in text]
+    assert compiled.memory_analysis().temp_size_in_bytes < 256 * 512  # an array of float32 has 4 times as many

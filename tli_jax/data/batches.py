@@ -1,0 +1,244 @@
+"""Batches in an order that depends on the seed and the step alone: not on processes, threads or restarts."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tli_jax.checkpoint.tokens import Tokenizer
+from tli_jax.config import Source, TrainConfig
+from tli_jax.data.documents import need
+from tli_jax.data.stream import Rules, Stream, open_stream
+from tli_jax.errors import DataError, UsageError
+from tli_jax.models.config import LlamaConfig
+
+
+class Batch(NamedTuple):
+    """Rows of a batch.
+
+    Attributes:
+        tokens: ``[R, T + 1]`` int32; row by row what goes in (all but the last) and what is to come out (all but the
+            first). Rows that only fill up a batch of the validation are all -1.
+        segments: ``[R, T + 1]`` int32, which document of its window a token belongs to: 0, 1, …
+    """
+
+    tokens: np.ndarray
+    segments: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """``count`` windows of a stream, from window ``first``: window i is tokens i*T to (i + 1)*T, the last included."""
+
+    ids: np.ndarray
+    T: int
+    first: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Window ``index``, ``[T + 1]`` int32."""
+        start = (self.first + index) * self.T
+        return self.ids[start : start + self.T + 1].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a run trains and is validated on, open for random access.
+
+    Attributes:
+        digest: sha256 over all that content and order depend on, but for batch size and seed.
+        tokens: in all training sources, what is kept out of them for validation included.
+        notes: one line each: what was left out, what is read more than once.
+        training: windows a source, with its weight.
+        starts, ends: the id that begins a document, or the one that ends it, where segments are told apart.
+    """
+
+    digest: str
+    tokens: int
+    notes: tuple[str, ...]
+    T: int
+    training: tuple[tuple[Windows, Fraction], ...]
+    held_out: tuple[Windows, ...]
+    starts: int | None
+    ends: int | None
+
+    @property
+    def windows(self) -> int:
+        """Windows to train on, in all sources."""
+        return sum(len(windows) for windows, _ in self.training)
+
+    @property
+    def validation_windows(self) -> int:
+        return sum(len(windows) for windows in self.held_out)
+
+    def batches(self, start: int, batch_size: int, rows: Sequence[int], seed: int, threads: int = 2) -> Iterator[Batch]:
+        """Endless: the batch of step ``start``, ``start`` + 1, …; nothing before it is read.
+
+        Each source goes on and on in an order of its own, another one every epoch.
+
+        Args:
+            rows: which of a batch's ``batch_size`` rows to give, in which order.
+
+        Raises:
+            DataError: there are fewer windows than rows in a batch.
+        """
+        if self.windows < batch_size:
+            raise DataError(
+                f"text: {self.tokens:,} tokens, {self.windows:,} windows to train on; one batch takes"
+                f" {batch_size:,} × {self.T:,} + 1 tokens: give more text, or a smaller batch_size or sequence_length"
+            )
+        grain = need("grain", "grain")
+        # Sources get seeds of their own, or two of equal length would be read in the same order.
+        seeds = np.random.SeedSequence(seed).generate_state(len(self.training))
+        endless = [
+            grain.MapDataset.source(windows).shuffle(seed=int(one)).repeat()
+            for (windows, _), one in zip(self.training, seeds, strict=True)
+        ]
+        order = _Order([weight for _, weight in self.training], batch_size, tuple(rows))
+        steps = grain.MapDataset.select_from_datasets(endless, order).batch(len(rows), batch_fn=self._batch)
+        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(steps[start:].to_iter_dataset(reading))
+
+    def validation(self, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Batch]:
+        """At most ``limit`` batches, the same each time; if they do not hold all windows, these are spread evenly.
+
+        Args:
+            rows: as for ``batches``.
+        """
+        count = min(self.validation_windows, limit * batch_size)
+        ends = np.cumsum([len(windows) for windows in self.held_out])
+        padding = np.full(self.T + 1, -1, np.int32)
+
+        def window(index: int) -> np.ndarray:
+            if index >= count:
+                return padding
+            index = index * self.validation_windows // count
+            part = int(np.searchsorted(ends, index, side="right"))
+            return self.held_out[part][index - (int(ends[part - 1]) if part else 0)]
+
+        for first in range(0, count, batch_size):
+            yield self._batch([window(first + row) for row in rows])
+
+    def _batch(self, rows: Sequence[np.ndarray]) -> Batch:
+        tokens = np.stack(rows)
+        segments = np.zeros_like(tokens)
+        if self.starts is not None:
+            segments[:, 1:] = np.cumsum(tokens[:, 1:] == self.starts, axis=1)
+        elif self.ends is not None:
+            segments[:, 1:] = np.cumsum(tokens[:, :-1] == self.ends, axis=1)
+        return Batch(tokens, segments)
+
+
+class _Order:
+    """Which window of which source each local row is: Grain's own mixture rounds the weights, this one does not."""
+
+    def __init__(self, weights: Sequence[Fraction], batch_size: int, rows: Sequence[int]):
+        whole = math.lcm(*(weight.denominator for weight in weights))
+        self.weights = [int(weight * whole) for weight in weights]
+        self.batch_size, self.rows = batch_size, rows
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """``(source, how many of its windows came before)``."""
+        step, row = divmod(index, len(self.rows))
+        position, rest = step * self.batch_size + self.rows[row], sum(self.weights)
+        # Of the first n places, floor(n * rest / all) go to the sources further on.
+        after = position + 1
+        for source, weight in enumerate(self.weights):
+            later, later_after = position * (rest - weight) // rest, after * (rest - weight) // rest
+            if later == later_after:
+                return source, position - later
+            position, after, rest = later, later_after, rest - weight
+        raise AssertionError("the last source takes what is left")
+
+
+def open_data(
+    config: TrainConfig, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str, T: int, cache: Path
+) -> Data:
+    """Open all sources of a run, and tokenise what is not in the cache yet.
+
+    Args:
+        tokenizer_digest: of the tokenizer's files.
+        T: tokens a sequence.
+        cache: folder of tokenised sources; may be shared by runs.
+
+    Raises:
+        MissingInputError: a source is not there.
+        DataError: a source is damaged, or too short for one window; text without a tokenizer.
+        UsageError: no sources, EOS for a model without one, a library is missing.
+    """
+    if not config.text:
+        raise UsageError("text is not set: give files or folders to train on, --text FILE,FOLDER")
+    if config.eos and not model.eos_token_ids:
+        raise UsageError("eos is set, but the model has no eos_token_id: leave it out")
+    bos = model.bos_token_id if config.bos else None
+    eos = model.eos_token_ids[0] if config.eos else None
+    for name, one in (("bos", bos), ("eos", eos)):
+        if one is not None and one >= model.vocab_size:
+            raise DataError(f"config.json: {name}_token_id {one} is not in the vocabulary of {model.vocab_size:,}")
+    rules = Rules(config, tokenizer, tokenizer_digest, model.vocab_size, bos, eos)
+    streams = [_open(source, rules, T, cache) for source in config.text]
+    apart = [_open(source, rules, T, cache) for source in config.validation_text]
+    training, held_out = [], [_all_windows(stream, T) for stream in apart]
+    weights = [Fraction(str(source.weight)) for source in config.text]
+    for stream, weight in zip(streams, weights, strict=True):
+        windows = _all_windows(stream, T)
+        kept_out = 0 if apart else _count_held_out(len(windows), config.validation_share)
+        training.append((dataclasses.replace(windows, count=len(windows) - kept_out), weight))
+        if kept_out:
+            held_out.append(Windows(stream.ids, T, len(windows) - kept_out, kept_out))
+    notes = [note for stream in streams + apart for note in stream.notes]
+    for stream, (windows, weight) in zip(streams, training, strict=True):
+        epochs = config.steps * config.batch_size * weight / sum(weights) / len(windows)
+        if epochs > 1:
+            notes.append(f"{stream.path}: is read {float(epochs):.1f} times in {config.steps:,} steps")
+    if config.isolate and bos is None and eos is None:
+        notes.append("isolate has no effect: without BOS and EOS nothing tells documents apart")
+    content = rules.to_json() | {
+        "isolate": config.isolate,
+        "T": T,
+        "validation_share": None if apart else config.validation_share,
+        "sources": [[stream.digest, str(weight)] for stream, weight in zip(streams, weights, strict=True)],
+        "validation": [stream.digest for stream in apart],
+    }
+    return Data(
+        digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        tokens=sum(len(stream.ids) for stream in streams),
+        notes=tuple(notes),
+        T=T,
+        training=tuple(training),
+        held_out=tuple(held_out),
+        starts=bos if config.isolate else None,
+        ends=eos if config.isolate else None,
+    )
+
+
+def _open(source: Source, rules: Rules, T: int, cache: Path) -> Stream:
+    stream = open_stream(Path(source.path), rules, cache)
+    if len(stream.ids) <= T:
+        raise DataError(
+            f"{source.path}: {len(stream.ids):,} tokens, one window takes {T + 1:,}:"
+            " give more text, or a smaller sequence_length"
+        )
+    return stream
+
+
+def _all_windows(stream: Stream, T: int) -> Windows:
+    return Windows(stream.ids, T, 0, (len(stream.ids) - 1) // T)
+
+
+def _count_held_out(windows: int, share: float) -> int:
+    """At least one of what is to be shared, and at least one left to train on."""
+    return min(max(round(windows * share), 1), windows - 1) if share else 0

@@ -1,0 +1,236 @@
+"""One stream of token ids per source: tokenised once into a file that is mapped into memory from then on."""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from tli_jax.checkpoint.tokens import Tokenizer
+from tli_jax.command import progress
+from tli_jax.config import TrainConfig
+from tli_jax.data.documents import CHUNK, Documents, list_files
+from tli_jax.errors import DataError
+
+_PIECE = 2**19  # characters from which on a document is encoded in pieces
+_NEAR = 1000  # characters on either side that tell whether it may be cut
+_CUT = re.compile(r"(?<=\w)(?=\s\w)")
+_BATCH = 2**21  # characters that are encoded at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Token ids of a whole source.
+
+    Attributes:
+        ids: ``[N]``, unsigned or signed integers, mapped from a file.
+        digest: sha256 over the names and bytes of the source's files.
+        notes: what was left out, one line each.
+    """
+
+    path: Path
+    ids: np.ndarray
+    digest: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How documents become token ids.
+
+    Attributes:
+        bos, eos: ids in front of and behind each document.
+        tokenizer_digest: of the files that the tokenizer was made of.
+    """
+
+    config: TrainConfig
+    tokenizer: Tokenizer | None
+    tokenizer_digest: str
+    vocab_size: int
+    bos: int | None
+    eos: int | None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of ids in the cache: the smaller one that holds the vocabulary."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def to_json(self) -> dict[str, Any]:
+        """All that the ids depend on, but for the source."""
+        config = {key: getattr(self.config, key) for key in ("separator", "field", "on_bad")}
+        return config | {
+            "version": 1,
+            "tokenizer": self.tokenizer_digest,
+            "bos": self.bos,
+            "eos": self.eos,
+            "dtype": str(self.dtype),
+        }
+
+
+def open_stream(path: Path, rules: Rules, cache: Path) -> Stream:
+    """The token ids of a source: from the cache, or tokenised into it; ``.npy`` is used as it is.
+
+    Raises:
+        MissingInputError, DataError, UsageError: see ``Documents``; also ids that the model does not have, and text
+            without a tokenizer.
+    """
+    files = list_files(path)
+    if path.suffix == ".npy":
+        return Stream(path, _open_npy(path, rules.vocab_size), digest_files(path, files))
+    if rules.tokenizer is None:
+        raise DataError(f"{path}: the model has no tokenizer, so text cannot be read: give token ids, as .npy")
+    digest = digest_files(path, files)
+    key = rules.to_json() | {"source": digest}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    file, record_file = cache / f"{name}.ids", cache / f"{name}.json"
+    cache.mkdir(parents=True, exist_ok=True)
+    # Processes on one machine: the first one tokenises, the others find it done.
+    with _locked(cache):
+        record = _read_record(record_file, file, key)
+        if record is None:
+            record = {"key": key}
+            with _replacing(file) as output:
+                record |= _tokenise(Documents(path, rules.config), rules, output)
+            with _replacing(record_file) as output:
+                output.write(json.dumps(record, indent=1).encode())
+    return Stream(path, np.memmap(file, rules.dtype, "r"), digest, _describe(path, record))
+
+
+def digest_files(path: Path, files: Iterable[Path]) -> str:
+    """sha256 over the files of a source: the name of each, relative to it, and the bytes."""
+    total = hashlib.sha256()
+    for file in files:
+        name = file.name if file == path else file.relative_to(path).as_posix()
+        with file.open("rb") as opened:
+            total.update(json.dumps([name, hashlib.file_digest(opened, "sha256").hexdigest()]).encode())
+    return total.hexdigest()
+
+
+def _open_npy(path: Path, vocab_size: int) -> np.ndarray:
+    try:
+        # Not np.load: it opens zip files too, whatever they are called.
+        ids = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]}): write it again") from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
+        raise DataError(f"{path}: is {ids.dtype} {list(ids.shape)}, must be one row of whole numbers, token ids")
+    for start in range(0, len(ids), CHUNK):
+        part = ids[start : start + CHUNK]
+        wrong = (part < 0) | (part >= vocab_size)
+        if wrong.any():
+            at = start + int(wrong.argmax())
+            raise DataError(f"{path}: id {ids[at]} at position {at:,}, the model's vocabulary has {vocab_size:,}")
+    return ids
+
+
+def _tokenise(documents: Documents, rules: Rules, output: BinaryIO) -> dict[str, Any]:
+    assert rules.tokenizer is not None
+    encode = rules.tokenizer.encode
+    # Many at once go through all cores, where the tokenizer can do that.
+    encode_batch: Callable[[list[str]], list[list[int]]] = getattr(
+        rules.tokenizer, "encode_batch", lambda texts: [encode(text) for text in texts]
+    )
+    front = [] if rules.bos is None else [rules.bos]
+    behind = [] if rules.eos is None else [rules.eos]
+    tokens, shown, digest = 0, 0, hashlib.sha256()
+    with progress(f"tokens of {documents.path.name}", documents.nbytes) as advance:
+        pieces = ((part, text) for document in documents for part, text in _cut(document, encode))
+        for batch in _batched(pieces):
+            ids: list[int] = []
+            for (part, _), some in zip(batch, encode_batch([text for _, text in batch]), strict=True):
+                ids += (front if "first" in part else []) + some + (behind if "last" in part else [])
+            data = np.array(ids, rules.dtype).tobytes()
+            digest.update(data)
+            output.write(data)
+            tokens += len(ids)
+            advance(documents.done - shown)
+            shown = documents.done
+    counts = {"documents": documents.count, "empty": documents.empty, "bad": documents.bad}
+    places = [place.removeprefix(f"{documents.path}").lstrip("/: ") for place in documents.places]
+    return {"tokens": tokens, "sha256": digest.hexdigest()} | counts | {"places": places}
+
+
+def _batched(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece[1])
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _cut(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, str]]:
+    """A document in pieces whose ids, put together, are its own: encoding needs 150 times the memory of a text.
+
+    It is cut in front of the space between two words, and only where the ids nearby show that the tokenizer cuts there
+    too. Some never do (they put a space in front of any text), and then the document stays whole.
+    """
+    start, part = 0, "first"
+    while len(text) - start > 2 * _PIECE:
+        for found in itertools.islice(_CUT.finditer(text, start + _PIECE), 20):
+            at = found.start()
+            before, after = text[at - _NEAR : at], text[at : at + _NEAR]
+            if encode(before + after) == encode(before) + encode(after):
+                break
+        else:
+            break
+        yield part, text[start:at]
+        start, part = at, ""
+    yield part + " last", text[start:]
+
+
+def _read_record(record_file: Path, file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of a cache entry, None where there is none or it is damaged."""
+    try:
+        record = json.loads(record_file.read_bytes())
+        with file.open("rb") as opened:
+            same = record["key"] == key and hashlib.file_digest(opened, "sha256").hexdigest() == record["sha256"]
+    except (FileNotFoundError, ValueError, TypeError, LookupError):
+        return None
+    return record if same else None
+
+
+def _describe(path: Path, record: dict[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if record["bad"]:
+        kinds = ", ".join(f"{count:,} × {reason}" for reason, count in record["bad"].items())
+        notes.append(f"{path}: {sum(record['bad'].values()):,} left out ({kinds}): {'; '.join(record['places'])}")
+    if record["empty"]:
+        notes.append(f"{path}: {record['empty']:,} empty documents left out")
+    return tuple(notes)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[BinaryIO]:
+    """A file that is whole or not there. Its temporary name is this machine's own, so a killed one is written over."""
+    partial = file.with_name(f".{file.name}.{platform.node()}.partial")
+    try:
+        with partial.open("wb") as output:
+            yield output
+            output.flush()
+            os.fsync(output.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,117 @@
+"""The mesh of devices, and one table that says where every dim of every array lies on it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tli_jax.errors import UsageError
+
+AXES = ("data", "fsdp", "tensor")
+# Dim, by its letters in models.config -> mesh axes. What is not here lies whole on every device. T is left whole until
+# there is an axis for it. As D is cut over fsdp in parameters and B in activations, a layer's weights are brought
+# together when it runs (ZeRO, arXiv 1910.02054); heads, F and V are cut over tensor (Megatron, arXiv 1909.08053).
+PARAM_RULES: dict[str, tuple[str, ...]] = {"D": ("fsdp",), "Hh": ("tensor",), "Kh": ("tensor",), "F": ("tensor",)}
+PARAM_RULES |= {"V": ("tensor",)}
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"B": ("data", "fsdp"), "V": ("tensor",), "H": ("tensor",)}
+
+
+def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes ``data``, ``fsdp`` and ``tensor``, whose order suits the links between the devices.
+
+    Over several slices (or other groups of devices with slow links between), ``data`` spans the slices.
+
+    Args:
+        degrees: devices along an axis; -1 takes what is left. By default ``fsdp`` does, the others are 1.
+
+    Raises:
+        UsageError: the degrees do not multiply to the number of devices.
+    """
+    from jax.experimental import mesh_utils
+
+    devices = list(jax.devices()) if devices is None else list(devices)
+    asked = {"data": 1, "fsdp": -1, "tensor": 1} | dict(degrees)
+    if "fsdp" not in degrees and -1 in degrees.values():
+        asked["fsdp"] = 1
+    product = " × ".join(f"{axis} {asked[axis]}" for axis in AXES)
+    rest = [axis for axis in AXES if asked[axis] == -1]
+    fixed = math.prod(size for size in asked.values() if size != -1)
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in asked.values()):
+        raise UsageError(f"mesh: {product}: every axis must be 1 or more, and one at most -1")
+    shape = [asked[axis] if asked[axis] != -1 else len(devices) // max(fixed, 1) for axis in AXES]
+    if math.prod(shape) != len(devices):
+        raise UsageError(f"mesh: {product} does not give the {len(devices)} devices that there are: change mesh")
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if shape[0] % slices:
+            raise UsageError(f"mesh: data is {shape[0]}, must be a multiple of the {slices} slices")
+        inner = [shape[0] // slices, *shape[1:]]
+        grid = mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices=devices)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+    # Auto axes: the compiler propagates places from those that are pinned.
+    return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_fits(mesh: Mesh, sizes: Mapping[str, int], batch: int) -> None:
+    """Refuse sizes that an axis of the mesh cannot cut evenly.
+
+    Args:
+        sizes: of the dims of the parameters, by letter, and ``H`` and ``K`` heads.
+        batch: sequences that run at a time.
+
+    Raises:
+        UsageError: names the dim, its size and the axis.
+    """
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    wanted = [("hidden size", sizes["D"], "fsdp", fsdp)]
+    wanted += [
+        (name, sizes[dim], "tensor", tensor)
+        for name, dim in (("heads", "H"), ("key/value heads", "K"), ("feed-forward size", "F"), ("vocabulary", "V"))
+    ]
+    wanted += [("batch size / accumulation", batch, "data × fsdp", mesh.shape["data"] * fsdp)]
+    for name, size, axis, degree in wanted:
+        if size % degree:
+            raise UsageError(f"mesh: {name} {size} cannot be cut over {axis} = {degree}: change mesh or {name}")
+
+
+def _spec(dims: Sequence[str], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+    return PartitionSpec(*(rules.get(dim) for dim in dims))
+
+
+def param_sharding(mesh: Mesh, dims: Sequence[str]) -> NamedSharding:
+    """Where a parameter lies, or a moment of it: ``("L", "Hh", "D")`` is L whole, Hh over tensor, D over fsdp."""
+    return NamedSharding(mesh, _spec(dims, PARAM_RULES))
+
+
+def batch_sharding(mesh: Mesh, dims: Sequence[str]) -> NamedSharding:
+    """Where an activation lies, or input: ``("A", "B", "T")`` is B over data and fsdp."""
+    return NamedSharding(mesh, _spec(dims, ACTIVATION_RULES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def place(mesh: Mesh, x: jax.Array, dims: str) -> jax.Array:
+    """Pin an activation under ``jit``; its dims are spelled by one letter each."""
+    return jax.lax.with_sharding_constraint(x, batch_sharding(mesh, dims))
+
+
+def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
+    """Rows of a global batch that this process holds, in ascending order; ``sharding`` is of ``("B", …)``."""
+    held = sharding.addressable_devices_indices_map((rows,)).values()
+    return sorted({row for index in held if index is not None for row in range(*index[0].indices(rows))})
+
+
+def describe(mesh: Mesh) -> dict[str, Any]:
+    """For logs: axes, devices, processes."""
+    return {
+        "axes": dict(mesh.shape),
+        "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
+        "processes": jax.process_count(),
+    }

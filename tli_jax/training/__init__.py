@@ -1,0 +1,1 @@
+"""Continued pretraining: what trains, how it is updated, one jitted step, and the loop around it."""

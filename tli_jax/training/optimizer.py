@@ -1,0 +1,101 @@
+"""Optimizers and schedules, from optax. What is done to a tensor goes by its dims, never by its rank."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from tli_jax.config import Group, TrainConfig
+from tli_jax.training.freezing import Leaf
+
+GROUPS: tuple[Group, ...] = ("kept", "injected", "outer")
+
+
+def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
+    """The learning rate of a group at step s = 1, 2, …: up in a line over the warm-up, then as the schedule says."""
+    peak = config.group_learning_rate.get(group, config.learning_rate)
+    warmup = config.group_warmup.get(group, config.warmup)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), config.final_share)
+    elif config.schedule == "wsd":
+        decay = round(config.steps * config.decay_share)
+        flat = max(0, config.steps - warmup - decay)
+        fall = optax.linear_schedule(peak, peak * config.final_share, max(1, decay))
+        after = optax.join_schedules([optax.constant_schedule(peak), fall], [flat])
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+class RatesState(NamedTuple):
+    """How many updates there have been."""
+
+    count: jax.Array
+
+
+def scale_by_rates(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
+    """Multiply each layer of each leaf with minus the learning rate of its group."""
+    schedules = {group: make_schedule(config, group) for group in GROUPS}
+    index = {leaf.name: np.asarray([GROUPS.index(group) for group in leaf.groups]) for leaf in leaves}
+
+    def init(params: optax.Params) -> RatesState:
+        return RatesState(jnp.zeros((), jnp.int32))
+
+    def update(updates: Any, state: RatesState, params: Any = None) -> tuple[Any, RatesState]:
+        count = state.count + 1
+        rates = jnp.stack([jnp.asarray(schedules[group](count), jnp.float32) for group in GROUPS])
+
+        def scale(name: str, update: jax.Array) -> jax.Array:
+            rate = rates[index[name]].reshape(-1, *[1] * (update.ndim - 1)) if update.ndim > 1 else rates[index[name]]
+            return -rate.astype(update.dtype) * update
+
+        return {name: scale(name, update) for name, update in updates.items()}, RatesState(count)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same on each layer of a stack by itself, for what looks at a whole array: its two largest dims, its mean."""
+    return optax.GradientTransformation(jax.vmap(transformation.init), jax.vmap(transformation.update))
+
+
+def _adafactor() -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
+    """The update of the leaves that train, a dict by their names: clip, direction, weight decay, learning rate.
+
+    AdamW (arXiv 1711.05101), Lion (arXiv 2302.06675), Adafactor (arXiv 1804.04235, factored within a layer), or Muon
+    for the matrices of the layers, with updates of AdamW's size (arXiv 2502.16982), and AdamW for the rest.
+    """
+    leaves = [leaf for leaf in leaves if leaf.trains]
+    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype)
+    is_matrix = {leaf.name: bool(leaf.layers) and len(leaf.dims) == 3 for leaf in leaves}
+    if config.optimizer == "adamw":
+        direction = adam
+    elif config.optimizer == "lion":
+        direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=config.moment_dtype)
+    elif config.optimizer == "muon":
+        # All matrices of layers are [L, out, in]: told, since by rank a stacked norm would pass for one.
+        dims = lambda updates: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(2, 1), updates)  # noqa: E731
+        muon = optax.chain(
+            optax.contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=dims),
+            optax.stateless_with_tree_map(lambda update, _: 0.2 * max(update.shape[1:]) ** 0.5 * update),
+        )
+        labels = {name: "muon" if matrix else "adam" for name, matrix in is_matrix.items()}
+        direction = optax.partition({"muon": muon, "adam": adam}, labels)
+    else:
+        direction = optax.partition(
+            {leaf.name: _per_layer(_adafactor()) if leaf.layers else _adafactor() for leaf in leaves},
+            {leaf.name: leaf.name for leaf in leaves},
+        )
+    decayed = {leaf.name: is_matrix[leaf.name] or leaf.tensor.startswith("lm_head") for leaf in leaves}
+    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    parts += [direction, optax.add_decayed_weights(config.weight_decay, decayed), scale_by_rates(config, leaves)]
+    return optax.chain(*parts)

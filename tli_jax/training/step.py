@@ -1,0 +1,193 @@
+"""One optimizer step as one jitted function over a mesh, and what it needs to start: state, shardings, FLOPs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from tli_jax.config import TrainConfig
+from tli_jax.models.attention import Kernel
+from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.llama import Llama, Run
+from tli_jax.models.loss import LOGITS, token_losses
+from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
+from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
+from tli_jax.training.optimizer import make_optimizer, make_schedule
+
+# Steps before which a gradient is not called a spike, and the weight of the newest in the running mean of its norm.
+_SPIKE_AFTER = 20
+_NORM_WEIGHT = 0.05
+
+
+class State(NamedTuple):
+    """All that a step changes.
+
+    Args:
+        step: steps done, skipped ones included; so the data position too.
+        trained: the parameters that train, by the names of their leaves, in ``param_dtype``.
+        moments: the state of the optimizer.
+        skipped: bad steps in a row.
+        norm: running mean of the gradient's norm.
+    """
+
+    step: jax.Array
+    trained: Arrays
+    moments: optax.OptState
+    skipped: jax.Array
+    norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """The programs of one run, and the abstract description of all that goes in and out."""
+
+    model: LlamaConfig
+    config: TrainConfig
+    layout: Layout
+    mesh: Mesh
+    kernel: Kernel
+
+    @functools.cached_property
+    def leaves(self) -> list[Leaf]:
+        return self.layout.leaves(self.model)
+
+    @functools.cached_property
+    def optimizer(self) -> optax.GradientTransformation:
+        return make_optimizer(self.config, self.leaves)
+
+    @property
+    def run(self) -> Run:
+        return Run(self.config.compute_dtype, self.config.remat, self.kernel, functools.partial(place, self.mesh))
+
+    def abstract_params(self, dtypes: Callable[[Leaf], Any]) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape, dtype and place of every leaf."""
+        return {
+            leaf.name: jax.ShapeDtypeStruct(
+                leaf.shape(self.model), dtypes(leaf), sharding=param_sharding(self.mesh, leaf.dims)
+            )
+            for leaf in self.leaves
+        }
+
+    def abstract_state(self) -> State:
+        """Shape, dtype and place of every array of the state; moments lie where their parameters do."""
+        everywhere = replicated(self.mesh)
+        params = self.abstract_params(lambda leaf: self.config.param_dtype)
+        trained = {leaf.name: params[leaf.name] for leaf in self.leaves if leaf.trains}
+
+        def place_moment(path: tuple[Any, ...], moment: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in trained]
+            same = names and trained[names[-1]].shape == moment.shape
+            sharding = trained[names[-1]].sharding if same else everywhere
+            return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=sharding)
+
+        moments = jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(self.optimizer.init, trained))
+        whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+        mean = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+        return State(whole, trained, moments, whole, mean)
+
+    def init(self, trained: Arrays) -> State:
+        """The state before the first step; ``trained`` is taken over."""
+
+        def make(trained: Arrays) -> State:
+            zero = jnp.zeros((), jnp.int32)
+            return State(zero, trained, self.optimizer.init(trained), zero, jnp.zeros((), jnp.float32))
+
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
+
+    def _sums(self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> tuple[Any, Any]:
+        """What is differentiated, summed over tokens; and the cross-entropy alone with the number of tokens."""
+        model = Llama(self.model, as_model(trained, frozen, self.leaves))
+        # A device has its share of the batch and of the vocabulary, so that much more fits at a time.
+        shards = self.mesh.size
+        chunk = LOGITS * shards // self.model.vocab_size
+        losses_BT, log_z_BT = token_losses(model, tokens, chunk, segments, self.run)
+        loss, count = losses_BT.sum(), jnp.sum(tokens[:, 1:] >= 0)
+        return loss + self.config.z_loss * jnp.square(log_z_BT).sum(), (loss, count)
+
+    def _step(
+        self, state: State, frozen: Arrays, tokens: jax.Array, segments: jax.Array, stop: jax.Array
+    ) -> tuple[State, dict[str, jax.Array]]:
+        grad = jax.value_and_grad(self._sums, has_aux=True)
+
+        def part(carry: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+            (_, aux), gradients = grad(state.trained, frozen, *batch)
+            return jax.tree.map(jnp.add, carry, (gradients, aux)), None
+
+        if self.config.accumulation == 1:
+            (_, (loss, count)), gradients = grad(state.trained, frozen, tokens[0], segments[0])
+        else:
+            zeros = (jax.tree.map(jnp.zeros_like, state.trained), (jnp.zeros(()), jnp.zeros((), jnp.int32)))
+            (gradients, (loss, count)), _ = jax.lax.scan(part, zeros, (tokens, segments))
+        gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
+        loss, norm = loss / count, optax.tree.norm(gradients)
+
+        # A bad step changes nothing but the count of bad ones: neither parameters nor moments ever see it.
+        is_bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
+        if self.config.spike:
+            is_bad |= (state.step >= _SPIKE_AFTER) & (norm > self.config.spike * state.norm)
+        updates, moments = self.optimizer.update(gradients, state.moments, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        running = jnp.where(state.norm == 0, norm, (1 - _NORM_WEIGHT) * state.norm + _NORM_WEIGHT * norm)
+        kept = (state.trained, state.moments, state.norm)
+        trained, moments, running = jax.tree.map(
+            lambda old, new: jnp.where(is_bad, old, new), kept, (trained, moments, running)
+        )
+        step, skipped = state.step + 1, jnp.where(is_bad, state.skipped + 1, 0)
+        metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped, "stop": stop.max()}
+        return State(step, trained, moments, skipped, running), metrics
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """Jitted ``(state, frozen, tokens [A, B, T+1], segments [A, B, T+1], stop [devices]) -> (state, metrics)``.
+
+        ``state`` is donated. ``stop`` holds for each device whether its process was told to stop; all get the answer.
+        """
+        everywhere = replicated(self.mesh)
+        state = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        return jax.jit(self._step, donate_argnums=0, out_shardings=(state, everywhere))
+
+    @functools.cached_property
+    def validate(self) -> Any:
+        """Jitted ``(trained, frozen, tokens [B, T+1], segments [B, T+1]) -> (summed loss in nats, tokens)``."""
+
+        def sums(trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> Any:
+            return self._sums(trained, frozen, tokens, segments)[1]
+
+        return jax.jit(sums, out_shardings=replicated(self.mesh))
+
+    @property
+    def batch_sharding(self) -> Any:
+        """Of ``tokens`` and ``segments`` of a step."""
+        return batch_sharding(self.mesh, ("A", "B", "T"))
+
+    def rates(self, step: int) -> dict[str, float]:
+        """The learning rate of each group that trains at a step, from 1 on."""
+        groups = sorted({group for leaf in self.leaves if leaf.trains for group in leaf.groups})
+        return {group: float(make_schedule(self.config, group)(step)) for group in groups}
+
+    def flops_per_token(self, T: int) -> float:
+        """FLOPs that a training step has to do for a token, at sequences of T tokens.
+
+        Forward 2 for each weight of a matrix product; activation gradients 2 for those at or above the lowest that
+        trains; weight gradients 2 for those that train. Causal attention counted half, its backward pass double, the
+        head counted, the look-up of the embedding not, nor what is computed again.
+        """
+        per_layer = sum(
+            self.model.sizes[dims[0]] * self.model.sizes[dims[1]] for dims in LAYER_TENSORS.values() if len(dims) == 2
+        )
+        attention = 4 * self.model.sizes["Hh"] * T / 2
+        head = self.model.vocab_size * self.model.hidden_size
+        total = self.model.flops_per_token(T)
+        # The look-up lies below all layers: once it trains, gradients reach down to it.
+        depth, trains = self.model.num_hidden_layers, self.layout.trains
+        lowest = 0 if "embed_tokens" in self.layout.outer else trains.index(True) if any(trains) else depth
+        total += (depth - lowest) * (2 * per_layer + 2 * attention) + 2 * head
+        total += sum(trains) * 2 * per_layer
+        is_head_trained = ("embed_tokens" if self.model.tie_word_embeddings else "lm_head") in self.layout.outer
+        return total + 2 * head * is_head_trained
