@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Protocol
 
 import rich.console
 import rich.progress
@@ -68,16 +69,30 @@ def console(is_stderr: bool = False) -> rich.console.Console:
     return made if made.is_terminal else rich.console.Console(stderr=is_stderr, highlight=False, width=120)
 
 
+def warn(message: str) -> None:
+    """One line on stderr."""
+    console(is_stderr=True).print(f"warning: {message}", soft_wrap=True, markup=False)
+
+
+class Advance(Protocol):
+    """To be told of the amount of work done since the last call, from any thread, with a note to show beside it."""
+
+    def __call__(self, amount: int, note: str = "", /) -> None: ...
+
+
 @contextlib.contextmanager
-def progress(title: str, total: int, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+def progress(title: str, total: int, unit: str = "bytes", done: int = 0) -> Iterator[Advance]:
     """Show how far work has come, on stderr: a bar on a terminal, a line every few seconds elsewhere.
 
+    Args:
+        done: how much was done before.
+
     Yields:
-        A function to be told of the amount of work done since the last call, from any thread.
+        A function to be told of progress.
     """
     screen = console(is_stderr=True)
     if not screen.is_terminal:
-        yield from _lines(title, total, screen)
+        yield from _lines(title, total, done, screen)
         return
     amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
     columns = (
@@ -85,22 +100,22 @@ def progress(title: str, total: int, unit: str = "bytes") -> Iterator[Callable[[
         rich.progress.BarColumn(),
         amount,
         rich.progress.TimeRemainingColumn(),
+        rich.progress.TextColumn("{task.fields[note]}"),
     )
     with rich.progress.Progress(*columns, console=screen) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.advance(task, done)
+        task = bar.add_task(title, total=total, completed=done, note="")
+        yield lambda amount, note="", /: bar.update(task, advance=amount, note=note)
 
 
-def _lines(title: str, total: int, screen: rich.console.Console) -> Iterator[Callable[[int], None]]:
-    done, shown = 0, time.monotonic()
-    started = shown
+def _lines(title: str, total: int, done: int, screen: rich.console.Console) -> Iterator[Advance]:
+    shown = started = time.monotonic()
 
-    def advance(amount: int) -> None:
+    def advance(amount: int, note: str = "", /) -> None:
         nonlocal done, shown
         done += amount
         if time.monotonic() - shown > _LINE_EVERY:
             shown = time.monotonic()
-            screen.print(f"{title} {100 * done // max(total, 1)} %")
+            screen.print(f"{title} {100 * done // max(total, 1)} % {note}".rstrip(), markup=False)
 
     yield advance
     screen.print(f"{title} done in {time.monotonic() - started:.1f} s")

@@ -102,6 +102,7 @@ class TrainConfig:
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     run: str = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
     export: str | None = option(None, "Hugging Face folder to write at the end")
+    export_only: bool = option(False, "do not train: export the newest checkpoint of the run")
     text: Sources = option((), "files or folders to train on, separated by commas; in YAML also {path, weight}")
     validation_text: Sources = option((), "the same, for validation; by default the end of each source is kept out")
     validation_share: Share = option(0.05, "how much of each source is kept out, without validation_text")
@@ -136,7 +137,7 @@ class TrainConfig:
     b1: Share = option(0.9, "decay of the first moment")
     b2: Share = option(0.95, "decay of the second moment")
     eps: Amount = option(1e-8, "added to the denominator of an update")
-    weight_decay: Amount = option(0.1, "decoupled; of matrices within layers and of the head, not of norms and embedding")
+    weight_decay: Amount = option(0.1, "decoupled; of layers' matrices and the head, not of norms and embedding")
     clip: Amount = option(1.0, "largest global norm of the gradient; 0 for none")
     param_dtype: FloatType = option("float32", "dtype of the parameters that train")
     moment_dtype: FloatType = option("float32", "dtype of the first moment")
@@ -145,9 +146,9 @@ class TrainConfig:
         "full", "what is computed again in the backward pass: none, all but matrix products (dots), full"
     )
     accumulation: Positive = option(1, "parts into which a step's batch is cut, one after the other")
-    attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "kernel: auto, xla, cudnn (GPU), splash (TPU)")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "auto, xla, cudnn (GPU) or splash (TPU)")
     z_loss: Amount = option(0.0, "weight of the squared log of the softmax's denominator")
-    skip_limit: Positive = option(10, "bad steps in a row (loss not finite, or a spike) that are skipped before it stops")
+    skip_limit: Positive = option(10, "bad steps in a row (loss not finite, a spike) that are skipped before it stops")
     spike: Amount = option(50.0, "a gradient this many times its running mean is a spike; 0 for none")
     mesh: Annotated[dict[Axis, Whole], pydantic.BeforeValidator(_pairs)] = option(
         {}, "devices an axis, e.g. data=2,fsdp=4,tensor=1; -1 takes the rest (default fsdp=-1)"

@@ -49,6 +49,18 @@ class StorageError(TliError):
     exit_code = 74
 
 
+class StoppedError(TliError):
+    """Told to stop; everything is saved, and the same command goes on."""
+
+    exit_code = 75
+
+
+class DivergedError(TliError):
+    """Training that leads nowhere: the loss is not finite, or gradients keep exploding."""
+
+    exit_code = 76
+
+
 class ProofError(DataError):
     """The grown model does not keep what its plan promises."""
 

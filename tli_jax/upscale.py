@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tli_jax import command
+from tli_jax import train as training
 from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.headers import INDEX, SINGLE
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
@@ -31,7 +32,9 @@ from tli_jax.config import UpscaleConfig, parse
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.presets import PRESETS
+from tli_jax.parallel import processes
 from tli_jax.report import growth as report
+from tli_jax.training.run import RunFolder
 
 PROGRAM = "python -m tli_jax.upscale"
 
@@ -76,8 +79,29 @@ class Job:
 
 
 def main(arguments: Sequence[str]) -> None:
-    started = time.perf_counter()
     config = parse(UpscaleConfig, PROGRAM, "Grow a Llama checkpoint and prove it.", arguments)
+    if config.train is None or config.plan_only:
+        upscale(config)
+        return
+    # A section for training: straight on into it. Growth is the first process' work, and not done twice for one run.
+    train = dataclasses.replace(config.train, model=config.train.model or config.output or "")
+    with processes.joined(train.distributed, train.process):
+        if RunFolder(train.run).is_begun:
+            command.console(is_stderr=True).print(f"run {train.run} has begun, growth is not repeated", markup=False)
+        else:
+            with processes.first("growth"):
+                if processes.is_first():
+                    upscale(config)
+        training.train(train)
+
+
+def upscale(config: UpscaleConfig) -> None:
+    """Grow as configured, and print what was done.
+
+    Raises:
+        TliError: see ``prepare`` and ``grow``.
+    """
+    started = time.perf_counter()
     screen = command.console(is_stderr=config.json)
     job = prepare(config)
     screen.print(f"base: {config.model}", markup=False)
@@ -117,7 +141,7 @@ def prepare(config: UpscaleConfig) -> Job:
         # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.
         warnings = []
     for warning in (*base.warnings, *warnings):
-        _warn(warning)
+        command.warn(warning)
     plan = make_plan(config, base)
     pieces = grown_pieces(base, plan)
     shards = split_shards(pieces, max_shard_bytes)
@@ -167,10 +191,6 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
     return record
 
 
-def _warn(message: str) -> None:
-    command.console(is_stderr=True).print(f"warning: {message}", soft_wrap=True, markup=False)
-
-
 def _check(job: Job, seconds: dict[str, float]) -> tuple[dict[str, str], dict[str, int]]:
     """Digests of the base, in one pass with the search for NaN and Inf."""
     base = job.base
@@ -183,7 +203,7 @@ def _check(job: Job, seconds: dict[str, float]) -> tuple[dict[str, str], dict[st
         message = f"{base.folder}: NaN or Inf in {len(nonfinite)} tensors: {found}"
         if not job.config.allow_nonfinite:
             raise DataError(f"{message}: mend them, or add --allow-nonfinite")
-        _warn(message)
+        command.warn(message)
     return digests, nonfinite
 
 
@@ -245,4 +265,4 @@ def _card_front(config: UpscaleConfig) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, sys.argv[1:]))
+    processes.leave(command.run(main, sys.argv[1:]))

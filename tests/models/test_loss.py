@@ -57,7 +57,9 @@ def expected(request, random_params):
 )
 def test_chunked_equals_plain(expected, chunk, remat):
     config, params, value, gradients = expected
-    ours, of_ours = value_and_grad(lambda params: token_losses(Llama(config, params), TOKENS, chunk, run=Run(remat=remat))[0], params)
+    ours, of_ours = value_and_grad(
+        lambda params: token_losses(Llama(config, params), TOKENS, chunk, run=Run(remat=remat))[0], params
+    )
     assert ours.shape == (3, 11) and ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, value, rtol=1e-5, atol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_ours, gradients)

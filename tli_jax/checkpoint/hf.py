@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -186,32 +186,42 @@ def load_hf(
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, nest(dict.fromkeys(flat, 0)))
 
-    def load(tensors: list[Tensor], name: str, sharding: "jax.sharding.Sharding | None") -> "jax.Array":
-        dtypes = {tensor.dtype for tensor in tensors}
-        if len(dtypes) > 1:
-            raise DataError(
-                f"{checkpoint.folder}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers,"
-                " one is needed to stack"
-            )
-        stacked = name.startswith("layers.")
-        shape = (len(tensors), *tensors[0].shape) if stacked else tensors[0].shape
-        target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
-
-        def read(index: Any) -> np.ndarray:
-            if not stacked:
-                return read_tensor(tensors[0], index[0])[:, *index[1:]].astype(target, copy=False)
-            out = np.empty([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)], target)
-            for i, tensor in enumerate(tensors[index[0]]):
-                out[i] = read_tensor(tensor, index[1])[:, *index[2:]]
-            return out
-
-        if sharding is None:
-            return jax.device_put(read((slice(None),) * len(shape)))
-        return jax.make_array_from_callback(shape, sharding, read)
-
-    leaves = {}
-    for name, tensors in flat.items():
-        leaves[name] = load(tensors, name, pick(shardings, name))
+    leaves = {name: load_array(tensors, name, pick(shardings, name), dtype) for name, tensors in flat.items()}
     if dtype is not None:
         config = dataclasses.replace(config, dtype=np.dtype(dtype).name)
     return config, nest(leaves)
+
+
+def load_array(
+    tensors: Sequence[Tensor], name: str, sharding: "jax.sharding.Sharding | None", dtype: Any = None
+) -> "jax.Array":
+    """One array from the tensors of some layers, stacked if ``name`` begins with ``layers.``, else from a single one.
+
+    Each device's share is read from disk by itself: nothing is whole anywhere that is not meant to be.
+
+    Raises:
+        DataError: the layers differ in dtype, or a file has become shorter.
+    """
+    import jax
+
+    dtypes = {tensor.dtype for tensor in tensors}
+    if len(dtypes) > 1:
+        raise DataError(
+            f"{tensors[0].file.parent}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers,"
+            " one is needed to stack"
+        )
+    is_stacked = name.startswith("layers.")
+    shape = (len(tensors), *tensors[0].shape) if is_stacked else tensors[0].shape
+    target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
+
+    def read(index: Any) -> np.ndarray:
+        if not is_stacked:
+            return read_tensor(tensors[0], index[0])[:, *index[1:]].astype(target, copy=False)
+        out = np.empty([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)], target)
+        for i, tensor in enumerate(tensors[index[0]]):
+            out[i] = read_tensor(tensor, index[1])[:, *index[2:]]
+        return out
+
+    if sharding is None:
+        return jax.device_put(read((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, read)

@@ -13,9 +13,13 @@ files that are gone. On several processes every method but ``check`` is called b
 
 import contextlib
 import functools
+import gc
 import hashlib
 import json
 import logging
+import os
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,16 +28,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax import lax
-from jax import numpy as jnp
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
 
+from tli_jax.checkpoint.digest import digests
 from tli_jax.errors import DataError, OutputError, StorageError
 
 _FROZEN, _META_FILE = "frozen", "meta.json"
 _DAMAGED, _REMOVED = ".damaged", ".removed"
-_SEEDS = (0x243F6A88, 0x85A308D3)  # digits of pi: any two numbers do
 
 _T = TypeVar("_T")
 
@@ -45,24 +46,26 @@ class _DamagedError(Exception):
 class Checkpoints:
     """The checkpoints of a run in a folder, which a lock of the caller keeps for this run alone."""
 
-    def __init__(self, folder: epath.Path | Path, keep: int) -> None:
+    def __init__(self, folder: epath.Path | Path, keep: int, *, read_only: bool = False) -> None:
         """Open or create the folder, and clear away what a killed run left half-written.
 
         Args:
             folder: local, or ``gs://…``.
             keep: how many steps are kept. One more is there while the next is being written.
+            read_only: change nothing in the folder, which may be another run's that is being written to.
 
         Raises:
             OutputError: the folder cannot be created.
         """
-        # Orbax logs tracebacks of errors that it raises too. A user gets one line, from the exception.
-        logging.getLogger("absl").addFilter(_is_not_orbax)
+        _hush_orbax()
         path = epath.Path(folder)
         self._folder = path if path.is_absolute() else path.resolve()  # a gs:// path would lose its scheme
         self._keep = keep
+        self._read_only = read_only
         self._saving = False
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            if not read_only:
+                self._folder.mkdir(parents=True, exist_ok=True)
             self._clear()
         except OSError as error:
             raise OutputError(
@@ -87,7 +90,7 @@ class Checkpoints:
             return
         self.finish()
         path = self._folder / _FROZEN
-        if not _first(int(path.exists())):
+        if not _first(path.exists()):
             self._write(path, flat, {})
             self.finish()
             return
@@ -110,7 +113,7 @@ class Checkpoints:
             return abstract
         self.finish()
         path = self._folder / _FROZEN
-        if not _first(int(path.exists())):
+        if not _first(path.exists()):
             return None
         with _as_data_error(path):
             return self._restore(path, abstract)[0]
@@ -131,7 +134,7 @@ class Checkpoints:
             StorageError: the step before could not be written, or this one not be begun.
         """
         self.finish()
-        if _first(int(step in self.steps())):
+        if _first(step in self.steps()):
             return False
         self._write(self._folder / str(step), _flat(state), meta)
         return True
@@ -201,12 +204,13 @@ class Checkpoints:
                 state, meta = self._restore(self._folder / str(step), abstract)
             except _DamagedError as error:
                 why = f"{self._folder / str(step)}: {error}"
-                report(f"{why}: going on from the step before")
-                given_up.append(step)
-                continue
-            with self._as_storage_error():
-                self._set_aside(given_up)
-            return step, state, meta
+            else:
+                with self._as_storage_error():
+                    self._set_aside(given_up)
+                return step, state, meta
+            report(f"{why}: going on from the step before")
+            given_up.append(step)
+            gc.collect()  # or else the arrays of this try may fill the device during the next
         return self._none_is_good(why)
 
     def close(self) -> None:
@@ -229,6 +233,8 @@ class Checkpoints:
             name: {"shape": list(array.shape), "dtype": str(array.dtype), "digest": digest}
             for (name, array), digest in zip(flat.items(), digests(list(flat.values())), strict=True)
         }
+        if self._read_only:
+            raise ValueError(f"{self._folder} was opened to be read only")
         content = {"meta": dict(meta), "arrays": arrays}
         document = {"sha256": _sha256(content), "content": content}
         stored = {name: array for name, array in flat.items() if array.size}  # Orbax refuses arrays of size zero
@@ -268,28 +274,26 @@ class Checkpoints:
             )
 
     def _retain(self) -> None:
-        steps = self.steps()
         if jax.process_index() == 0:
-            for step in steps[: -self._keep]:
-                self._remove(self._folder / str(step))
+            steps = self.steps()
+            for path in [self._folder / str(step) for step in steps[: -self._keep]]:
+                # The rename comes first, so that a kill in between leaves no half of a step under a step's name.
+                path.rename(path.with_name(path.name + _REMOVED)).rmtree()
             for path in list(self._folder.glob(f"*{_DAMAGED}")):
-                if int(path.name.removesuffix(_DAMAGED)) <= steps[-1]:
+                name = path.name.removesuffix(_DAMAGED)
+                if name.isdecimal() and int(name) <= max(steps, default=-1):
                     path.rmtree()
 
     def _set_aside(self, steps: list[int]) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._read_only:
             for path in [self._folder / str(step) for step in steps]:
                 aside = path.with_name(path.name + _DAMAGED)
                 if aside.exists():
                     aside.rmtree()
                 path.rename(aside)
 
-    def _remove(self, path: epath.Path) -> None:
-        # The rename comes first, so that a kill in between leaves no half of a step under a step's name.
-        path.rename(path.with_name(path.name + _REMOVED)).rmtree()
-
     def _clear(self) -> None:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self._read_only:
             for temporary in ocp.path.step.all_temporary_paths(self._folder):
                 temporary.get().rmtree()
             for path in list(self._folder.glob(f"*{_REMOVED}")):
@@ -306,48 +310,6 @@ class Checkpoints:
                 f"{self._folder}: {doing} a checkpoint failed ({_line(error)}): make room if the disk is full; "
                 "run again to go on from the last complete step"
             ) from error
-
-
-def digests(arrays: list[jax.Array]) -> list[str]:
-    """A 64-bit checksum of each array, computed where its shards lie; mesh and sharding make no difference.
-
-    Each of the two words is the sum, over all elements, of a bijection of the element's bits and its position: no
-    change of a single element can leave it as it was, and an exchange of two is all but certain to show.
-    """
-    if not arrays:
-        return []
-    sharding = arrays[0].sharding
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    words = np.asarray(jax.device_get(_program(everywhere)(arrays)))
-    return [f"{first:08x}{second:08x}" for first, second in words.tolist()]
-
-
-@functools.cache
-def _program(everywhere: NamedSharding | None) -> Any:
-    return jax.jit(lambda arrays: jnp.stack([_words(array) for array in arrays]), out_shardings=everywhere)
-
-
-def _words(array: jax.Array) -> jax.Array:
-    bits = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
-    bits = lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * min(bits.dtype.itemsize, 4)}")).astype(jnp.uint32)
-    words = []
-    for seed in _SEEDS:
-        # One index a dimension: a linear one overflows. Hashed, so that sums of them seldom meet.
-        salt = jnp.uint32(seed)
-        for dim, size in enumerate(bits.shape):
-            shape = [size if other == dim else 1 for other in range(bits.ndim)]
-            salt += _mix(
-                lax.broadcasted_iota(jnp.uint32, shape, dim) + jnp.uint32((seed + 0x9E3779B9 * (dim + 1)) % 2**32)
-            )
-        words.append(jnp.sum(_mix(bits ^ salt), dtype=jnp.uint32))
-    return jnp.stack(words)
-
-
-def _mix(word: jax.Array) -> jax.Array:
-    """The finaliser of MurmurHash3, which is a bijection."""
-    word = (word ^ (word >> 16)) * jnp.uint32(0x85EBCA6B)
-    word = (word ^ (word >> 13)) * jnp.uint32(0xC2B2AE35)
-    return word ^ (word >> 16)
 
 
 def _changed(recorded: dict[str, Any], flat: dict[str, jax.Array]) -> str:
@@ -441,8 +403,25 @@ def _as_data_error(path: epath.Path) -> Iterator[None]:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    if code := re.search(r"os_error_code='(\d+)'", text):  # behind pages of TensorStore's
+        return os.strerror(int(code[1]))
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _is_not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts
+@functools.cache
+def _hush_orbax() -> None:
+    """Keep the tracebacks of Orbax off stderr, where a user gets one line: what matters in them is raised too.
+
+    On the first error it also closes its event loop under all that is still reading or writing, each of which would
+    then leave a traceback of its own, some of them much later.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
+    hook = sys.unraisablehook
+
+    def unraisable(problem: Any) -> None:
+        code = getattr(problem.object, "cr_code", None)  # of a coroutine
+        if "orbax" not in getattr(code, "co_filename", "") and str(problem.exc_value) != "Event loop is closed":
+            hook(problem)
+
+    sys.unraisablehook = unraisable

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -148,7 +147,7 @@ class _Order:
         self.batch_size, self.rows = batch_size, rows
 
     def __len__(self) -> int:
-        return sys.maxsize
+        return 2**60  # Grain rounds it up to whole batches, and that must still fit in 64 bits
 
     def __getitem__(self, index: int) -> tuple[int, int]:
         """``(source, how many of its windows came before)``."""

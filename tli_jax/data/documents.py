@@ -68,9 +68,9 @@ class Documents:
             for number, raw in self._records(file, kind):
                 try:
                     yield _parse(raw, kind, self.config.field)
-                except _BadDocument as bad:
+                except _BadDocumentError as bad:
                     self._report(bad.reason, f"{file}: {unit} {number + bad.lines}")
-        except _BrokenFile as broken:
+        except _BrokenFileError as broken:
             self._report("broken file", f"{file}: after {unit} {number}", f" ({' '.join(str(broken).split())[:100]})")
 
     def _report(self, reason: str, place: str, detail: str = "") -> None:
@@ -98,7 +98,7 @@ class Documents:
         except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # the system's trouble, not the file's
-            raise _BrokenFile(error) from error
+            raise _BrokenFileError(error) from error
 
     def _chunks(self, file: Path) -> Iterator[bytes]:
         done, mark = self.done, codecs.BOM_UTF8
@@ -115,12 +115,12 @@ class Documents:
                 mark = b""  # only the first bytes of a file can be a byte order mark
 
 
-class _BadDocument(Exception):
+class _BadDocumentError(Exception):
     def __init__(self, reason: str, lines: int = 0):
         self.reason, self.lines = reason, lines
 
 
-class _BrokenFile(Exception):
+class _BrokenFileError(Exception):
     pass
 
 
@@ -195,15 +195,15 @@ def _kind(file: Path) -> str:
 
 def _parse(raw: bytes | None, kind: str, field: str) -> str:
     if raw is None:
-        raise _BadDocument("null")
+        raise _BadDocumentError("null")
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        raise _BadDocument("not UTF-8", raw.count(b"\n", 0, error.start) if kind == "text" else 0) from None
-    if kind == "json" and text.strip() or kind == "array_record" and text.startswith("{"):
+        raise _BadDocumentError("not UTF-8", raw.count(b"\n", 0, error.start) if kind == "text" else 0) from None
+    if (kind == "json" and text.strip()) or (kind == "array_record" and text.startswith("{")):
         text = _parse_json(text, field, may_be_text=kind == "array_record")
     if (nul := text.find("\0")) >= 0:
-        raise _BadDocument("NUL character", text.count("\n", 0, nul) if kind == "text" else 0)
+        raise _BadDocumentError("NUL character", text.count("\n", 0, nul) if kind == "text" else 0)
     return text
 
 
@@ -213,18 +213,18 @@ def _parse_json(line: str, field: str, may_be_text: bool) -> str:
     except (ValueError, RecursionError):
         if may_be_text:
             return line
-        raise _BadDocument("not JSON") from None
+        raise _BadDocumentError("not JSON") from None
     if not isinstance(row, dict):
-        raise _BadDocument("not a JSON object")
+        raise _BadDocumentError("not a JSON object")
     if field not in row:
-        raise _BadDocument(f"no field {field!r}{nearest(field, row)}")
+        raise _BadDocumentError(f"no field {field!r}{nearest(field, row)}")
     text = row[field]
     if not isinstance(text, str):
-        raise _BadDocument(f"field {field!r} is not text")
+        raise _BadDocumentError(f"field {field!r} is not text")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _BadDocument("half a surrogate pair") from None
+        raise _BadDocumentError("half a surrogate pair") from None
     return text
 
 
@@ -246,7 +246,7 @@ def _decompress_zst(raw: BinaryIO) -> Iterator[bytes]:
 
 
 def _list_dataset(folder: Path) -> list[Path]:
-    # What datasets.save_to_disk writes is Arrow streams and a list of them: pyarrow alone reads it, in 1/10 of the time.
+    # What datasets.save_to_disk writes is Arrow streams and a list of them: pyarrow alone reads it.
     state = folder / "state.json"
     try:
         raw = json.loads(state.read_bytes())

@@ -21,7 +21,7 @@ from tli_jax.config import TrainConfig
 from tli_jax.data.documents import CHUNK, Documents, list_files
 from tli_jax.errors import DataError
 
-_PIECE = 2**19  # characters from which on a document is encoded in pieces
+_PIECE = 2**16  # characters from which on a document is encoded in pieces
 _NEAR = 1000  # characters on either side that tell whether it may be cut
 _CUT = re.compile(r"(?<=\w)(?=\s\w)")
 _BATCH = 2**21  # characters that are encoded at a time
@@ -135,10 +135,6 @@ def _open_npy(path: Path, vocab_size: int) -> np.ndarray:
 def _tokenise(documents: Documents, rules: Rules, output: BinaryIO) -> dict[str, Any]:
     assert rules.tokenizer is not None
     encode = rules.tokenizer.encode
-    # Many at once go through all cores, where the tokenizer can do that.
-    encode_batch: Callable[[list[str]], list[list[int]]] = getattr(
-        rules.tokenizer, "encode_batch", lambda texts: [encode(text) for text in texts]
-    )
     front = [] if rules.bos is None else [rules.bos]
     behind = [] if rules.eos is None else [rules.eos]
     tokens, shown, digest = 0, 0, hashlib.sha256()
@@ -146,7 +142,7 @@ def _tokenise(documents: Documents, rules: Rules, output: BinaryIO) -> dict[str,
         pieces = ((part, text) for document in documents for part, text in _cut(document, encode))
         for batch in _batched(pieces):
             ids: list[int] = []
-            for (part, _), some in zip(batch, encode_batch([text for _, text in batch]), strict=True):
+            for (part, _), some in zip(batch, rules.tokenizer.encode_batch([text for _, text in batch]), strict=True):
                 ids += (front if "first" in part else []) + some + (behind if "last" in part else [])
             data = np.array(ids, rules.dtype).tobytes()
             digest.update(data)

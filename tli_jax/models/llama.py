@@ -180,7 +180,8 @@ class Llama(nnx.Module):
             block, (k, v) = layer
             return block(x, rope, Cache(k, v, cache.length))
 
-        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (self.layers, (cache.k, cache.v)))
+        layers: Any = self.layers
+        x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, (cache.k, cache.v)))
         return self.norm(x_BTD), Cache(k, v, cache.length + T)
 
     def _through(self, x_BTD: jax.Array, rope: Rope, run: Run) -> jax.Array:

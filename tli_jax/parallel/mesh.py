@@ -19,7 +19,7 @@ PARAM_RULES |= {"V": ("tensor",)}
 ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"B": ("data", "fsdp"), "V": ("tensor",), "H": ("tensor",)}
 
 
-def make_mesh(degrees: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes ``data``, ``fsdp`` and ``tensor``, whose order suits the links between the devices.
 
     Over several slices (or other groups of devices with slow links between), ``data`` spans the slices.

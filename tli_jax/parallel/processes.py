@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LOST = "a peer process is gone, its own messages say why: run the same command again to go on"
 _HEARTBEAT = 10  # seconds without a sign of life until a peer counts as gone
 _LEAVE = 10  # seconds in which processes that leave for the same reason meet; after them those that did not are aborted
+_AT_ONCE = b"error: stopped at once, nothing was saved: run the same command again to go on\n"
 _JOINED = 255  # what a child tells its supervisor, besides the exit code that it leaves with
 # How Gloo, gRPC and the coordination service word it when the other end is gone. There is one exception class for all.
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|socket closed|coordination|heartbeat|barrier|UNAVAILABLE", re.I)
@@ -52,13 +53,18 @@ def start(distributed: bool, process: str | None, timeout: int = 120, heartbeat:
         heartbeat: seconds without a sign of life until a peer counts as gone.
 
     Raises:
-        UsageError: `process` does not read so, or JAX finds no cluster.
+        UsageError: `process` does not read so, its port is taken, or JAX finds no cluster.
     """
-    found = re.fullmatch(r"(\d+)/(\d+)@(.+:\d+)", process or "")
-    if process is not None and not (found and int(found[1]) < int(found[2])):
+    found = re.fullmatch(r"(\d+)/(\d+)@(.+:(\d+))", process or "")
+    if process is not None and not (found and int(found[1]) < int(found[2]) and int(found[4]) < 2**16):
         raise UsageError(f"process {process}: write INDEX/COUNT@HOST:PORT, e.g. 0/2@10.0.0.1:1234; INDEX counts from 0")
     if not (distributed or found):
         return
+    if found and int(found[1]) == 0:
+        try:  # jax 0.10 crashes where this fails
+            socket.create_server(("", int(found[4]))).close()
+        except OSError as error:
+            raise UsageError(f"process {process}: cannot listen on this port ({error}): take another one") from error
     _supervise(LOST, f"the other processes did not come within {timeout} s: start all of them, with the same HOST:PORT")
     import jax
 
@@ -79,9 +85,9 @@ def start(distributed: bool, process: str | None, timeout: int = 120, heartbeat:
 
 
 @contextlib.contextmanager
-def joined(distributed: bool, process: str | None) -> Iterator[None]:
+def joined(distributed: bool, process: str | None, timeout: int = 120, heartbeat: int = _HEARTBEAT) -> Iterator[None]:
     """`start`, and the loss of a peer inside becomes `UnavailableError`."""
-    start(distributed, process)
+    start(distributed, process, timeout, heartbeat)
     try:
         yield
     except Exception as error:
@@ -178,6 +184,7 @@ class StopSignal:
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # Slurm and systemd signal the supervisor and its child, and so the child twice for one request.
         if self.requested and time.monotonic() - self._since > 1:
+            os.write(2, _AT_ONCE)
             if _supervisor is not None:
                 _tell(75)
             os._exit(75)
@@ -234,13 +241,14 @@ def _supervise(lost: str, alone: str) -> None:
     held: list[bytes] = []
     pump = threading.Thread(target=_pump, args=(errors, held), daemon=True)
     pump.start()
-    told, asked, deadline, ended = b"", 0, None, (0, 0)
+    told, asked, deadline, ended = bytearray(), 0, None, (0, 0)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal told, asked
+        nonlocal asked
         asked += 1
         if asked > 1 or not told:  # the second time, or while it waits for the others: C++ lets no signal through
-            told += bytes([75])
+            os.write(2, _AT_ONCE)
+            told.append(75)
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL if 75 in told else number)
 
@@ -249,14 +257,14 @@ def _supervise(lost: str, alone: str) -> None:
     while not ended[0]:
         time.sleep(0.05)
         with contextlib.suppress(BlockingIOError):
-            told += here.recv(16)
+            told.extend(here.recv(16))
         ended = os.waitpid(child, os.WNOHANG)
         if deadline is None and (told.strip(bytes([_JOINED])) or any(_C_ABORT in line for line in held)):
             deadline = time.monotonic() + _LEAVE + 5  # it is leaving, and gets no longer for that
         elif deadline is not None and time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
     with contextlib.suppress(OSError):
-        told += here.recv(16)
+        told.extend(here.recv(16))
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     pump.join(1)

@@ -1,7 +1,7 @@
 """Optimizers and schedules, from optax. What is done to a tensor goes by its dims, never by its rank."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,31 +32,23 @@ def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-class RatesState(NamedTuple):
-    """How many updates there have been."""
-
-    count: jax.Array
-
-
 def scale_by_rates(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
     """Multiply each layer of each leaf with minus the learning rate of its group."""
     schedules = {group: make_schedule(config, group) for group in GROUPS}
     index = {leaf.name: np.asarray([GROUPS.index(group) for group in leaf.groups]) for leaf in leaves}
 
-    def init(params: optax.Params) -> RatesState:
-        return RatesState(jnp.zeros((), jnp.int32))
-
-    def update(updates: Any, state: RatesState, params: Any = None) -> tuple[Any, RatesState]:
-        count = state.count + 1
+    def update(updates: Any, state: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+        count = state + 1
         rates = jnp.stack([jnp.asarray(schedules[group](count), jnp.float32) for group in GROUPS])
 
         def scale(name: str, update: jax.Array) -> jax.Array:
-            rate = rates[index[name]].reshape(-1, *[1] * (update.ndim - 1)) if update.ndim > 1 else rates[index[name]]
+            rate = rates[index[name]].reshape(-1, *[1] * (update.ndim - 1))
             return -rate.astype(update.dtype) * update
 
-        return {name: scale(name, update) for name, update in updates.items()}, RatesState(count)
+        return {name: scale(name, update) for name, update in updates.items()}, count
 
-    return optax.GradientTransformation(init, update)
+    # The state is the number of updates so far.
+    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)  # type: ignore[arg-type]
 
 
 def _per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -66,6 +58,10 @@ def _per_layer(transformation: optax.GradientTransformation) -> optax.GradientTr
 
 def _adafactor() -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+
+
+def _as_large_as_adam_s(update_Lxx: jax.Array) -> jax.Array:
+    return 0.2 * max(update_Lxx.shape[1:]) ** 0.5 * update_Lxx
 
 
 def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
@@ -86,7 +82,7 @@ def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.Gradien
         dims = lambda updates: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(2, 1), updates)  # noqa: E731
         muon = optax.chain(
             optax.contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=dims),
-            optax.stateless_with_tree_map(lambda update, _: 0.2 * max(update.shape[1:]) ** 0.5 * update),
+            optax.stateless(lambda updates, _: jax.tree.map(_as_large_as_adam_s, updates)),
         )
         labels = {name: "muon" if matrix else "adam" for name, matrix in is_matrix.items()}
         direction = optax.partition({"muon": muon, "adam": adam}, labels)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from tli_jax.models.llama import Llama, Run
 from tli_jax.models.loss import LOGITS, token_losses
 from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
 from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
-from tli_jax.training.optimizer import make_optimizer, make_schedule
+from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
 
 # Steps before which a gradient is not called a spike, and the weight of the newest in the running mean of its norm.
 _SPIKE_AFTER = 20
@@ -73,7 +73,7 @@ class Trainer:
             for leaf in self.leaves
         }
 
-    def abstract_state(self) -> State:
+    def abstract_state(self) -> Any:
         """Shape, dtype and place of every array of the state; moments lie where their parameters do."""
         everywhere = replicated(self.mesh)
         params = self.abstract_params(lambda leaf: self.config.param_dtype)
@@ -88,7 +88,7 @@ class Trainer:
         moments = jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(self.optimizer.init, trained))
         whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         mean = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        return State(whole, trained, moments, whole, mean)
+        return State(*cast(Any, (whole, trained, moments, whole, mean)))
 
     def init(self, trained: Arrays) -> State:
         """The state before the first step; ``trained`` is taken over."""
@@ -168,8 +168,8 @@ class Trainer:
 
     def rates(self, step: int) -> dict[str, float]:
         """The learning rate of each group that trains at a step, from 1 on."""
-        groups = sorted({group for leaf in self.leaves if leaf.trains for group in leaf.groups})
-        return {group: float(make_schedule(self.config, group)(step)) for group in groups}
+        groups = {group for leaf in self.leaves if leaf.trains for group in leaf.groups}
+        return {group: float(make_schedule(self.config, group)(step)) for group in GROUPS if group in groups}  # type: ignore[arg-type]
 
     def flops_per_token(self, T: int) -> float:
         """FLOPs that a training step has to do for a token, at sequences of T tokens.

@@ -1,0 +1,97 @@
+"""Sources in every format, and data opened from them by the embedded model's tokenizer."""
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tli_jax.checkpoint import hub
+from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.checkpoint.tokens import Tokenizer, embedded_text, open_tokenizer
+from tli_jax.config import Source, TrainConfig
+from tli_jax.data.batches import Data, open_data
+from tli_jax.models.config import LlamaConfig
+
+DOCUMENTS = ["One day, a girl\nnamed Lily.", "naïve 한국어 😀", "Three.\r\n", "x" * 3000, "The end"]
+
+
+@pytest.fixture
+def documents() -> list[str]:
+    return list(DOCUMENTS)
+
+
+def _array_record(file: Path, records: list[bytes]) -> None:
+    module = pytest.importorskip("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter(str(file), "group_size:1")
+    for record in records:
+        writer.write(record)
+    writer.close()
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Writes texts in a format, told by the name; returns the path."""
+
+    def write(name: str, texts: list[Any], separator: str = "<>") -> Path:
+        path = tmp_path / name
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        data = rows if ".jsonl" in name else separator.join(texts).encode()
+        if name.endswith(".parquet"):
+            pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+            pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), path, row_group_size=2)
+        elif name.endswith(".array_record"):
+            _array_record(path, [text.encode() for text in texts])
+        elif name.endswith(".json.arrayrecord"):
+            _array_record(path, rows.splitlines())
+        elif name.startswith("dataset"):
+            datasets = pytest.importorskip("datasets")
+            made = datasets.Dataset.from_dict({"text": texts})
+            made = datasets.DatasetDict({"train": made, "test": made}) if name.endswith("dict") else made
+            made.save_to_disk(str(path), num_shards=2) if not name.endswith("dict") else made.save_to_disk(str(path))
+        elif name.endswith(".gz"):
+            path.write_bytes(gzip.compress(data))
+        elif name.endswith(".zst"):
+            zstandard = pytest.importorskip("zstandard")
+            half = len(data) // 2  # two frames: what `cat a.zst b.zst` gives
+            pack = zstandard.ZstdCompressor(write_checksum=True).compress  # as the zstd command does
+            path.write_bytes(pack(data[:half]) + pack(data[half:]))
+        else:
+            path.write_bytes(data)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def model() -> LlamaConfig:
+    return open_checkpoint(hub.resolve("embedded")).config
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model: LlamaConfig) -> Tokenizer:
+    found, _ = open_tokenizer(hub.resolve("embedded"), model)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    return embedded_text()
+
+
+@pytest.fixture
+def opened(tmp_path: Path, model: LlamaConfig, tokenizer: Tokenizer) -> Callable[..., Data]:
+    """Data of sources (paths, or paths with weights), by the keys of a configuration."""
+
+    def opened(*sources: Path | tuple[Path, float], T: int = 16, eos_ids: tuple[int, ...] | None = None, **keys: Any):
+        text = tuple(Source(str(one[0]), one[1]) if isinstance(one, tuple) else Source(str(one)) for one in sources)
+        apart = tuple(Source(str(one)) for one in keys.pop("validation_text", ()))
+        config = TrainConfig(text=text, validation_text=apart, **keys)
+        shape = model if eos_ids is None else dataclasses.replace(model, eos_token_ids=eos_ids)
+        return open_data(config, shape, tokenizer, "tokenizer", T, tmp_path / "cache")
+
+    return opened

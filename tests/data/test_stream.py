@@ -1,0 +1,203 @@
+"""A source becomes ids once, the ids that its documents have, and what is in the cache is whole."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tli_jax.config import TrainConfig
+from tli_jax.data.stream import Rules, _cut, open_stream
+from tli_jax.errors import DataError
+
+
+class CountingTokenizer:
+    """A token a character; counts how often it is asked."""
+
+    size = 1 << 20
+
+    def __init__(self):
+        self.calls = 0
+
+    def encode_batch(self, texts):
+        return [self.encode(text) for text in texts]
+
+    def encode(self, text):
+        self.calls += 1
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+
+@pytest.fixture
+def rules():
+    config = TrainConfig(separator="<>", on_bad="skip")
+    return Rules(config, CountingTokenizer(), "digest", 60_000, bos=1, eos=2)
+
+
+def test_documents_stand_between_their_marks(write, rules, tmp_path):
+    stream = open_stream(write("a.txt", ["ab", " ", "c\0", "d"]), rules, tmp_path / "cache")
+    assert stream.ids.tolist() == [1, 97, 98, 2, 1, 100, 2] and stream.ids.dtype == np.uint16
+    path = tmp_path / "a.txt"
+    assert stream.notes == (
+        f"{path}: 1 left out (1 × NUL character): line 1",
+        f"{path}: 1 empty documents left out",
+    )
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
+def test_ids_are_as_wide_as_the_vocabulary_needs(vocab_size, dtype, write, rules, tmp_path):
+    rules = dataclasses.replace(rules, vocab_size=vocab_size, bos=65_535, eos=None)
+    stream = open_stream(write("a.txt", ["ab"]), rules, tmp_path / "cache")
+    assert stream.ids.dtype == dtype and stream.ids.tolist() == [65_535, 97, 98]
+
+
+def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path):
+    path, cache = write("a.txt", ["ab", "c\0"]), tmp_path / "cache"
+    first = open_stream(path, rules, cache)
+    calls = rules.tokenizer.calls
+    again = open_stream(path, rules, cache)
+    assert rules.tokenizer.calls == calls
+    assert again.digest == first.digest and again.notes == first.notes
+    np.testing.assert_array_equal(again.ids, first.ids)
+    for other in (
+        dataclasses.replace(rules, bos=None),
+        dataclasses.replace(rules, tokenizer_digest="other"),
+        dataclasses.replace(rules, vocab_size=70_000),
+        dataclasses.replace(rules, config=dataclasses.replace(rules.config, separator="b")),
+    ):
+        open_stream(path, other, cache)
+        assert rules.tokenizer.calls > calls
+        calls = rules.tokenizer.calls
+    path.write_text("ac")
+    assert open_stream(path, rules, cache).digest != first.digest
+    assert rules.tokenizer.calls > calls
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "record", "no ids"])
+def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
+    path, cache = write("a.txt", ["abc"]), tmp_path / "cache"
+    open_stream(path, rules, cache)
+    (ids,), (record,) = cache.glob("*.ids"), cache.glob("*.json")
+    data = ids.read_bytes()
+    if damage == "record":
+        record.write_text("{")
+    elif damage == "no ids":
+        ids.unlink()
+    else:
+        ids.write_bytes(data[:-2] if damage == "cut" else data[:-1] + b"\7")
+    open_stream(path, rules, cache)
+    assert ids.read_bytes() == data and json.loads(record.read_text())["tokens"] == 5
+
+
+def test_a_stopped_run_leaves_nothing_half_written(write, rules, tmp_path, monkeypatch):
+    path, cache = write("a.txt", ["ab", "c"]), tmp_path / "cache"
+
+    def stop(text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rules.tokenizer, "encode", stop)
+        with pytest.raises(KeyboardInterrupt):
+            open_stream(path, rules, cache)
+    assert list(cache.iterdir()) == []
+    assert len(open_stream(path, rules, cache).ids) == 7
+    assert {file.suffix for file in cache.iterdir()} == {".ids", ".json"}
+
+
+def test_the_digest_goes_by_names_and_bytes_not_by_place(rules, tmp_path):
+    digests = []
+    for folder, name in (("a", "x.txt"), ("b", "x.txt"), ("c", "y.txt")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("text")
+        digests.append(open_stream(tmp_path / folder, rules, tmp_path / "cache").digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("is_line", [False, True])
+def test_a_long_document_has_the_ids_it_has_in_one_piece(is_line, tokenizer, model, text, tmp_path, write, monkeypatch):
+    monkeypatch.setattr("tli_jax.data.stream._PIECE", 5000)
+    document = (text * (300_000 // len(text))).replace("\n", " " if is_line else "\n")
+    assert len(list(_cut(document, tokenizer.encode))) > 40
+    rules = Rules(TrainConfig(), tokenizer, "digest", model.vocab_size, None, None)
+    stream = open_stream(write("a.txt", [document]), rules, tmp_path / "cache")
+    assert stream.ids.tolist() == tokenizer.encode(document)
+
+
+def test_where_a_cut_would_show_a_document_stays_whole(rules, tmp_path, write, monkeypatch):
+    monkeypatch.setattr("tli_jax.data.stream._PIECE", 100)
+    monkeypatch.setattr("tli_jax.data.stream._NEAR", 10)
+    encode = CountingTokenizer().encode
+    monkeypatch.setattr(rules.tokenizer, "encode", lambda text: [9, *encode(text)])
+    stream = open_stream(write("a.txt", ["word " * 100]), rules, tmp_path / "cache")
+    assert stream.ids.tolist() == [1, 9, *encode("word " * 100), 2]
+
+
+READ_LONG_LINE = """
+import resource, sys
+from pathlib import Path
+from tli_jax.checkpoint import hub
+from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.checkpoint.tokens import open_tokenizer
+from tli_jax.config import TrainConfig
+from tli_jax.data.stream import Rules, open_stream
+folder = hub.resolve("embedded")
+model = open_checkpoint(folder).config
+rules = Rules(TrainConfig(separator="\\n"), open_tokenizer(folder, model)[0], "", model.vocab_size, None, None)
+ids = open_stream(Path(sys.argv[1]), rules, Path(sys.argv[2])).ids
+print(len(ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.long
+def test_a_line_of_100_mb_takes_less_than_3_gb(text, tmp_path):
+    line = text.replace("\n", " ").encode()
+    with (tmp_path / "a.txt").open("wb") as file:
+        for _ in range(100_000_000 // len(line)):
+            file.write(line)
+    command = [sys.executable, "-c", READ_LONG_LINE, str(tmp_path / "a.txt"), str(tmp_path / "cache")]
+    tokens, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert int(tokens) > 30_000_000 and int(peak) < 3e9
+
+
+def test_npy_is_used_as_it_is(rules, tmp_path):
+    file, cache = tmp_path / "a.npy", tmp_path / "cache"
+    for dtype in (np.uint16, np.int32, np.int64):
+        np.save(file, np.arange(100, dtype=dtype))
+        stream = open_stream(file, dataclasses.replace(rules, tokenizer=None), cache)
+        assert isinstance(stream.ids, np.memmap) and stream.ids.dtype == dtype and not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.arange(6).reshape(2, 3), r"is int64 \[2, 3\], must be one row"),
+        (np.zeros(3), "is float64"),
+        (np.zeros(0, np.int32), "must be one row"),
+        (np.array([1, 2, 60_000]), "id 60000 at position 2, the model's vocabulary has 60,000"),
+        (np.array([1, -2]), "id -2 at position 1"),
+        (np.array([None]), "cannot be read"),
+    ],
+)
+def test_npy_that_is_no_row_of_ids_is_refused(array, message, rules, tmp_path):
+    np.save(tmp_path / "a.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match=message):
+        open_stream(tmp_path / "a.npy", rules, tmp_path)
+
+
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x93NUMPY\1\0"])
+def test_npy_that_is_none_is_refused(data, rules, tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(100))
+    whole = (tmp_path / "a.npy").read_bytes()
+    for broken in (data, whole[:-9]):
+        (tmp_path / "a.npy").write_bytes(broken)
+        with pytest.raises(DataError, match="cannot be read"):
+            open_stream(tmp_path / "a.npy", rules, tmp_path)
+
+
+def test_text_needs_a_tokenizer(write, rules, tmp_path):
+    with pytest.raises(DataError, match="no tokenizer"):
+        open_stream(write("a.txt", ["ab"]), dataclasses.replace(rules, tokenizer=None), tmp_path / "cache")

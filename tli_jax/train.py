@@ -1,0 +1,260 @@
+"""``python -m tli_jax.train``: continued pretraining of a Llama on a mesh, grown or not."""
+
+import dataclasses
+import math
+import platform
+import secrets
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tli_jax import command
+from tli_jax.checkpoint import hub, tokens
+from tli_jax.checkpoint.headers import DTYPES, read_json
+from tli_jax.checkpoint.hf import Checkpoint, hf_name, open_checkpoint
+from tli_jax.config import TrainConfig, parse
+from tli_jax.errors import MissingInputError, UsageError
+from tli_jax.growth.plan import Plan
+from tli_jax.models.config import LlamaConfig
+from tli_jax.parallel import processes
+from tli_jax.training.run import Metrics, RunFolder, model_digest, read_metrics, tokenizer_digest
+
+if TYPE_CHECKING:
+    from tli_jax.training.step import Trainer
+
+PROGRAM = "python -m tli_jax.train"
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = read_config(arguments)
+    with processes.joined(config.distributed, config.process):
+        train(config)
+
+
+def read_config(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration; with ``--run`` of a run that has begun and no ``--config``, over what that was started with.
+
+    Raises:
+        UsageError, MissingInputError: see ``config.parse``.
+    """
+    config = parse(TrainConfig, PROGRAM, "Train a Llama on, all of it or its injected layers.", arguments)
+    run = RunFolder(config.run)
+    if config.run and run.is_begun and not any(word.split("=")[0] == "--config" for word in arguments):
+        config = parse(TrainConfig, PROGRAM, "", [*arguments, "--config", str(run.config)])
+    return config
+
+
+def train(config: TrainConfig) -> None:
+    """Start a run, or go on with it, up to its last step, and export it.
+
+    Raises:
+        TliError: a wrong option, damaged input, a run that was started otherwise; or what ends a run early.
+    """
+    if not config.run:
+        raise UsageError("run is not set: give a folder, which takes checkpoints, metrics and configuration")
+    run = RunFolder(config.run)
+    if processes.is_first():
+        run.create()
+    processes.barrier("run")
+    with processes.lock(run.path):
+        _train(config, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The model of a run: configuration, plan, where its tokenizer is, and its weights where they are at hand."""
+
+    model: LlamaConfig
+    plan: Plan | None
+    folder: Path
+    weights: Checkpoint | None
+
+
+def _train(config: TrainConfig, run: RunFolder) -> None:
+    start = _open_model(config, run)
+    tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model)
+    for warning in (*(start.weights.warnings if start.weights else ()), *warnings):
+        _say(f"warning: {warning}")
+
+    from tli_jax.checkpoint.state import Checkpoints
+    from tli_jax.data.batches import open_data
+    from tli_jax.training.export import check_export, export
+    from tli_jax.training.loop import Loop, load, restore
+
+    trainer, T, notes = make_trainer(config, start.model, start.plan)
+    with processes.first("data"):
+        data = open_data(config, start.model, tokenizer, tokenizer_digest(start.folder), T, run.data)
+    if not run.is_begun:
+        assert start.weights is not None
+        with processes.first("begin"):
+            if processes.is_first():
+                run.begin(config, start.weights, _facts(trainer, start.weights, data.digest))
+    facts = run.check_facts({"data": data.digest})
+    if config.export:
+        check_export(Path(config.export), run, facts["id"], config.overwrite)
+    _introduce(trainer, [*notes, *data.notes])
+
+    checkpoints = Checkpoints(run.checkpoints, config.keep)
+    restored = restore(trainer, checkpoints, facts["dtypes"], _say)
+    if restored is None:
+        if start.weights is None:
+            raise MissingInputError(f"model {config.model}: is gone, and run {run.path} has no checkpoint yet")
+        trained, frozen = load(trainer, start.weights)
+        checkpoints.save_frozen(frozen)
+        restored = trainer.init(trained), frozen
+    state, frozen = restored
+    done = int(state.step)
+    if done < config.steps and not config.export_only:
+        metrics = None
+        if processes.is_first():
+            run.write_config(config)
+            metrics = Metrics(run, config, done, facts["id"])
+        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest})
+        with command.progress("train", config.steps, "steps", done) as advance:
+            state = loop.train(state, frozen, advance)
+        if metrics is not None:
+            metrics.close()
+            _say(summary(run))
+    else:
+        _say(f"run {run.path}: {done} steps are done")
+    checkpoints.close()
+    if config.export:
+        record = {"run": facts["id"], "step": int(state.step), "tokens": int(state.step) * config.batch_size * T}
+        record |= {"only": config.only, "outer": sorted(trainer.layout.outer), "versions": facts["versions"]}
+        export(trainer, state.trained | frozen, facts["dtypes"], run, Path(config.export), record)
+        _say(f"written to {config.export}")
+
+
+def _open_model(config: TrainConfig, run: RunFolder) -> Start:
+    """Where the weights come from: a folder, a hub id, another run; or this run, once it has begun.
+
+    Raises:
+        UsageError: the run was started with another configuration or another model.
+        MissingInputError, DataError: see ``open_checkpoint``.
+    """
+    if not run.is_begun:
+        if config.export_only:
+            raise UsageError(f"run {run.path}: has not begun, so there is nothing to export")
+        if not config.model:
+            raise UsageError("model is not set: --model FOLDER, a hub id, a run folder or 'embedded'")
+        other = RunFolder(config.model)
+        folder = run.path / "start" if other.is_begun else hub.resolve(config.model, config.revision)
+        if other.is_begun:
+            _export_other(other, config, folder)
+        weights = open_checkpoint(folder)
+        return Start(weights.config, _plan(weights.growth), folder, weights)
+    run.check_config(config)
+    here = run.path / "start" if (run.path / "start").is_dir() else Path(config.model)
+    weights = None
+    if config.model == hub.EMBEDDED or here.is_dir():
+        weights = open_checkpoint(here if here.is_dir() else hub.resolve(config.model))
+        run.check_facts({"model": model_digest(weights)})
+    file = run.model / "config.json"
+    return Start(LlamaConfig.from_hf(read_json(file), str(file)), _plan(run.growth), run.model, weights)
+
+
+def _plan(growth: dict[str, Any] | None) -> Plan | None:
+    return None if growth is None else Plan.from_json(growth)
+
+
+def make_trainer(config: TrainConfig, model: LlamaConfig, plan: Plan | None) -> "tuple[Trainer, int, list[str]]":
+    """The programs of a run on the devices that there are, its sequence length T, and what there is to say of it.
+
+    Raises:
+        UsageError: layers, mesh, kernel or batch do not fit the model or the devices.
+    """
+    from tli_jax.parallel.mesh import check_fits, make_mesh
+    from tli_jax.training.freezing import make_layout
+    from tli_jax.training.kernels import choose_kernel
+    from tli_jax.training.step import Trainer
+
+    T = config.sequence_length or min(model.max_position_embeddings, 2048)
+    layout = make_layout(model, None if plan is None else plan.injected, config.only, config.outer)
+    if config.batch_size % config.accumulation:
+        raise UsageError(f"batch_size {config.batch_size} is not a multiple of accumulation {config.accumulation}")
+    mesh = make_mesh(config.mesh)
+    sizes = model.sizes | {"H": model.num_attention_heads, "K": model.num_key_value_heads}
+    check_fits(mesh, sizes, config.batch_size // config.accumulation)
+    kernel, says = choose_kernel(config.attention, mesh, T, model.head_dim, config.compute_dtype)
+    notes = [f"attention: {says}"]
+    if model.max_position_embeddings < T:
+        notes.append(f"warning: sequence_length {T} is more than the model's context, {model.max_position_embeddings}")
+    return Trainer(model, config, layout, mesh, kernel), T, notes
+
+
+def _facts(trainer: "Trainer", weights: Checkpoint, data: str) -> dict[str, Any]:
+    """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
+    dtypes = {
+        leaf.name: DTYPES[weights.tensors[hf_name(leaf.tensor, leaf.layers[0] if leaf.layers else None)].dtype].name
+        for leaf in trainer.leaves
+    }
+    names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    return {
+        "id": secrets.token_hex(8),
+        "model": model_digest(weights),
+        "data": data,
+        "dtypes": dtypes,
+        "versions": versions,
+    }
+
+
+def _export_other(other: RunFolder, config: TrainConfig, folder: Path) -> None:
+    """The newest checkpoint of another run as a folder to start from, on the mesh of this one."""
+    from tli_jax.checkpoint.state import Checkpoints
+    from tli_jax.training.export import export
+    from tli_jax.training.loop import restore
+
+    theirs = dataclasses.replace(other.read_config(), mesh=config.mesh, batch_size=config.batch_size, accumulation=1)
+    start = _open_model(theirs, other)
+    trainer, _, _ = make_trainer(theirs, start.model, start.plan)
+    facts = read_json(other.path / "run.json")
+    checkpoints = Checkpoints(other.checkpoints, theirs.keep, read_only=True)
+    restored = restore(trainer, checkpoints, facts["dtypes"], _say)
+    checkpoints.close()
+    if restored is None:
+        raise MissingInputError(f"model {other.path}: is a run that has no checkpoint yet")
+    state, frozen = restored
+    record = {"run": facts["id"], "step": int(state.step)}
+    export(trainer, state.trained | frozen, facts["dtypes"], other, folder, record)
+
+
+def _introduce(trainer: "Trainer", notes: Sequence[str]) -> None:
+    """What is about to run, and by which convention its FLOPs are counted."""
+    model, config, mesh = trainer.model, trainer.config, trainer.mesh
+    sizes = {leaf.name: math.prod(leaf.shape(model)) for leaf in trainer.leaves}
+    trained = sum(sizes[leaf.name] for leaf in trainer.leaves if leaf.trains)
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    lines = [
+        f"{sum(trainer.layout.trains)} of {model.num_hidden_layers} layers train"
+        f" ({trained:,} of {sum(sizes.values()):,} parameters), outside the layers:"
+        f" {', '.join(sorted(trainer.layout.outer)) or 'nothing'}",
+        f"mesh {axes} of {mesh.size} × {mesh.devices.flat[0].device_kind}, {config.compute_dtype}, {config.optimizer}",
+        "FLOPs of a token: 2 for each weight forward, for activation gradients above the lowest layer that trains, and"
+        " for weight gradients of what trains; causal attention half, the head counted, the embedding's look-up not",
+    ]
+    for line in [*lines, *notes]:
+        _say(line)
+
+
+def summary(run: RunFolder) -> str:
+    """One line about a run that is done."""
+    lines = read_metrics(run)
+    before = next((line["validation_loss_before"] for line in lines if "validation_loss_before" in line), None)
+    after = next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None)
+    rates = sorted(line["tokens_per_second"] for line in lines)
+    validation = "" if before is None or after is None else f", validation loss {before:.4f} → {after:.4f}"
+    return (
+        f"{lines[-1]['step']} steps, {lines[-1]['tokens']:,} tokens{validation}, {rates[len(rates) // 2]:,.0f} tokens/s"
+    )
+
+
+def _say(line: str) -> None:
+    if processes.is_first():
+        command.console(is_stderr=True).print(line, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    processes.leave(command.run(main, sys.argv[1:]))

@@ -1,0 +1,105 @@
+"""A trained model back to a Hugging Face folder, a tensor at a time, written by the first process."""
+
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tli_jax import command
+from tli_jax.checkpoint import sidecar
+from tli_jax.checkpoint.headers import CODES, read_json
+from tli_jax.checkpoint.hf import hf_name
+from tli_jax.checkpoint.output import check_output, staged
+from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.models.config import LAYER_TENSORS
+from tli_jax.parallel.mesh import replicated
+from tli_jax.parallel.processes import barrier, is_first
+from tli_jax.training.freezing import Arrays, Leaf
+from tli_jax.training.run import RunFolder
+from tli_jax.training.step import Trainer
+
+_RECORD = "training.json"
+
+
+def check_export(path: Path, run: RunFolder, run_id: str, overwrite: bool) -> None:
+    """Refuse, before a long training, a folder that may not be written; this run's own export may be replaced.
+
+    Raises:
+        UsageError, OutputError: see ``checkpoint.output.check_output``.
+    """
+    check_output(path, run.path, overwrite or _exported(path).get("run") == run_id)
+
+
+def _exported(path: Path) -> dict[str, Any]:
+    return read_json(path / _RECORD) if (path / _RECORD).is_file() else {}
+
+
+def export(
+    trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str], run: RunFolder, path: Path, facts: dict[str, Any]
+) -> None:
+    """Write all tensors in the dtype that they were stored in, configuration, tokenizer, plan and ``training.json``.
+
+    To be called by every process: a tensor is brought together from all of them, and lies whole on each for a moment.
+
+    Args:
+        arrays: what trains and what does not.
+        dtypes: by leaf, as stored in the model that the run began with.
+        facts: for ``training.json``; ``run`` and ``step`` tell whether this export is there already.
+
+    Raises:
+        OutputError, StorageError: it cannot be written. What was there before is untouched.
+    """
+    pieces = list(_pieces(trainer, arrays, dtypes))
+    shards = split_shards(pieces, parse_size(trainer.config.max_shard_size))
+    if not is_first():
+        for piece in (piece for shard in shards.values() for piece in shard):
+            assert piece.make is not None
+            list(piece.make())
+        barrier("export")
+        return
+    total = sum(piece.nbytes for piece in pieces)
+    with staged(path, total) as partial, command.progress("export", total) as advance:
+        digests, _ = write_safetensors(partial, shards, {}, advance)
+        sidecar.write_json(partial / "config.json", read_json(run.model / "config.json"))
+        sidecar.copy_allowed(run.model, partial)
+        if run.growth is not None:
+            base = (run.growth.get("digests") or {}).get("base")
+            record = run.growth | {"digests": {"algorithm": "sha256", "base": base, "grown": digests}}
+            sidecar.write_json(partial / "growth.json", record | {"training": facts})
+        sidecar.write_json(partial / _RECORD, facts)
+    barrier("export")
+
+
+def _pieces(trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str]) -> Iterator[Piece]:
+    """In the order in which Hugging Face writes a Llama."""
+    in_layers = {(layer, leaf.tensor): (leaf, row) for leaf in trainer.leaves for row, layer in enumerate(leaf.layers)}
+    outside = {leaf.tensor: leaf for leaf in trainer.leaves if not leaf.layers}
+    first, *rest = trainer.model.outer_tensors
+
+    def piece(name: str, leaf: Leaf, row: int | None) -> Piece:
+        array, dtype = arrays[leaf.name], np.dtype(dtypes[leaf.name])
+        shape = array.shape if row is None else array.shape[1:]
+
+        def make() -> Iterator[Any]:
+            gather = _gather(replicated(trainer.mesh), dtype.name, row is not None)
+            whole = gather(array) if row is None else gather(array, row)
+            yield np.ascontiguousarray(whole.addressable_data(0)).reshape(-1).view(np.uint8).data
+
+        return Piece(name, CODES[dtype], shape, int(np.prod(shape)) * dtype.itemsize, make=make)
+
+    yield piece(hf_name(first), outside[first], None)
+    for layer in range(trainer.model.num_hidden_layers):
+        for tensor in LAYER_TENSORS:
+            yield piece(hf_name(tensor, layer), *in_layers[layer, tensor])
+    yield from (piece(hf_name(name), outside[name], None) for name in rest)
+
+
+@functools.cache  # or every tensor would be compiled for anew
+def _gather(everywhere: Any, dtype: str, is_stacked: bool) -> Any:
+    """Jitted: one layer of a stack, or a whole array, of that dtype on every device."""
+    if is_stacked:
+        return jax.jit(lambda array, row: array[row].astype(dtype), out_shardings=everywhere)
+    return jax.jit(lambda array: array.astype(dtype), out_shardings=everywhere)

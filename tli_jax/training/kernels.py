@@ -1,0 +1,82 @@
+"""Which attention kernel a run uses: chosen once, said in its log, behind the one type ``models.attention.Kernel``."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from tli_jax.errors import UsageError
+from tli_jax.models.attention import Attend, Kernel, causal
+
+_QKV = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+_PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
+_SPLASH_BLOCK = 128  # the lanes of a TPU: T must be a multiple
+
+
+def choose_kernel(name: str, mesh: Mesh, T: int, head_dim: int, dtype: str) -> tuple[Kernel, str]:
+    """The kernel of that name, ``auto`` for the best that runs here, and a line for the log.
+
+    Args:
+        T: tokens a sequence.
+        dtype: in which attention is computed.
+
+    Raises:
+        UsageError: it does not run on this platform, or not at this size or dtype.
+    """
+    platform = mesh.devices.flat[0].platform
+    platform = "gpu" if platform in ("cuda", "rocm") else platform
+    why_not = {
+        "cudnn": ""
+        if dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
+        else "bfloat16 and heads up to 128",
+        "splash": "" if T % _SPLASH_BLOCK == 0 else f"a sequence_length that is a multiple of {_SPLASH_BLOCK}",
+    }
+    if name == "auto":
+        fast = next((kernel for kernel, where in _PLATFORM.items() if where == platform and not why_not[kernel]), None)
+        name = fast or "xla"
+    elif name in _PLATFORM and _PLATFORM[name] != platform:
+        raise UsageError(f"attention: {name} runs on {_PLATFORM[name]}, this is {platform}: choose xla or auto")
+    elif why_not.get(name):
+        raise UsageError(f"attention: {name} needs {why_not[name]}: choose xla or auto")
+    if name == "xla":
+        return causal, "xla, within documents"
+    if name == "splash":
+        return functools.partial(_splash, mesh), "splash (Pallas), within documents"
+    return _cudnn, "cudnn, which does not respect the boundaries of documents within a window"
+
+
+def _cudnn(T: int, segments_BT: jax.Array | None) -> Attend:
+    # Its only way to keep documents apart is a bias of [B, T, T], the memory that it is there to save.
+    return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+
+
+def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool = False) -> Attend:
+    """Splash attention: flash attention for TPUs (arXiv 2205.14135) that skips blocks which are masked anyway."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = next(size for size in (512, 256, _SPLASH_BLOCK) if T % size == 0)
+    names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    blocks: dict[str, Any] = {f"block_{name}": block for name in names}
+    sizes = splash.BlockSizes(**blocks)
+
+    def local(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        B, _, H, h = q_BTHh.shape
+        K = k_BSKh.shape[2]
+        mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * (H // K))
+        one: Any = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
+        # [B, K, H/K, T, h]: one key/value head with its queries at a time. The kernel does not scale by itself.
+        q = (q_BTHh * h**-0.5).reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4)
+        k, v = (x.swapaxes(1, 2) for x in (k_BSKh, v_BSKh))
+        heads = jax.vmap(one, in_axes=(0, 0, 0, None))
+        out: Any = jax.vmap(lambda q, k, v, ids: heads(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments_BT)
+        return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        ids = jnp.zeros(q.shape[:2], jnp.int32) if segments_BT is None else segments_BT
+        specs = (_QKV, _QKV, _QKV, PartitionSpec(_QKV[0], None))
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_QKV, check_vma=False)(q, k, v, ids)
+
+    return attend

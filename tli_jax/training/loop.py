@@ -1,0 +1,206 @@
+"""The loop around the step: data in, metrics out, validation, checkpoints, and when to stop. It never waits for a step
+that it does not have to: what step n measured is read while step n + 1 runs."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from tli_jax.checkpoint.hf import Checkpoint, hf_name, load_array
+from tli_jax.checkpoint.state import Checkpoints
+from tli_jax.command import Advance
+from tli_jax.data.batches import Batch, Data
+from tli_jax.errors import DataError, DivergedError, StoppedError
+from tli_jax.parallel.mesh import batch_sharding, local_rows, param_sharding
+from tli_jax.parallel.processes import StopSignal, flag_array
+from tli_jax.training.freezing import Arrays
+from tli_jax.training.run import Metrics
+from tli_jax.training.step import State, Trainer
+
+# Dense bf16 FLOP/s of a device, as their makers state them, by what JAX calls them. MFU is against these.
+_PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """FLOP/s of a device, None where nobody stated them."""
+    kinds = [kind for kind in _PEAK_FLOPS if device.device_kind.startswith(kind)]
+    return _PEAK_FLOPS[max(kinds, key=len)] if kinds else None
+
+
+def load(trainer: Trainer, weights: Checkpoint) -> tuple[Arrays, Arrays]:
+    """What trains, in ``param_dtype``, and what does not, as stored: from safetensors straight to its shards.
+
+    Raises:
+        DataError: layers that lie in one stack differ in dtype, or a file has become shorter.
+    """
+    parts: tuple[Arrays, Arrays] = ({}, {})
+    for leaf in trainer.leaves:
+        names = [hf_name(leaf.tensor, layer) for layer in leaf.layers] or [hf_name(leaf.tensor)]
+        dtype = trainer.config.param_dtype if leaf.trains else None
+        sharding = param_sharding(trainer.mesh, leaf.dims)
+        tensors = [weights.tensors[name] for name in names]
+        parts[not leaf.trains][leaf.name] = load_array(tensors, leaf.name, sharding, dtype)
+    return parts
+
+
+def restore(
+    trainer: Trainer, checkpoints: Checkpoints, dtypes: Mapping[str, str], report: Callable[[str], None]
+) -> tuple[State, Arrays] | None:
+    """The newest good checkpoint on this mesh, as state and frozen tensors; None where there is none.
+
+    Args:
+        dtypes: of the frozen leaves.
+        report: told of each checkpoint that is damaged.
+
+    Raises:
+        DataError: there are checkpoints, and none is good; or the frozen tensors are damaged.
+    """
+    newest = checkpoints.restore_newest(trainer.abstract_state(), report)
+    if newest is None:
+        return None
+    params = trainer.abstract_params(lambda leaf: dtypes[leaf.name])
+    frozen = checkpoints.restore_frozen({leaf.name: params[leaf.name] for leaf in trainer.leaves if not leaf.trains})
+    if frozen is None:
+        raise DataError("checkpoints/frozen is gone: restore the run folder from a copy, or use another run folder")
+    return newest[1], frozen
+
+
+@dataclasses.dataclass
+class Loop:
+    """All that a run works with. ``metrics`` is None in every process but the first."""
+
+    trainer: Trainer
+    data: Data
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        config, mesh = self.trainer.config, self.trainer.mesh
+        self.part = config.batch_size // config.accumulation
+        # Rows of one part that this process holds, and the same in every part of the whole batch.
+        self.local = local_rows(batch_sharding(mesh, ("B",)), self.part)
+        self.rows = [part * self.part + row for part in range(config.accumulation) for row in self.local]
+        self.tokens = config.batch_size * self.data.T
+        peaks = [peak_flops(device) for device in mesh.devices.flat]
+        self.peak = sum(peak for peak in peaks if peak) if all(peaks) else None
+        self.flops = self.trainer.flops_per_token(self.data.T)
+
+    def to_mesh(self, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array]:
+        """Rows of this process, ``[A * R, T+1]``, as its share of global ``[A, B, T+1]`` arrays."""
+        position = {row: i for i, row in enumerate(self.local)}
+
+        def share(rows: np.ndarray) -> jax.Array:
+            split = rows.reshape(parts, -1, rows.shape[-1])
+
+            def piece(index: Any) -> np.ndarray:
+                return split[index[0]][:, [position[row] for row in range(*index[1].indices(self.part))]]
+
+            shape = (parts, self.part, rows.shape[-1])
+            return jax.make_array_from_callback(shape, self.trainer.batch_sharding, piece)
+
+        return share(batch.tokens), share(batch.segments)
+
+    def validate(self, state: State, frozen: Arrays) -> float | None:
+        """Loss on what was kept out of training, nats a token; None where nothing was."""
+        loss = count = 0.0
+        for batch in self.data.validation(self.part, self.local, self.trainer.config.validation_batches):
+            tokens, segments = self.to_mesh(batch, 1)
+            losses = self.trainer.validate(state.trained, frozen, tokens[0], segments[0])
+            loss, count = loss + float(losses[0]), count + float(losses[1])
+        return loss / count if count else None
+
+    def train(self, state: State, frozen: Arrays, advance: Advance) -> State:
+        """Run up to the last step.
+
+        Raises:
+            StoppedError: SIGTERM or SIGINT reached one of the processes; all have saved the same step.
+            DivergedError: too many bad steps in a row.
+            StorageError: a checkpoint could not be written.
+        """
+        config, start = self.trainer.config, int(state.step)
+        batches = self.data.batches(start, config.batch_size, self.rows, config.seed)
+        extra: dict[str, Any] = {}
+        if start == 0 and (loss := self.validate(state, frozen)) is not None:
+            extra = {"validation_loss_before": loss}
+        reader = _Reader(self, advance)
+        with StopSignal() as signal:
+            for step in range(start + 1, config.steps + 1):
+                tokens, segments = self.to_mesh(next(batches), config.accumulation)
+                stop = flag_array(self.trainer.mesh, signal.requested)
+                state, measured = self.trainer.step(state, frozen, tokens, segments, stop)
+                is_told = reader.read()
+                reader.put(step, measured, extra)
+                extra = {}
+                is_last = step == config.steps
+                if step % config.validate_every == 0 or is_last:
+                    loss = self.validate(state, frozen)
+                    reader.add({} if loss is None else {"validation_loss": loss})
+                self.checkpoints.check()
+                if is_told or is_last or step % config.save_every == 0:
+                    is_told = reader.read() or is_told  # written down before what would make it look done
+                    self.checkpoints.save(step, state, self.facts | {"step": step, "tokens": step * self.tokens})
+                    if is_told and not is_last:
+                        self.checkpoints.finish()
+                        raise StoppedError(f"stopped at step {step}, which is saved: run the same command again")
+        self.checkpoints.finish()
+        return state
+
+
+class _Reader:
+    """Holds what the last step measured until it is asked for: asking waits for that step."""
+
+    def __init__(self, loop: Loop, advance: Advance):
+        self.loop, self.advance = loop, advance
+        self.pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+        self.at = time.perf_counter()
+
+    def put(self, step: int, measured: dict[str, jax.Array], extra: dict[str, Any]) -> None:
+        self.pending = (step, measured, dict(extra))
+
+    def add(self, values: dict[str, Any]) -> None:
+        if self.pending is not None:
+            self.pending[2].update(values)
+
+    def read(self) -> bool:
+        """Write down the step that waits; whether a process was told to stop by then."""
+        if self.pending is None:
+            return False
+        (step, measured, extra), self.pending = self.pending, None
+        values = {name: array.item() for name, array in jax.device_get(measured).items()}
+        is_told = bool(values.pop("stop"))
+        now, before = time.perf_counter(), self.at
+        self.at = now
+        loop = self.loop
+        rate = loop.tokens / (now - before)
+        mfu = rate * loop.flops / loop.peak if loop.peak else None
+        rates = {f"learning_rate_{group}": rate for group, rate in loop.trainer.rates(step).items()}
+        line = {"step": step, **values, "tokens": step * loop.tokens, "tokens_per_second": rate, "mfu": mfu}
+        if loop.metrics is not None:
+            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
+            loop.metrics.write(finite | rates | extra)
+        shown = f"loss {values['loss']:.3f} · {rate:,.0f} tokens/s"
+        self.advance(1, shown + (f" · MFU {mfu:.1%}" if mfu is not None else ""))
+        if values["skipped"] >= loop.trainer.config.skip_limit:
+            raise DivergedError(
+                f"step {step}: {values['skipped']} bad steps in a row (loss {values['loss']:.4g}, gradient norm"
+                f" {values['gradient_norm']:.4g}): the last good checkpoint is kept; lower the learning rate or look at"
+                " the data"
+            )
+        return is_told
