@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from tli_jax.checkpoint.output import check_output
 from tli_jax.checkpoint.save import save_hf
+from tli_jax.checkpoint.tokens import topics
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Params, Run, init_params
 from tli_jax.models.loss import losses, token_losses
@@ -46,13 +47,6 @@ def standard_library(left_out: list[str], held_out_every: int) -> tuple[list[str
         chosen = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % held_out_every == 0
         (held_out if chosen else train).extend(text for text in (source, docstrings) if text)
     return train, held_out
-
-
-def new_domain() -> list[str]:
-    """The text kept out of training: the documentation topics."""
-    from pydoc_data.topics import topics
-
-    return [topics[name] for name in sorted(topics)]
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
@@ -124,7 +118,7 @@ def main() -> None:
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     tokenizer = train_tokenizer(documents, config.vocab_size)
     stream, held_out = encode(tokenizer, documents), encode(tokenizer, held_out_documents)
-    domain = encode(tokenizer, new_domain())
+    domain = encode(tokenizer, topics())
     bytes_per_token = sum(len(d.encode()) for d in documents) / len(stream)
     print(f"{len(documents)} documents, {len(stream):,} tokens, {bytes_per_token:.2f} bytes per token", flush=True)
 

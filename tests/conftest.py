@@ -1,7 +1,10 @@
 """What every test stands on: a CPU that shows eight devices, no network, and the shared material where it is."""
 
+import fcntl
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,67 @@ def material() -> Path:
     if not folder.is_dir():
         pytest.skip(f"the shared material is not here: {folder} (TLI_JAX_MATERIAL names another folder)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Makes a folder by that name once a session, however many workers ask for it; the others wait."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def start(once) -> Path:
+    """A folder to train from: ``base`` of 4 layers, ``grown`` of 6, and ``ids.npy`` with something to learn in it."""
+
+    def make(folder: Path) -> None:
+        import jax
+        import numpy as np
+
+        import tli_jax
+
+        config = tli_jax.LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            tie_word_embeddings=False,
+            bos_token_id=0,
+        )
+        params, plan = tli_jax.init_params(config, jax.random.key(0)), tli_jax.tli(4, every=2)
+        tli_jax.save_hf(folder / "base", config, params)
+        tli_jax.save_hf(folder / "grown", config, tli_jax.inject(params, plan), plan=plan)
+        ids, draw = [0], np.random.default_rng(0)
+        for _ in range(4000):
+            ids.append(int(draw.integers(64)) if draw.random() < 0.1 else (5 * ids[-1] + 7) % 64)
+        np.save(folder / "ids.npy", np.array(ids, np.uint16))
+
+    return once("start", make)
+
+
+@pytest.fixture(scope="session")
+def compiled(once) -> dict[str, str]:
+    """Environment of processes that compile the same programs: the second one finds them."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(once("compiled", lambda _: None)),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }

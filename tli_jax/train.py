@@ -1,9 +1,11 @@
 """``python -m tli_jax.train``: continued pretraining of a Llama on a mesh, grown or not."""
 
 import dataclasses
+import json
 import math
 import platform
 import secrets
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -14,12 +16,12 @@ from tli_jax import command
 from tli_jax.checkpoint import hub, tokens
 from tli_jax.checkpoint.headers import DTYPES, read_json
 from tli_jax.checkpoint.hf import Checkpoint, hf_name, open_checkpoint
-from tli_jax.config import TrainConfig, parse
+from tli_jax.config import Source, TrainConfig, parse
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
-from tli_jax.training.run import Metrics, RunFolder, model_digest, read_metrics, tokenizer_digest
+from tli_jax.training.run import Metrics, RunFolder, model_digest, read_metrics, replacing, tokenizer_digest
 
 if TYPE_CHECKING:
     from tli_jax.training.step import Trainer
@@ -73,6 +75,7 @@ class Start:
 
 
 def _train(config: TrainConfig, run: RunFolder) -> None:
+    has_begun = run.is_begun  # asked once: the first process may begin it before another one asks again
     start = _open_model(config, run)
     tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model)
     for warning in (*(start.weights.warnings if start.weights else ()), *warnings):
@@ -85,15 +88,16 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
 
     trainer, T, notes = make_trainer(config, start.model, start.plan)
     with processes.first("data"):
-        data = open_data(config, start.model, tokenizer, tokenizer_digest(start.folder), T, run.data)
-    if not run.is_begun:
+        read = _with_embedded_text(config, run)
+        data = open_data(read, start.model, tokenizer, tokenizer_digest(start.folder), T, run.data)
+    if not has_begun:
         assert start.weights is not None
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data.digest))
     facts = run.check_facts({"data": data.digest})
     if config.export:
-        check_export(Path(config.export), run, facts["id"], config.overwrite)
+        check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
     _introduce(trainer, [*notes, *data.notes])
 
     checkpoints = Checkpoints(run.checkpoints, config.keep)
@@ -112,10 +116,13 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
             run.write_config(config)
             metrics = Metrics(run, config, done, facts["id"])
         loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest})
-        with command.progress("train", config.steps, "steps", done) as advance:
-            state = loop.train(state, frozen, advance)
+        try:
+            with command.progress("train", config.steps, "steps", done) as advance:
+                state = loop.train(state, frozen, advance)
+        finally:
+            if metrics is not None:
+                metrics.close()
         if metrics is not None:
-            metrics.close()
             _say(summary(run))
     else:
         _say(f"run {run.path}: {done} steps are done")
@@ -143,6 +150,8 @@ def _open_model(config: TrainConfig, run: RunFolder) -> Start:
         folder = run.path / "start" if other.is_begun else hub.resolve(config.model, config.revision)
         if other.is_begun:
             _export_other(other, config, folder)
+        elif processes.is_first():
+            shutil.rmtree(run.path / "start", ignore_errors=True)  # of a start from a run that came to nothing
         weights = open_checkpoint(folder)
         return Start(weights.config, _plan(weights.growth), folder, weights)
     run.check_config(config)
@@ -153,6 +162,25 @@ def _open_model(config: TrainConfig, run: RunFolder) -> Start:
         run.check_facts({"model": model_digest(weights)})
     file = run.model / "config.json"
     return Start(LlamaConfig.from_hf(read_json(file), str(file)), _plan(run.growth), run.model, weights)
+
+
+def _with_embedded_text(config: TrainConfig, run: RunFolder) -> TrainConfig:
+    """The word ``embedded`` among the sources is the text kept out of the embedded base's training, as a file."""
+
+    def find(source: Source) -> Source:
+        if source.path != hub.EMBEDDED or Path(source.path).exists():
+            return source
+        file = run.data / "topics.jsonl"
+        if processes.is_first():
+            run.data.mkdir(exist_ok=True)
+            with replacing(file) as temporary:
+                lines = [json.dumps({config.field: topic}) for topic in tokens.topics()]
+                temporary.write_text("\n".join(lines), encoding="utf-8")
+        return dataclasses.replace(source, path=str(file))
+
+    return dataclasses.replace(
+        config, text=tuple(map(find, config.text)), validation_text=tuple(map(find, config.validation_text))
+    )
 
 
 def _plan(growth: dict[str, Any] | None) -> Plan | None:
@@ -207,8 +235,10 @@ def _export_other(other: RunFolder, config: TrainConfig, folder: Path) -> None:
     from tli_jax.training.export import export
     from tli_jax.training.loop import restore
 
-    theirs = dataclasses.replace(other.read_config(), mesh=config.mesh, batch_size=config.batch_size, accumulation=1)
+    theirs = other.read_config()
     start = _open_model(theirs, other)
+    here = {"mesh": config.mesh, "batch_size": config.batch_size, "accumulation": 1, "attention": "auto"}
+    theirs = dataclasses.replace(theirs, **here)
     trainer, _, _ = make_trainer(theirs, start.model, start.plan)
     facts = read_json(other.path / "run.json")
     checkpoints = Checkpoints(other.checkpoints, theirs.keep, read_only=True)

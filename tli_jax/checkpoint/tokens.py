@@ -95,6 +95,13 @@ def embedded_text() -> str:
     return (resources.files("tli_jax") / "assets" / "text.txt").read_text(encoding="utf-8")
 
 
+def topics() -> list[str]:
+    """The documentation topics of the Python that runs this: the text kept out of the embedded base's training."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
 def read_text(file: Path) -> str:
     """A UTF-8 text.
 

@@ -24,13 +24,18 @@ from tli_jax.training.step import Trainer
 _RECORD = "training.json"
 
 
-def check_export(path: Path, run: RunFolder, run_id: str, overwrite: bool) -> None:
+def check_export(path: Path, run: RunFolder, model: str, run_id: str, overwrite: bool) -> None:
     """Refuse, before a long training, a folder that may not be written; this run's own export may be replaced.
+
+    Args:
+        model: what the run began with; not to be replaced, where it is a folder.
 
     Raises:
         UsageError, OutputError: see ``checkpoint.output.check_output``.
     """
-    check_output(path, run.path, overwrite or _exported(path).get("run") == run_id)
+    for taken in (run.path, Path(model)):
+        if taken.is_dir():
+            check_output(path, taken, overwrite or _exported(path).get("run") == run_id)
 
 
 def _exported(path: Path) -> dict[str, Any]:

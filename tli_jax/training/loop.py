@@ -193,14 +193,16 @@ class _Reader:
         rates = {f"learning_rate_{group}": rate for group, rate in loop.trainer.rates(step).items()}
         line = {"step": step, **values, "tokens": step * loop.tokens, "tokens_per_second": rate, "mfu": mfu}
         if loop.metrics is not None:
-            finite = {k: v if not isinstance(v, float) or math.isfinite(v) else None for k, v in line.items()}
-            loop.metrics.write(finite | rates | extra)
+            line |= rates | extra
+            no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
+            loop.metrics.write(line | no_number)
         shown = f"loss {values['loss']:.3f} · {rate:,.0f} tokens/s"
         self.advance(1, shown + (f" · MFU {mfu:.1%}" if mfu is not None else ""))
         if values["skipped"] >= loop.trainer.config.skip_limit:
+            loop.checkpoints.finish()
             raise DivergedError(
                 f"step {step}: {values['skipped']} bad steps in a row (loss {values['loss']:.4g}, gradient norm"
-                f" {values['gradient_norm']:.4g}): the last good checkpoint is kept; lower the learning rate or look at"
-                " the data"
+                f" {values['gradient_norm']:.4g}): the last good checkpoint is kept; look at the data, or start another"
+                " run from it (--model RUN) with a lower learning rate"
             )
         return is_told

@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             # A lock and half a start are no reason to refuse.
-            foreign = {file.name for file in self.path.iterdir()} - _BEFORE
+            names = {file.name for file in self.path.iterdir()} - _BEFORE
+            foreign = {name for name in names if ".partial" not in name}
         except OSError as error:
             raise OutputError(f"run {self.path}: cannot be created ({error.strerror}): choose another run") from error
         if foreign and not self.is_begun:
@@ -93,7 +95,9 @@ class RunFolder:
 
     def begin(self, config: TrainConfig, model: Checkpoint, facts: Mapping[str, Any]) -> None:
         """Write down what the run is started with; the configuration last, with which it has begun."""
-        self.model.mkdir(exist_ok=True)
+        shutil.rmtree(self.model, ignore_errors=True)  # what is there is of a start that came to nothing
+        (self.path / "growth.json").unlink(missing_ok=True)
+        self.model.mkdir()
         sidecar.copy_allowed(model.folder, self.model)
         sidecar.write_json(self.model / "config.json", model.raw)
         if model.growth is not None:
@@ -108,7 +112,8 @@ class RunFolder:
     def write_config(self, config: TrainConfig) -> None:
         """As resolved: it may have changed in what may change."""
         with replacing(self.config) as temporary:
-            temporary.write_text(to_yaml(config), encoding="utf-8")
+            # Which process of several this one is says nothing of the next time.
+            temporary.write_text(to_yaml(dataclasses.replace(config, process=None)), encoding="utf-8")
 
     @property
     def growth(self) -> dict[str, Any] | None:

@@ -1,0 +1,728 @@
+"""Continued pretraining as its user meets it: what a run writes, how it is gone on with, and what it refuses.
+
+Where the end of a process matters, real processes with one device; elsewhere within this one, which has eight.
+"""
+
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import tli_jax
+from tli_jax import command, train, upscale
+from tli_jax.checkpoint import hub
+from tli_jax.checkpoint.hf import open_checkpoint, read_tensor
+from tli_jax.checkpoint.state import Checkpoints
+
+B, T, STEPS, SAVE, VALIDATE = 8, 16, 40, 10, 20
+BASIC = {"batch-size": B, "sequence-length": T, "compute-dtype": "float32", "learning-rate": 0.01, "warmup": 5}
+USUAL = BASIC | {"steps": STEPS, "save-every": SAVE, "validate-every": VALIDATE}
+
+# The command, slowed down from some step on, so that there is time to do something to it.
+SLOW = """
+import sys, time
+from tli_jax import command, train
+from tli_jax.parallel import processes
+from tli_jax.training.run import Metrics
+
+since, pause, write = int(sys.argv[1]), float(sys.argv[2]), Metrics.write
+
+def slow(self, values):
+    write(self, values)
+    if values["step"] >= since:
+        time.sleep(pause)
+
+Metrics.write = slow
+processes.leave(command.run(train.main, sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compile_once(compiled):
+    """Here too what was compiled before is found."""
+    names = {name: name.lower() for name in compiled}
+    before = {name: getattr(jax.config, name) for name in names.values()}
+    kinds = {name: type(before[name]) for name in before}
+    for name, value in compiled.items():
+        kind = kinds[name.lower()]
+        jax.config.update(name.lower(), value if kind in (str, type(None)) else kind(value))
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def words(run, **options):
+    """Options of a run as a command line; None leaves one out, True and False are switches."""
+    found = []
+    for name, value in ({"run": run} | options).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            found += [f"--{flag}", str(value)]
+    return found
+
+
+def here(run, **options):
+    """The command within this process; its exit code."""
+    return command.run(train.main, words(run, **options))
+
+
+def usual(start, model="grown", **options):
+    options = {name.replace("_", "-"): value for name, value in options.items()}
+    return USUAL | {"model": start / model, "text": start / "ids.npy"} | options
+
+
+def say(capsys):
+    """What was said on stderr; the error is one line, and nothing comes after it."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(errors) <= 1 and "Traceback" not in captured.err
+    assert not errors or captured.err.endswith(errors[0] + "\n")
+    return captured.err
+
+
+class Process:
+    """A real one, with one device."""
+
+    def __init__(self, environment, arguments, slow=None):
+        script = ["-m", "tli_jax.train"] if slow is None else ["-c", SLOW, *map(str, slow)]
+        self.run = Path(arguments[arguments.index("--run") + 1])
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "error", *script, *arguments],
+            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, step, checkpoint=None):
+        """Until that step is in the metrics, and a checkpoint complete."""
+        file = self.run / "metrics.jsonl"
+        until = time.monotonic() + 120
+        while not (
+            file.is_file()
+            and file.read_bytes().count(b"\n") >= step
+            and (checkpoint is None or (self.run / "checkpoints" / str(checkpoint)).is_dir())
+        ):
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        return self
+
+    def end(self, number=None, code=0):
+        """Send a signal, and wait: all that it said."""
+        if number is not None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=120)
+        assert self.process.returncode == code, err
+        assert out == "" and "Traceback" not in err and err.count("error:") == (code > 0)
+        return err
+
+
+def metrics(run):
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run):
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [(line["loss"], line["gradient_norm"], line.get("validation_loss")) for line in lines]
+
+
+def state_digests(run, step=STEPS):
+    """Of every array of a step's state: parameters, moments, step, and the running mean of the gradient's norm."""
+    meta = json.loads((run / "checkpoints" / str(step) / "meta" / "meta.json").read_text())["content"]
+    assert meta["meta"]["step"] == step
+    return {name: array["digest"] for name, array in meta["arrays"].items()}
+
+
+def tensors(folder):
+    return {name: read_tensor(tensor).tobytes() for name, tensor in open_checkpoint(folder).tensors.items()}
+
+
+def copy_run(source, target, until=STEPS):
+    """A run as it was when a step was complete."""
+    shutil.copytree(source, target)
+    for step in (target / "checkpoints").iterdir():
+        if step.name.isdecimal() and int(step.name) > until:
+            shutil.rmtree(step)
+    return target
+
+
+# Real processes. Two threads of stories, told once; the tests look at what they left.
+
+
+def tell_killed(folder, start, environment):
+    options = usual(start, only="injected")
+    straight, killed = folder / "straight", folder / "killed"
+    Process(environment, words(straight, **options, export=folder / "straight-out")).end()
+    every = words(killed, **options, export=folder / "killed-out")
+    Process(environment, every, slow=(21, 0.3)).wait_for(23, checkpoint=20).end(signal.SIGKILL, -9)
+    kill_somewhere(environment, every, random.Random(1))
+    (folder / "last.err").write_text(Process(environment, every).end())
+
+
+def tell_stopped(folder, start, environment):
+    options = usual(start, only="all", accumulation=2)
+    straight, stopped = folder / "straight", folder / "stopped"
+    Process(environment, words(straight, **options, export=folder / "straight-out")).end()
+    every = words(stopped, **options, export=folder / "stopped-out")
+    first = Process(environment, every, slow=(3, 0.3)).wait_for(3)
+    second = Process(environment, every).end(code=73)
+    said = {"second": second, "SIGTERM": first.end(signal.SIGTERM, 75), "saved": [newest(stopped)]}
+    said["SIGINT"] = Process(environment, every, slow=(15, 0.3)).wait_for(16).end(signal.SIGINT, 75)
+    said["saved"].append(newest(stopped))
+    # Nothing but the run: the rest is known.
+    Process(environment, words(stopped)).end()
+    (folder / "said.json").write_text(json.dumps(said))
+
+
+def kill_somewhere(environment, arguments, draw):
+    """SIGKILL at a random moment: of the start, or some steps after the newest checkpoint, or while one is written."""
+    process = Process(environment, arguments, slow=(0, 0.05))
+    if draw.random() < 0.3:
+        time.sleep(draw.uniform(0.2, 4))
+    else:
+        done = newest(process.run)
+        process.wait_for(done + draw.randrange(1, 1 + SAVE + 3))
+        time.sleep(draw.uniform(0, 0.1))
+    process.end(signal.SIGKILL, -9)
+
+
+def newest(run):
+    folder = run / "checkpoints"
+    return max((int(p.name) for p in folder.iterdir() if p.name.isdecimal()), default=0) if folder.is_dir() else 0
+
+
+@pytest.fixture(scope="session")
+def stories(once, start, compiled):
+    """Folders of what was killed and of what was stopped, each beside what ran straight."""
+
+    def make(folder):
+        (folder / "kill").mkdir()
+        (folder / "stop").mkdir()
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.submit(tell_killed, folder / "kill", start, compiled)
+            tell_stopped(folder / "stop", start, compiled)
+            both.result()
+
+    folder = once("stories", make)
+    return folder / "kill", folder / "stop"
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "killed"), (1, "stopped")])
+def test_what_ends_early_ends_like_what_ran_straight_bit_for_bit(stories, number, name):
+    folder = stories[number]
+    straight, other = folder / "straight", folder / name
+    assert losses(other) == losses(straight)
+    assert len(losses(other)) == STEPS
+    assert tensors(folder / f"{name}-out") == tensors(folder / "straight-out")
+    digests = state_digests(straight)
+    assert state_digests(other) == digests
+    parts = {name.split(".")[0] for name in digests}
+    assert {"step", "trained", "moments", "norm"} <= parts
+
+
+def test_restored_states_are_equal_bit_for_bit(stories):
+    """Read back as training does, not by what was noted when they were saved."""
+    folder = stories[0]
+    states = []
+    for name in ("straight", "killed"):
+        run = train.RunFolder(folder / name)
+        config = run.read_config()
+        start = train._open_model(config, run)
+        trainer, _, _ = train.make_trainer(config, start.model, start.plan)
+        checkpoints = Checkpoints(run.checkpoints, 1, read_only=True)
+        step, state, meta = checkpoints.restore_newest(trainer.abstract_state(), pytest.fail)
+        checkpoints.close()
+        assert step == STEPS == int(state.step) and meta["tokens"] == STEPS * B * T
+        states.append(jax.device_get(state))
+    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+def test_kill_loses_nothing_that_was_complete(stories):
+    said = (stories[0] / "last.err").read_text()
+    assert "error" not in said
+    done = int(re.search(r"^train .*done", said, re.M) is not None)
+    assert done
+    assert (stories[0] / "killed" / "checkpoints" / "20").is_dir()
+
+
+def test_signals_save_the_step_they_name(stories):
+    said = json.loads((stories[1] / "said.json").read_text())
+    for name, saved in zip(("SIGTERM", "SIGINT"), said["saved"], strict=True):
+        (line,) = [line for line in said[name].splitlines() if line.startswith("error:")]
+        assert f"stopped at step {saved}, which is saved: run the same command again" in line
+    assert 3 < said["saved"][0] < 10 and 15 < said["saved"][1] < 25
+
+
+def test_second_run_on_a_folder_is_refused(stories):
+    said = json.loads((stories[1] / "said.json").read_text())["second"]
+    assert "in use by another process" in said and str(stories[1] / "stopped") in said
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("only", ["injected", "all"])
+def test_ten_kills(start, stories, compiled, tmp_path, only):
+    options = usual(start, only=only) | ({"accumulation": 2} if only == "all" else {})
+    every, draw = words(tmp_path / "run", **options, export=tmp_path / "out"), random.Random(only)
+    for _ in range(10):
+        if newest(tmp_path / "run") >= 30:  # from here on a kill may come too late
+            shutil.rmtree(tmp_path / "run")
+        kill_somewhere(compiled, every, draw)
+    Process(compiled, every).end()
+    straight = stories[only == "all"]
+    assert losses(tmp_path / "run") == losses(straight / "straight")
+    assert state_digests(tmp_path / "run") == state_digests(straight / "straight")
+    assert tensors(tmp_path / "out") == tensors(straight / "straight-out")
+
+
+@pytest.mark.long
+def test_what_is_compiled_anew_gives_the_same_bits(start, stories, tmp_path):
+    """The other processes here share what was compiled; a user's do not."""
+    every = words(tmp_path / "run", **usual(start, only="injected"))
+    Process({}, every, slow=(21, 0.3)).wait_for(23, checkpoint=20).end(signal.SIGKILL, -9)
+    Process({}, every).end()
+    assert state_digests(tmp_path / "run") == state_digests(stories[0] / "straight")
+
+
+# Within this process: a run over eight devices, which others start from.
+
+
+@pytest.fixture(scope="session")
+def trained(once, start):
+    """A run of the grown model's injected layers to its end, ``run``, and its export, ``out``."""
+
+    def make(folder):
+        assert here(folder / "run", **usual(start, only="injected", keep=100)) == 0
+        assert here(folder / "run", export=folder / "out") == 0  # copies of the run do not know of it
+
+    return once("trained", make)
+
+
+def test_only_the_injected_layers_change(start, trained):
+    before, after = tensors(start / "grown"), tensors(trained / "out")
+    assert before.keys() == after.keys()
+    changed = {name for name in before if before[name] != after[name]}
+    # The layers after the 2nd and the 4th of the base; every tensor of them has had a gradient.
+    assert changed == {name for name in before if re.search(r"\.layers\.(2|5)\.", name)}
+
+
+def test_export_is_a_model_folder(start, trained):
+    out = trained / "out"
+    assert (out / "config.json").read_bytes() == (start / "grown" / "config.json").read_bytes()
+    growth = json.loads((start / "grown" / "growth.json").read_text())
+    exported = json.loads((out / "growth.json").read_text())
+    assert {k: v for k, v in exported.items() if k not in ("digests", "training")} == {
+        k: v for k, v in growth.items() if k != "digests"
+    }
+    record = json.loads((out / "training.json").read_text())
+    assert exported["training"] == record
+    assert record["step"] == STEPS and record["tokens"] == STEPS * B * T
+    assert record["only"] == "injected" and record["outer"] == []
+    assert record["run"] == json.loads((trained / "run" / "run.json").read_text())["id"]
+    config, params = tli_jax.load_hf(out)
+    assert config.num_hidden_layers == 6
+    # It has learnt: nothing else was said to.
+    ids = np.load(start / "ids.npy")[-512:].reshape(8, 64).astype(np.int32)
+    before = tli_jax.load_hf(start / "grown")
+    assert loss_of(config, params, ids) < loss_of(*before, ids) - 0.2
+
+
+def loss_of(config, params, ids):
+    logits = np.asarray(tli_jax.forward(config, params, ids), np.float64)[:, :-1]
+    logits -= logits.max(-1, keepdims=True)
+    log_probabilities = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return -np.take_along_axis(log_probabilities, ids[:, 1:, None], -1).mean()
+
+
+def test_transformers_gives_the_same_loss(start, trained):
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+    from transformers import AutoModelForCausalLM
+
+    ids = np.load(start / "ids.npy")[-512:].reshape(8, 64).astype(np.int32)
+    tokens = torch.tensor(ids, dtype=torch.long)
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(trained / "out")(tokens, labels=tokens).loss
+    np.testing.assert_allclose(loss_of(*tli_jax.load_hf(trained / "out"), ids), float(loss), rtol=1e-5)
+
+
+def test_metrics(trained):
+    lines = metrics(trained / "run")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["tokens"] for line in lines] == [step * B * T for step in range(1, STEPS + 1)]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
+    assert [line["step"] for line in lines if "validation_loss_before" in line] == [1]
+    assert lines[-1]["validation_loss"] < lines[0]["validation_loss_before"] - 0.2
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
+    assert all(line["skipped"] == 0 and line["tokens_per_second"] > 0 for line in lines)
+    assert lines[0]["learning_rate_injected"] < lines[4]["learning_rate_injected"] == pytest.approx(0.01)
+    assert not any("learning_rate_kept" in line for line in lines)
+
+
+def test_another_mesh_goes_on_with_the_same_losses(start, trained, tmp_path):
+    run = copy_run(trained / "run", tmp_path / "run", until=20)
+    before = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    # As a kill leaves it: steps after the checkpoint, the last one half written.
+    (run / "metrics.jsonl").write_text("".join(before[:25]) + before[25][:40])
+    assert here(run, mesh="data=2,fsdp=2,tensor=2") == 0
+    assert (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:20] == before[:20]
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
+    compare_losses(run, trained / "run")
+
+
+def test_one_device_goes_on_with_what_eight_began(start, trained, stories, compiled, tmp_path):
+    run = copy_run(trained / "run", tmp_path / "run", until=20)
+    Process(compiled, words(run)).end()
+    compare_losses(run, trained / "run")
+    compare_losses(stories[0] / "straight", trained / "run")
+
+
+def compare_losses(one, other):
+    pairs = [np.array([[v or 0 for v in line] for line in losses(run)]) for run in (one, other)]
+    np.testing.assert_allclose(*pairs, rtol=2e-4)
+
+
+def flip(step):
+    file = max((file for file in (step / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose(step):
+    max((file for file in (step / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size).unlink()
+
+
+@pytest.mark.parametrize("damage", [flip, lose])
+def test_damaged_newest_checkpoint(trained, tmp_path, capsys, damage):
+    run = copy_run(trained / "run", tmp_path / "run")
+    damage(run / "checkpoints" / "40")
+    assert here(run, export=tmp_path / "out") == 0
+    said = say(capsys)
+    assert f"{run}/checkpoints/40: " in said and "going on from the step before" in said
+    assert losses(run) == losses(trained / "run")
+    assert state_digests(run) == state_digests(trained / "run")
+    assert tensors(tmp_path / "out") == tensors(trained / "out")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning-rate": 0.02}, "learning_rate was 0.01, is 0.02"),
+        ({"seed": 1}, "seed was 0, is 1"),
+        ({"batch-size": 16}, "batch_size was 8, is 16"),
+        ({"only": "all"}, "only was 'injected', is 'all'"),
+        ({"optimizer": "lion", "b1": 0.8}, "b1 was 0.9, is 0.8"),
+        ({"group-learning-rate": "injected=1"}, "group_learning_rate was {}, is {'injected': 1.0}"),
+        ({"model": "elsewhere"}, "is 'elsewhere'"),
+        ({"text": "other.npy"}, "other.npy"),
+    ],
+)
+def test_another_configuration_is_refused(start, trained, capsys, changed, said):
+    assert here(trained / "run", **usual(start, only="injected") | changed) == 2
+    error = say(capsys)
+    assert said in error and "use another run" in error
+
+
+def test_what_may_change(trained, tmp_path):
+    run = copy_run(trained / "run", tmp_path / "moved")
+    options = {"steps": 43, "save-every": 2, "keep": 2, "validate-every": 1, "validation-batches": 1}
+    assert here(run, **options, mesh="data=2,fsdp=4", max_shard_size="100KB") == 0
+    assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [20, 40, 41, 42, 43]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["42", "43", "frozen"]
+    stored = train.RunFolder(run).read_config()
+    assert stored.steps == 43 and stored.mesh == {"data": 2, "fsdp": 4} and stored.run == str(run)
+
+
+@pytest.fixture
+def own(start, trained, tmp_path):
+    """A finished run whose model and text are nobody else's."""
+    run = copy_run(trained / "run", tmp_path / "run")
+    shutil.copytree(start / "grown", tmp_path / "model")
+    shutil.copy(start / "ids.npy", tmp_path / "ids.npy")
+    config = (run / "config.yaml").read_text()
+    config = config.replace(str(start / "grown"), str(tmp_path / "model")).replace(str(start), str(tmp_path))
+    (run / "config.yaml").write_text(config)
+    assert here(run) == 0
+    return run
+
+
+def test_other_model_under_the_same_name_is_refused(own, start, capsys):
+    file = own.parent / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1
+    file.write_bytes(content)
+    capsys.readouterr()
+    assert here(own) == 2
+    assert "the model is not what the run was started with" in say(capsys)
+
+
+def test_other_plan_under_the_same_name_is_refused(own, capsys):
+    file = own.parent / "model" / "growth.json"
+    growth = json.loads(file.read_text())
+    # The first injected layer and the kept one before it change places: tensors and shapes stay.
+    growth["rows"][1], growth["rows"][2] = growth["rows"][2], growth["rows"][1]
+    for key in ("injected", "trainable"):
+        growth[key][1], growth[key][2] = growth[key][2], growth[key][1]
+    file.write_text(json.dumps(growth))
+    capsys.readouterr()
+    assert here(own) == 2
+    assert "the model is not what the run was started with" in say(capsys)
+
+
+def test_other_data_under_the_same_name_are_refused(own, capsys):
+    ids = np.load(own.parent / "ids.npy")
+    ids[7] ^= 1
+    np.save(own.parent / "ids.npy", ids)
+    capsys.readouterr()
+    assert here(own) == 2
+    assert "the data is not what the run was started with" in say(capsys)
+
+
+def test_a_run_needs_its_model_no_longer(own, trained, tmp_path):
+    shutil.rmtree(own.parent / "model")
+    assert here(own, export=tmp_path / "out") == 0
+    assert tensors(tmp_path / "out") == tensors(trained / "out")
+
+
+def test_finished_run_exports(trained, tmp_path, capsys):
+    run = copy_run(trained / "run", tmp_path / "run")
+    before = (run / "metrics.jsonl").read_bytes()
+    for _ in range(2):  # its own export it may replace
+        assert here(run, export=tmp_path / "out") == 0
+        said = say(capsys)
+        assert "40 steps are done" in said and f"written to {tmp_path / 'out'}" in said
+    assert tensors(tmp_path / "out") == tensors(trained / "out")
+    assert (run / "metrics.jsonl").read_bytes() == before
+    # What is not its own it may not.
+    assert here(run, export=trained / "out") == 0
+    shutil.copytree(trained / "out", tmp_path / "foreign")
+    (tmp_path / "foreign" / "training.json").unlink()
+    assert here(run, export=tmp_path / "foreign") == 73
+
+
+def test_export_only(trained, tmp_path, capsys):
+    run = copy_run(trained / "run", tmp_path / "run", until=20)
+    stored = (run / "config.yaml").read_bytes()
+    assert here(run, export_only=True, export=tmp_path / "out", max_shard_size="100KB") == 0
+    assert "20 steps are done" in say(capsys)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["step"] == 20
+    assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
+    early, late = tensors(tmp_path / "out"), tensors(trained / "out")
+    assert {name for name in late if early[name] != late[name]} == {n for n in late if re.search(r"\.(2|5)\.", n)}
+    assert (run / "config.yaml").read_bytes() == stored and newest(run) == 20
+
+
+def test_starts_from_another_run(trained, start, tmp_path):
+    # Other sizes, and a rate of 0: the parameters stay as they are.
+    options = {"model": trained / "run", "text": start / "ids.npy", "only": "injected", "compute-dtype": "float32"}
+    options |= {"batch-size": 16, "sequence-length": 8, "steps": 2, "learning-rate": 0, "mesh": "fsdp=4,tensor=2"}
+    assert here(tmp_path / "run", **options, export=tmp_path / "out") == 0
+    assert tensors(tmp_path / "out") == tensors(trained / "out")
+    assert json.loads((tmp_path / "run" / "growth.json").read_text())["injected"].count(True) == 2
+    before = metrics(tmp_path / "run")[0]["validation_loss_before"]
+    assert before < metrics(trained / "run")[0]["validation_loss_before"] - 0.2
+    assert here(tmp_path / "run") == 0
+
+
+@pytest.fixture(scope="session")
+def small(once):
+    """Two layers in bf16."""
+
+    def make(folder):
+        config = tli_jax.LlamaConfig(64, 32, 64, 2, 4, 2, 8, dtype="bfloat16", initializer_range=0.1)
+        tli_jax.save_hf(folder / "model", config, tli_jax.init_params(config, jax.random.key(1), "bfloat16"))
+
+    return once("small", make) / "model"
+
+
+def test_bf16_model_exports_bf16(small, start, tmp_path):
+    options = BASIC | {"model": small, "text": start / "ids.npy", "steps": 2, "warmup": 0, "only": "last_n(1)"}
+    assert here(tmp_path / "run", **options, outer="norm", export=tmp_path / "out") == 0
+    before, after = open_checkpoint(small).tensors, open_checkpoint(tmp_path / "out").tensors
+    assert {tensor.dtype for tensor in after.values()} == {"BF16"}
+    old, new = tensors(small), tensors(tmp_path / "out")
+    changed = {name for name in before if old[name] != new[name]}
+    assert {name for name in changed if ".layers.1." not in name} <= {"model.norm.weight"}
+    assert sum(".layers.1." in name for name in changed) >= 7  # norms at 1 may stay there in bf16
+
+
+def test_loss_that_is_not_finite(small, start, tmp_path, capsys):
+    shutil.copytree(small, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2:] = b"\xff\x7f"  # NaN in bf16
+    file.write_bytes(content)
+    options = BASIC | {"model": tmp_path / "model", "text": start / "ids.npy", "save-every": 2, "skip-limit": 3}
+    assert here(tmp_path / "run", **options) == 76
+    assert "step 3: 3 bad steps in a row (loss nan" in say(capsys)
+    lines = metrics(tmp_path / "run")
+    assert [(line["skipped"], line["loss"]) for line in lines] == [(1, None), (2, None), (3, None)]
+    assert lines[0]["validation_loss_before"] is None
+    # What was saved on the way is what was there before.
+    assert here(tmp_path / "run", export_only=True, export=tmp_path / "out") == 0
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "model")
+
+
+def test_gradient_that_spikes(small, start, tmp_path, capsys):
+    options = BASIC | {"model": small, "text": start / "ids.npy", "spike": 1e-6, "skip-limit": 6, "save-every": 2}
+    assert here(tmp_path / "run", **options, keep=100) == 76
+    assert "step 26: 6 bad steps in a row" in say(capsys)
+    assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0] * 20 + [1, 2, 3, 4, 5, 6]
+    good, bad = state_digests(tmp_path / "run", 20), state_digests(tmp_path / "run", 24)
+    assert {name for name in good if good[name] != bad[name]} == {"step", "skipped"}
+    assert newest(tmp_path / "run") == 24
+
+
+def test_disk_full_while_saving(trained, tmp_path, capsys):
+    run = copy_run(trained / "run", tmp_path / "run", until=20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        code = here(run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 74
+    assert "writing a checkpoint failed" in say(capsys)
+    assert newest(run) == 20 and len(metrics(run)) < 40
+    assert here(run) == 0
+    assert state_digests(run) == state_digests(trained / "run")
+
+
+def test_upscale_goes_straight_on(start, tmp_path, capsys):
+    section = BASIC | {"text": start / "ids.npy", "run": tmp_path / "run", "only": "injected", "steps": 100}
+    file = tmp_path / "both.yaml"
+    lines = [f"model: {start / 'base'}", f"output: {tmp_path / 'grown'}", "every: 2", "proof: false", "train:"]
+    file.write_text("\n".join(lines + [f"  {name.replace('-', '_')}: {value}" for name, value in section.items()]))
+
+    def both(*flags):
+        code = command.run(upscale.main, ["--config", str(file), *map(str, flags)])
+        return code, capsys.readouterr().err
+
+    assert both("--train.steps", 3, "--train.export", tmp_path / "out")[0] == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    at = (tmp_path / "grown" / "growth.json").stat().st_mtime_ns
+    # Again: it grows no more, and goes on.
+    code, said = both("--train.steps", 5)
+    assert code == 0 and "growth is not repeated" in said
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "grown" / "growth.json").stat().st_mtime_ns == at
+    # The same file serves for the second half alone.
+    assert command.run(train.main, ["--config", str(file), "--steps", "5"]) == 0
+    assert "5 steps are done" in say(capsys)
+    old, new = tensors(tmp_path / "grown"), tensors(tmp_path / "out")
+    assert {re.findall(r"\d+", name)[0] for name in old if old[name] != new[name]} == {"2", "5"}
+
+
+# Refusals, before anything is compiled.
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "said"),
+    [
+        ({"mesh": "data=3,fsdp=2"}, 2, "data 3 × fsdp 2 × tensor 1 does not give the 8 devices"),
+        ({"mesh": "data=-1,tensor=3"}, 2, "data -1 × fsdp 1 × tensor 3 does not give the 8 devices"),
+        ({"mesh": "fsdp=-1,tensor=-1"}, 2, "one at most -1"),
+        ({"mesh": "tensr=2"}, 2, "mesh"),
+        ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 cannot be cut over tensor = 4"),
+        ({"batch-size": 12}, 2, "batch size / accumulation 12 cannot be cut over data × fsdp = 8"),
+        ({"accumulation": 3}, 2, "batch_size 8 is not a multiple of accumulation 3"),
+        ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
+        ({"steps": "many"}, 2, "steps is 'many'"),
+        ({"steps": 0}, 2, "steps is '0'"),
+        ({"only": "injectd"}, 2, "only: 'injectd' is not known"),
+        ({"only": "last_n(7)"}, 2, "the model has 6 layers: 1…6"),
+        ({"model": None}, 2, "model is not set"),
+        ({"text": None}, 2, "text is not set"),
+        ({"export-only": True}, 2, "has not begun"),
+        ({"model": "nowhere"}, 66, "nowhere"),
+        ({"text": "nowhere.txt"}, 66, "nowhere.txt"),
+        ({"model": "FOLDER/base", "only": "injected"}, 2, "needs a model that was grown"),
+        ({"export": "RUN/out"}, 2, "must not be the same or lie in each other"),
+        ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same or lie in each other"),
+        ({"sequence-length": 5000}, 65, "4,001 tokens, one window takes 5,001"),
+        ({"batch-size": 256}, 65, "one batch takes 256 × 16 + 1 tokens"),
+    ],
+)
+def test_refused(start, tmp_path, capsys, options, code, said):
+    folders = {"RUN": str(tmp_path / "run"), "FOLDER": str(start)}
+    options = {
+        name: re.sub("RUN|FOLDER", lambda found: folders[found[0]], value) if isinstance(value, str) else value
+        for name, value in options.items()
+    }
+    assert here(tmp_path / "run", **usual(start) | options) == code
+    assert said in say(capsys)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_run_folder_that_is_something_else(start, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    assert here(tmp_path / "run", **usual(start)) == 73
+    assert "is not a run and not empty (thesis.tex)" in say(capsys)
+    assert command.run(train.main, words("", **usual(start))) == 2
+    (tmp_path / "file").touch()
+    assert here(tmp_path / "file", **usual(start)) == 73
+
+
+def test_what_a_kill_at_the_start_leaves_is_no_hindrance(start, tmp_path):
+    """Before the configuration is in its place the run has not begun, and what is there is not believed."""
+    run = tmp_path / "run"
+    shutil.copytree(start / "grown", run / "start")
+    (run / "model").mkdir()
+    (run / "model" / "tokenizer.json").touch()
+    (run / ".start.partial-x").mkdir()
+    (run / ".config.yaml.partial").write_text("half: ")
+    shutil.copy(start / "grown" / "growth.json", run)
+    options = usual(start, "base", only="last_n(1)", steps=1, validation_share=0)
+    assert here(run, **options) == 0
+    assert not (run / "growth.json").exists() and not (run / "model" / "tokenizer.json").exists()
+    assert here(run) == 0
+
+
+def test_unknown_key_in_a_file(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("model: x\nlerning_rate: 1\nsteps: yes\n")
+    assert command.run(train.main, ["--config", str(tmp_path / "run.yaml")]) == 2
+    said = say(capsys)
+    assert "'lerning_rate' is not known, is learning_rate meant?" in said
+    assert "steps is True: " in said and "must be a number" in said
+
+
+def test_tokenizer_larger_than_the_vocabulary(start, tmp_path, capsys):
+    shutil.copytree(start / "base", tmp_path / "model")
+    shutil.copy(hub.resolve("embedded") / "tokenizer.json", tmp_path / "model")
+    assert here(tmp_path / "run", **usual(start) | {"model": tmp_path / "model"}) == 65
+    assert "tokenizer" in say(capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "place"),
+    [("a.txt", b"one\ntwo\xff\n", "a.txt:2"), ("b.jsonl", b'{"text": "one"}\n{"text": \n', "b.jsonl:2")],
+)
+def test_text_that_cannot_be_read(start, tmp_path, capsys, name, content, place):
+    (tmp_path / name).write_bytes(content)
+    options = USUAL | {"model": "embedded", "text": tmp_path / name}
+    assert here(tmp_path / "run", **options) == 65
+    assert place in say(capsys)
