@@ -103,7 +103,9 @@ class TrainConfig:
     run: str = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
     export: str | None = option(None, "Hugging Face folder to write at the end")
     export_only: bool = option(False, "do not train: export the newest checkpoint of the run")
-    text: Sources = option((), "files or folders to train on, separated by commas, in YAML also {path, weight}; or 'embedded'")
+    text: Sources = option(
+        (), "files or folders to train on, separated by commas, in YAML {path, weight}; or 'embedded'"
+    )
     validation_text: Sources = option((), "the same, for validation; by default the end of each source is kept out")
     validation_share: Share = option(0.05, "how much of each source is kept out, without validation_text")
     separator: Annotated[str | None, pydantic.BeforeValidator(_line_breaks)] = option(

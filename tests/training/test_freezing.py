@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tli_jax.errors import UsageError
@@ -17,10 +17,10 @@ from tli_jax.training.freezing import Layout, as_model, group, make_layout, ungr
 @pytest.mark.parametrize(
     ("only", "trained"),
     [
-        ("all", range(10)),
-        ("injected", (2, 5, 8)),
-        ("last_n(3)", (7, 8, 9)),
-        ("layers(0,3,7-9)", (0, 3, 7, 8, 9)),
+        ("all", range(8)),
+        ("injected", (2, 4, 6)),
+        ("last_n(3)", (5, 6, 7)),
+        ("layers(0,3,5-7)", (0, 3, 5, 6, 7)),
         (" layers( 4 ) ", (4,)),
     ],
 )
@@ -36,9 +36,9 @@ def test_only_names_the_layers_that_train(model, injected, only, trained):
     ("only", "outer", "words"),
     [
         ("inject", None, "only: 'inject' is not known: all, injected, last_n(N) or layers(0,3,7-9)"),
-        ("last_n(0)", None, "last_n(0) is out of range, the model has 10 layers: 1…10"),
-        ("last_n(11)", None, "last_n(11) is out of range"),
-        ("layers(3,10)", None, "10 is out of range, the model has layers 0…9"),
+        ("last_n(0)", None, "last_n(0) is out of range, the model has 8 layers: 1…8"),
+        ("last_n(9)", None, "last_n(9) is out of range"),
+        ("layers(3,8)", None, "8 is out of range, the model has layers 0…7"),
         ("layers(7-3)", None, "7-3 is out of range"),
         ("layers(3-)", None, "'3-' is not a layer or a range"),
         ("layers()", None, "nothing would train"),
@@ -75,21 +75,22 @@ def test_segments(trained, segments):
     assert layout.segments == segments
 
 
-@given(st.lists(st.booleans(), min_size=10, max_size=10), st.sampled_from([frozenset(), frozenset({"norm"})]))
+@settings(max_examples=20)
+@given(st.lists(st.booleans(), min_size=8, max_size=8), st.sampled_from([frozenset(), frozenset({"norm"})]))
 def test_every_layer_is_in_one_leaf_and_ungroup_is_the_inverse(model, params, trains, outer):
     if not any(trains) and not outer:
         return
-    leaves = Layout(tuple(trains), outer, (False,) * 10).leaves(model)
+    leaves = Layout(tuple(trains), outer, (False,) * 8).leaves(model)
     for tensor in {leaf.tensor for leaf in leaves if leaf.layers}:
         parts = [leaf for leaf in leaves if leaf.tensor == tensor]
-        assert sorted(layer for leaf in parts for layer in leaf.layers) == list(range(10))
+        assert sorted(layer for leaf in parts for layer in leaf.layers) == list(range(8))
         assert all(leaf.trains == trains[layer] for leaf in parts for layer in leaf.layers)
     trained, frozen = group(params, leaves)
     assert {leaf.name: leaf.shape(model) for leaf in leaves} == {n: x.shape for n, x in (trained | frozen).items()}
     jax.tree.map(np.testing.assert_array_equal, ungroup(trained, frozen, leaves), params)
 
 
-@pytest.mark.parametrize("only", ["all", "injected", "last_n(3)", "layers(0,1,4,8)", "layers(9)"])
+@pytest.mark.parametrize("only", ["all", "injected", "layers(0,1,5)"])
 def test_the_grouped_model_is_the_flat_one_and_so_are_its_gradients(model, params, injected, batch, only):
     layout = make_layout(model, injected, only, None)
     leaves = layout.leaves(model)

@@ -1,4 +1,4 @@
-"""``python -m tli_jax.report FOLDER…``: a table of grown models, from what their growth recorded."""
+"""``python -m tli_jax.report FOLDER…``: grown models or training runs side by side, from what they recorded."""
 
 import argparse
 import sys
@@ -11,19 +11,28 @@ from tli_jax.errors import MissingInputError
 from tli_jax.growth.plan import Plan
 from tli_jax.report.growth import compare_records
 from tli_jax.report.layer_map import draw_svg
+from tli_jax.report.run import draw_curves, read_run, tabulate
+from tli_jax.training.run import RunFolder
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tli_jax.report", description="Compare grown models.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a grown model, with growth.json in it")
+    parser = argparse.ArgumentParser(prog="python -m tli_jax.report", description="Compare grown models, or runs.")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="grown models, or run folders")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--layer-maps", type=Path, metavar="FILE", help="also draw their layer maps, as SVG")
+    parser.add_argument("--layer-maps", type=Path, metavar="FILE", help="also draw the models' layer maps, as SVG")
+    parser.add_argument("--curves", type=Path, metavar="FILE", help="also draw the runs' losses, as PNG, SVG or PDF")
     args = parser.parse_args(arguments)
+    if all(RunFolder(folder).is_begun for folder in args.folders):
+        runs = {folder.name: read_run(folder) for folder in args.folders}
+        command.console().print(tabulate(runs))
+        if args.curves is not None:
+            draw_curves(runs, args.curves)
+        return
     records = {}
     for folder in args.folders:
         file = folder / "growth.json"
         if not file.is_file():
-            raise MissingInputError(f"{folder}: no growth.json, so not a model grown by tli_jax.upscale")
+            raise MissingInputError(f"{folder}: neither a run nor, without growth.json, a model that was grown")
         records[folder.name] = parse_json(file.read_bytes(), str(file))
     command.console().print(compare_records(records))
     if args.layer_maps is not None:

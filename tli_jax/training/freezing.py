@@ -70,9 +70,10 @@ class Layout:
     def segments(self) -> list[tuple[int, tuple[int, ...]]]:
         """Of each segment the number of its periods, and the sizes of a period's stacks; they train in turns."""
         runs = [len(list(run)) for _, run in itertools.groupby(self.trains)]
-        lead = [] if self.trains[0] else [(runs.pop(0),)]
-        periods = [*lead, *(tuple(runs[i : i + 2]) for i in range(0, len(runs), 2))]
-        return [(len(list(equal)), sizes) for sizes, equal in itertools.groupby(periods)]
+        # Apart from the periods, of which one that ends with the model may have the same sizes.
+        lead = [] if self.trains[0] else [(1, (runs.pop(0),))]
+        periods = [tuple(runs[i : i + 2]) for i in range(0, len(runs), 2)]
+        return lead + [(len(list(equal)), sizes) for sizes, equal in itertools.groupby(periods)]
 
     def leaves(self, config: LlamaConfig) -> list[Leaf]:
         """Every array, in the order of the model."""
