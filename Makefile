@@ -13,7 +13,7 @@ FIND_NEWEST = for v in 3.13 3.12; do \
   done; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-newest lint clean
+.PHONY: help demo demo-train test test-long test-newest lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -25,6 +25,11 @@ demo: .venv/.runtime  ## grow the base model that the package carries and show w
 	$(BIN)/python -m tli_jax.upscale --model embedded --method dus --drop 3 --overwrite --output out/demo/dus >out/demo/dus.txt
 	@echo; echo "Before any training, at equal size:"
 	@$(BIN)/python -m tli_jax.report out/demo/tli-identity out/demo/tli-copy out/demo/dus
+
+demo-train: .venv/.runtime  ## grow that model and train its injected layers on new text (about two minutes)
+	rm -rf out/demo_train
+	$(BIN)/python -m tli_jax.upscale --config configs/demo_train.yaml
+	@$(BIN)/python -m tli_jax.report out/demo_train/run
 
 test: .venv/.test  ## the tests, without the long ones
 	$(BIN)/python -m pytest -n 2 -m "not long"

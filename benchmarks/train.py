@@ -22,7 +22,8 @@ timed: contenders that train the same layers must have the same losses.
 FLOPs of a token, ``Trainer.flops_per_token``: 2 for each weight forward, 2 for activation gradients at and above the
 lowest layer that trains, 2 for weight gradients of what trains; causal attention counted half, its backward pass
 double, the head counted, the embedding's look-up not, nor what is computed again. The naive mask is counted as what it
-computes: everything. Bytes are predicted for parameters, gradients and moments; what the compiler says has the
+computes: everything. CPU seconds, of all threads, are the steadier figure on a machine that others use too; on an
+accelerator they say nothing. Bytes are predicted for parameters, gradients and moments; what the compiler says has the
 activations besides. Results are printed as Markdown and written to ``benchmarks/results/train.json``.
 """
 
@@ -357,13 +358,14 @@ def summarise(results: dict[str, dict[str, Any]], tokens: int) -> None:
         if full is None or result is full:
             continue
         # Of each round by itself, so that what slows a whole round counts for nothing.
-        pairs = zip(result["seconds"], full["seconds"], strict=True)
-        result["measured_ratio"] = statistics.median(own / other for own, other in pairs)
+        for ratio, key in (("measured_ratio", "seconds"), ("measured_cpu_ratio", "cpu_seconds")):
+            result[ratio] = statistics.median(own / other for own, other in zip(result[key], full[key], strict=True))
         if result["kind"] in flops and "full" in flops:
             result["predicted_ratio"] = flops[result["kind"]] / flops["full"]
             if result["predicted_ratio"] < 1:
-                saved = 1 - result["measured_ratio"]
-                result["share_of_predicted_saving"] = saved / (1 - result["predicted_ratio"])
+                predicted = 1 - result["predicted_ratio"]
+                result["share_of_predicted_saving"] = (1 - result["measured_ratio"]) / predicted
+                result["share_of_predicted_saving_cpu"] = (1 - result["measured_cpu_ratio"]) / predicted
         predicted = full["predicted_total_bytes"] - result["predicted_total_bytes"]
         if "compiler_bytes" in result and predicted:
             saved = full["compiler_bytes"]["total"] - result["compiler_bytes"]["total"]
@@ -371,10 +373,11 @@ def summarise(results: dict[str, dict[str, Any]], tokens: int) -> None:
 
 
 def show(results: dict[str, dict[str, Any]], peak_tflops: float | None) -> Iterator[str]:
-    """Two Markdown tables."""
-    mfu = " MFU |" if peak_tflops else ""
-    yield f"| | s/step | CPU s | tokens/s | TFLOP/s |{mfu} × full, predicted | measured | of the predicted saving |"
-    yield "|" + (8 + bool(peak_tflops)) * "---|"
+    """Two Markdown tables: time, memory."""
+    titles = ["", "s/step", "CPU s/step", "tokens/s", "TFLOP/s", *(["MFU"] if peak_tflops else [])]
+    titles += ["× full, predicted", "measured", "of the predicted saving", "measured in CPU s"]
+    yield "| " + " | ".join(titles) + " |"
+    yield "|" + len(titles) * "---|"
     for name, r in results.items():
         rate = r.get("tflops_per_second", math.nan)
         row = [name, *(f"{r[key]:.3f}" for key in ("median_seconds", "median_cpu_seconds"))]
@@ -382,7 +385,9 @@ def show(results: dict[str, dict[str, Any]], peak_tflops: float | None) -> Itera
         row += [f"{rate / peak_tflops:.1%}"] if peak_tflops else []
         row += [f"{r[key]:.3f}" if key in r else "" for key in ("predicted_ratio", "measured_ratio")]
         share = "share_of_predicted_saving"
-        yield "| " + " | ".join([*row, f"{100 * r[share]:.0f} %" if share in r else ""]) + " |"
+        row += [f"{100 * r[share]:.0f} %" if share in r else ""]
+        row += [f"{r['measured_cpu_ratio']:.3f}" if "measured_cpu_ratio" in r else ""]
+        yield "| " + " | ".join(row) + " |"
     yield ""
     titles = ["MB", "parameters, moments", "gradients", "compiler: arguments", "temporaries", "total"]
     yield "| " + " | ".join([*titles, "saved, of predicted", "peak"]) + " |"

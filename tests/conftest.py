@@ -95,3 +95,19 @@ def compiled(once) -> dict[str, str]:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     }
+
+
+@pytest.fixture(scope="module")
+def _compile_once(compiled):
+    """In this process too what was compiled before is found."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = {name.lower(): getattr(jax.config, name.lower()) for name in compiled}
+    for name, value in compiled.items():
+        jax.config.update(name.lower(), value if "dir" in name.lower() else int(value))
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pydantic
 import pytest
 
-from tli_jax.config import UpscaleConfig, parse
+from tli_jax.config import Source, TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
 from tli_jax.errors import MissingInputError, UsageError
 
 # The section is tested by itself, below.
@@ -204,3 +205,80 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes("text: grün".encode("latin-1"))
     with pytest.raises(UsageError, match="latin: is not YAML"):
         read("--config", str(tmp_path / "latin"))
+
+
+TRAIN_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
+
+
+def read_train(*arguments: str) -> TrainConfig:
+    return parse(TrainConfig, "program", "What it does.", arguments)
+
+
+def test_fewer_than_80_keys_in_all() -> None:
+    assert len(FIELDS) + len(TRAIN_FIELDS) < 80
+
+
+def test_a_section_is_dotted_flags(file) -> None:
+    config = file(
+        "model: base\ntrain:\n  steps: 7\n  only: injected\n", "--train.only", "all", "--train.mesh", "fsdp=4"
+    )
+    assert config.train == TrainConfig(steps=7, only="all", mesh={"fsdp": 4})
+    assert file("model: base").train is None
+    assert file("model: base", "--no-train.bos").train == TrainConfig(bos=False)
+
+
+def test_a_file_with_a_section_serves_for_training_alone(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: base\noutput: grown\ntrain:\n  run: r\n  steps: 7\n", encoding="utf-8")
+    config = read_train("--config", str(tmp_path / "run.yaml"), "--steps", "8")
+    assert config == TrainConfig(model="grown", run="r", steps=8)
+
+
+def test_sources() -> None:
+    assert read_train("--text", "a.txt,b.jsonl").text == (Source("a.txt"), Source("b.jsonl"))
+    config = pydantic.TypeAdapter(TrainConfig).validate_python({"text": [{"path": "a", "weight": 3}, "b"]})
+    assert config.text == (Source("a", 3.0), Source("b"))
+
+
+def test_pairs_and_line_breaks() -> None:
+    config = read_train("--mesh", "data=2, fsdp=-1", "--group-learning-rate", "injected=1e-3,outer=0")
+    assert config.mesh == {"data": 2, "fsdp": -1} and config.group_learning_rate == {"injected": 1e-3, "outer": 0.0}
+    assert read_train("--separator", r"\n").separator == "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--stps", "3"), "--stps is not known, is --steps meant?"),
+        (("--mesh", "fsdp"), "must be name=value, separated by commas"),
+        (("--mesh", "fdsp=2"), "mesh is 'fdsp': Input should be 'data', 'fsdp' or 'tensor'"),
+        (("--steps", "0"), "steps is '0'"),
+        (("--optimizer", "adam"), "optimizer is 'adam'"),
+        (("--learning-rate", "-1"), "learning_rate is '-1'"),
+        (("--learning-rate", "nan"), "learning_rate is 'nan'"),
+        (("--validation-share", "2"), "validation_share is '2'"),
+    ],
+)
+def test_what_training_refuses(arguments, words) -> None:
+    with pytest.raises(UsageError) as error:
+        read_train(*arguments)
+    assert words in str(error.value)
+
+
+def test_a_wrong_key_of_a_section_is_named(file) -> None:
+    with pytest.raises(UsageError, match=r"key 'train.stps' is not known, is train.steps meant\?"):
+        file("train:\n  stps: 3\n")
+    with pytest.raises(UsageError, match="train.steps is 0"):
+        file("train:\n  steps: 0\n")
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    config = read_train("--text", "ä.txt", "--separator", r"\n", "--mesh", "data=2", "--group-warmup", "kept=5")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(TrainConfig, tmp_path / "config.yaml") == config
+
+
+def test_every_key_of_training_is_explained() -> None:
+    help = subprocess.run([sys.executable, "-m", "tli_jax.train", "--help"], capture_output=True, text=True, timeout=60)
+    assert help.returncode == 0 and help.stderr == ""
+    for name in TRAIN_FIELDS:
+        assert "--" + name.replace("_", "-") in help.stdout

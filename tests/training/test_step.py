@@ -12,7 +12,7 @@ from tli_jax.checkpoint.save import save_hf
 from tli_jax.parallel.mesh import batch_sharding, replicated
 from tli_jax.training.freezing import group
 
-MESHES = {"8 data": {"data": 8, "fsdp": 1}, "8 fsdp": {"fsdp": 8}, "4x2": {"data": 4, "fsdp": 2}}
+MESHES = {"8x1": {"fsdp": 8}, "4x2": {"data": 4, "fsdp": 2}}
 MESHES |= {"2x2x2": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
@@ -34,14 +34,17 @@ def train(trainer, trained, frozen, batches):
 
 
 def train_with_gradients(trainer, trained, frozen, batch):
-    """Losses of three steps, and the gradients of the first: Adam's first moment after it, but for a factor."""
-    losses, state = train(trainer, trained, frozen, [batch])
-    first = optax.tree.get(state.moments, "mu")
-    first = {name: np.asarray(x) for name, x in first.items()}  # before the state is donated
-    for _ in range(2):
-        state, measured = trainer.step(state, frozen, *place(trainer, batch), stop(trainer))
+    """Losses of three steps, the first one's gradients (Adam's first moment, but for a factor), the program."""
+    state = trainer.init(trained)
+    arguments = (frozen, *place(trainer, batch), stop(trainer))
+    program = trainer.step.lower(state, *arguments).compile()
+    losses, gradients = [], {}
+    for _ in range(3):
+        state, measured = program(state, *arguments)
         losses.append(float(measured["loss"]))
-    return losses, first
+        # Fetched before the state is donated.
+        gradients = gradients or {n: np.asarray(x) for n, x in optax.tree.get(state.moments, "mu").items()}
+    return losses, gradients, program.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -57,29 +60,24 @@ def on_one_device(start, batch):
     return of
 
 
+def check_gradients(found, expected):
+    for name, gradient in found.items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("only", ["all", "injected"])
-def test_every_mesh_gives_the_same_loss_and_gradients(start, batch, on_one_device, mesh, only):
+def test_every_mesh_gives_the_same_and_brings_no_stack_together(start, batch, on_one_device, mesh, only):
     trainer = start(MESHES[mesh], only=only, learning_rate=1e-2, clip=0)
-    (losses, gradients), (expected, of_expected) = train_with_gradients(*trainer, batch), on_one_device(only)
+    (losses, gradients, text), (expected, of_expected, _) = train_with_gradients(*trainer, batch), on_one_device(only)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    for name, gradient in gradients.items():
-        scale = np.abs(of_expected[name]).max()
-        np.testing.assert_allclose(gradient, of_expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
-
-
-@pytest.mark.parametrize("mesh", ["8 fsdp", "2x2x2"])
-@pytest.mark.parametrize("only", ["all", "injected"])
-def test_no_stack_is_ever_brought_together(start, mesh, only):
-    trainer, _, frozen = start(MESHES[mesh], only=only)
-    tokens = jax.ShapeDtypeStruct((1, 8, 17), jnp.int32, sharding=trainer.batch_sharding)
-    compiled = trainer.step.lower(trainer.abstract_state(), frozen, tokens, tokens, stop(trainer)).compile()
-    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", compiled.as_text())
+    check_gradients(gradients, of_expected)
+    gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
     shapes = [tuple(map(int, dims.split(","))) for dims in gathered if dims]
     assert shapes, "a sharded model has to bring something together"
-    # One layer's matrix at a time, the largest of which is F x D; embedding and head are no stacks.
-    assert max(np.prod(s) for s in shapes if 72 not in s and 36 not in s) <= 56 * 40
-    assert all(s[0] != 8 or len(s) < 3 for s in shapes)
+    # One layer's matrix at a time, the largest of which is F x D; embedding and head, with V in them, are no stacks.
+    assert max(np.prod(shape) for shape in shapes if not {72, 36} & set(shape)) <= 56 * 40
 
 
 def count_flops(jaxpr) -> int:
@@ -155,9 +153,8 @@ def test_padding_counts_for_nothing(start, batch):
     np.testing.assert_allclose(padded, loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
-def test_z_loss_is_the_squared_log_of_the_denominator(start, batch, z_loss):
-    trainer, trained, frozen = start(z_loss=z_loss)
+def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
+    trainer, trained, frozen = start(z_loss=1e-2)
     tokens, segments = (x[0] for x in batch)
     total, (loss, _) = trainer._sums(trained, frozen, tokens, segments)
     from tli_jax.models.llama import Llama
@@ -166,16 +163,13 @@ def test_z_loss_is_the_squared_log_of_the_denominator(start, batch, z_loss):
     llama = Llama(trainer.model, as_model(trained, frozen, trainer.leaves))
     hidden, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
     log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1)
-    np.testing.assert_allclose(total - loss, z_loss * jnp.square(log_z).sum(), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-@pytest.mark.parametrize("only", ["all", "injected"])
-def test_what_is_computed_again_is_the_same(start, batch, remat, only):
-    _, expected = train_with_gradients(*start(only=only, remat="none", clip=0), batch)
-    for name, gradient in train_with_gradients(*start(only=only, remat=remat, clip=0), batch)[1].items():
-        scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
+@pytest.mark.parametrize(("remat", "only"), [("none", "injected"), ("dots", "all")])
+def test_what_is_computed_again_is_the_same(start, batch, on_one_device, remat, only):
+    trainer = start(only=only, remat=remat, learning_rate=1e-2, clip=0)
+    check_gradients(train_with_gradients(*trainer, batch)[1], on_one_device(only)[1])
 
 
 def test_frozen_tensors_keep_their_dtype_and_compute_is_in_another(start, batch):
