@@ -267,7 +267,7 @@ def test_what_training_refuses(arguments, words) -> None:
 def test_a_wrong_key_of_a_section_is_named(file) -> None:
     with pytest.raises(UsageError, match=r"key 'train.stps' is not known, is train.steps meant\?"):
         file("train:\n  stps: 3\n")
-    with pytest.raises(UsageError, match="train.steps is 0"):
+    with pytest.raises(UsageError, match=r"train\.steps is 0"):
         file("train:\n  steps: 0\n")
 
 

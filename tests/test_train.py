@@ -85,12 +85,17 @@ def say(capsys):
     return captured.err
 
 
+def inode(file):
+    return file.stat().st_ino if file.is_file() else None
+
+
 class Process:
     """A real one, with one device."""
 
     def __init__(self, environment, arguments, slow=None):
         script = ["-m", "tli_jax.train"] if slow is None else ["-c", SLOW, *map(str, slow)]
         self.run = Path(arguments[arguments.index("--run") + 1])
+        self.before = inode(self.run / "metrics.jsonl")
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", *script, *arguments],
             env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
@@ -104,7 +109,7 @@ class Process:
         file = self.run / "metrics.jsonl"
         until = time.monotonic() + 120
         while not (
-            file.is_file()
+            inode(file) != self.before  # which is put in the place of the old one
             and file.read_bytes().count(b"\n") >= step
             and (checkpoint is None or (self.run / "checkpoints" / str(checkpoint)).is_dir())
         ):

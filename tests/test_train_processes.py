@@ -51,6 +51,10 @@ def usual(start):
     return basic | {"steps": STEPS, "save_every": 10, "validate_every": 20, "keep": 100}
 
 
+def inode(file):
+    return file.stat().st_ino if file.is_file() else None
+
+
 class Group:
     """Processes of one run, which together have eight devices."""
 
@@ -58,7 +62,7 @@ class Group:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             where = f"127.0.0.1:{free.getsockname()[1]}"
-        self.run = run
+        self.run, self.before = run, inode(run / "metrics.jsonl")
         self.started = []
         for index in range(count):
             own = {"process": f"{index}/{count}@{where}"} if count > 1 else {}
@@ -77,7 +81,8 @@ class Group:
     def wait_for(self, step):
         file = self.run / "metrics.jsonl"
         until = time.monotonic() + 120
-        while not file.is_file() or file.read_bytes().count(b"\n") < step:
+        # A run that goes on puts a new file in the place of the old one.
+        while inode(file) == self.before or file.read_bytes().count(b"\n") < step:
             ended = [process.poll() for process in self.started]
             assert ended == [None] * len(ended), [process.communicate()[1] for process in self.started]
             assert time.monotonic() < until
@@ -87,7 +92,11 @@ class Group:
     def end(self):
         """Exit codes, what each said last on stderr, and how many seconds it took from here."""
         since = time.monotonic()
-        said = [process.communicate(timeout=120)[1] for process in self.started]
+        try:
+            said = [process.communicate(timeout=120)[1] for process in self.started]
+        finally:
+            for process in self.started:
+                process.kill()
         took = time.monotonic() - since
         assert not any("Traceback" in text for text in said), said
         errors = [[line for line in text.splitlines() if line.startswith("error:")] for text in said]

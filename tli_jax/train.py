@@ -1,5 +1,6 @@
 """``python -m tli_jax.train``: continued pretraining of a Llama on a mesh, grown or not."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -90,14 +91,16 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
     with processes.first("data"):
         read = _with_embedded_text(config, run)
         data = open_data(read, start.model, tokenizer, tokenizer_digest(start.folder), T, run.data)
+    data.check_enough(config.batch_size)
+    facts: dict[str, Any] = run.check_facts({"data": data.digest}) if has_begun else {"id": ""}
+    if config.export:
+        check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
     if not has_begun:
         assert start.weights is not None
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data.digest))
-    facts = run.check_facts({"data": data.digest})
-    if config.export:
-        check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
+        facts = run.check_facts({})
     _introduce(trainer, [*notes, *data.notes])
 
     checkpoints = Checkpoints(run.checkpoints, config.keep)
@@ -111,19 +114,19 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
     state, frozen = restored
     done = int(state.step)
     if done < config.steps and not config.export_only:
-        metrics = None
+        metrics, shown = None, contextlib.nullcontext(lambda amount, note="", /: None)
         if processes.is_first():
             run.write_config(config)
             metrics = Metrics(run, config, done, facts["id"])
+            shown = command.progress("train", config.steps, "steps", done)
         loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest})
         try:
-            with command.progress("train", config.steps, "steps", done) as advance:
+            with shown as advance:
                 state = loop.train(state, frozen, advance)
         finally:
             if metrics is not None:
                 metrics.close()
-        if metrics is not None:
-            _say(summary(run))
+        _say(summary(run))
     else:
         _say(f"run {run.path}: {done} steps are done")
     checkpoints.close()

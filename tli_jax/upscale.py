@@ -17,7 +17,7 @@ import numpy as np
 from tli_jax import command
 from tli_jax import train as training
 from tli_jax.checkpoint import hub, sidecar, tokens
-from tli_jax.checkpoint.headers import INDEX, SINGLE
+from tli_jax.checkpoint.headers import INDEX, SINGLE, read_json
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from tli_jax.checkpoint.output import check_output, staged
 from tli_jax.checkpoint.stream import (
@@ -90,9 +90,18 @@ def main(arguments: Sequence[str]) -> None:
             command.console(is_stderr=True).print(f"run {train.run} has begun, growth is not repeated", markup=False)
         else:
             with processes.first("growth"):
-                if processes.is_first():
+                if processes.is_first() and not _is_there(config):
                     upscale(config)
         training.train(train)
+
+
+def _is_there(config: UpscaleConfig) -> bool:
+    """Whether the output is what this would write: the same command was stopped between growth and training."""
+    file = Path(str(config.output)) / "growth.json"
+    if config.overwrite or not file.is_file():
+        return False
+    plan = make_plan(config, open_checkpoint(hub.resolve(config.model, config.revision)))
+    return Plan.from_json(read_json(file), str(file)).rows == plan.rows
 
 
 def upscale(config: UpscaleConfig) -> None:

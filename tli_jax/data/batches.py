@@ -80,13 +80,8 @@ class Data:
     def validation_windows(self) -> int:
         return sum(len(windows) for windows in self.held_out)
 
-    def batches(self, start: int, batch_size: int, rows: Sequence[int], seed: int, threads: int = 2) -> Iterator[Batch]:
-        """Endless: the batch of step ``start``, ``start`` + 1, …; nothing before it is read.
-
-        Each source goes on and on in an order of its own, another one every epoch.
-
-        Args:
-            rows: which of a batch's ``batch_size`` rows to give, in which order.
+    def check_enough(self, batch_size: int) -> None:
+        """Refuse to train on less than a batch.
 
         Raises:
             DataError: there are fewer windows than rows in a batch.
@@ -96,6 +91,19 @@ class Data:
                 f"text: {self.tokens:,} tokens, {self.windows:,} windows to train on; one batch takes"
                 f" {batch_size:,} × {self.T:,} + 1 tokens: give more text, or a smaller batch_size or sequence_length"
             )
+
+    def batches(self, start: int, batch_size: int, rows: Sequence[int], seed: int, threads: int = 2) -> Iterator[Batch]:
+        """Endless: the batch of step ``start``, ``start`` + 1, …; nothing before it is read.
+
+        Each source goes on and on in an order of its own, another one every epoch.
+
+        Args:
+            rows: which of a batch's ``batch_size`` rows to give, in which order.
+
+        Raises:
+            DataError: see ``check_enough``.
+        """
+        self.check_enough(batch_size)
         grain = need("grain", "grain")
         # Sources get seeds of their own, or two of equal length would be read in the same order.
         seeds = np.random.SeedSequence(seed).generate_state(len(self.training))
