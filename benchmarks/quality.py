@@ -7,6 +7,7 @@ with its injected layers alone. Runs go on where they stopped.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -26,7 +27,11 @@ def grow(args: argparse.Namespace, way: str) -> Path:
         flags = ["--model", args.model, "--output", str(folder), "--method", method]
         flags += ["--every", str(args.every)] if method == "tli" else ["--drop", str(args.drop)] if args.drop else []
         flags += ["--init", init] if init else []
-        if command.run(upscale.main, flags):
+        log = args.work / f"{folder.name}.txt"
+        args.work.mkdir(parents=True, exist_ok=True)
+        with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+            failed = command.run(upscale.main, flags)
+        if failed:
             sys.exit(1)
     return Path(args.model) if way == "base" else folder
 

@@ -39,7 +39,7 @@ SLOW = """
 import sys, time
 from tli_jax import command, train
 from tli_jax.parallel import processes
-from tli_jax.training.run import Metrics
+from tli_jax.training.metrics import Metrics
 
 since, pause, write = int(sys.argv[1]), float(sys.argv[2]), Metrics.write
 

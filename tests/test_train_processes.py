@@ -27,7 +27,7 @@ SLOW = """
 import sys, time
 from tli_jax import command, train
 from tli_jax.parallel import processes
-from tli_jax.training.run import Metrics
+from tli_jax.training.metrics import Metrics
 
 since, write = int(sys.argv[1]), Metrics.write
 

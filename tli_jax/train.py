@@ -22,7 +22,8 @@ from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
-from tli_jax.training.run import Metrics, RunFolder, model_digest, read_metrics, replacing, tokenizer_digest
+from tli_jax.training.metrics import Metrics, read_metrics
+from tli_jax.training.run import RunFolder, model_digest, replacing, tokenizer_digest
 
 if TYPE_CHECKING:
     from tli_jax.training.step import Trainer
@@ -57,11 +58,15 @@ def train(config: TrainConfig) -> None:
     """
     if not config.run:
         raise UsageError("run is not set: give a folder, which takes checkpoints, metrics and configuration")
+    if "://" in (config.export or ""):
+        raise UsageError(f"export {config.export}: is written to a folder only: copy it to object storage from there")
     run = RunFolder(config.run)
     if processes.is_first():
         run.create()
     processes.barrier("run")
     with processes.lock(run.path):
+        if run.remote is not None:
+            _say(f"run {run}: object storage has no lock: see to it that only one job writes to it")
         _train(config, run)
 
 
@@ -100,6 +105,8 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data.digest))
+            else:
+                run.fetch()
         facts = run.check_facts({})
     _introduce(trainer, [*notes, *data.notes])
 
@@ -107,7 +114,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)
     if restored is None:
         if start.weights is None:
-            raise MissingInputError(f"model {config.model}: is gone, and run {run.path} has no checkpoint yet")
+            raise MissingInputError(f"model {config.model}: is gone, and run {run} has no checkpoint yet")
         trained, frozen = load(trainer, start.weights)
         checkpoints.save_frozen(frozen)
         restored = trainer.init(trained), frozen
@@ -128,7 +135,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
                 metrics.close()
         _say(summary(run))
     else:
-        _say(f"run {run.path}: {done} steps are done")
+        _say(f"run {run}: {done} steps are done")
     checkpoints.close()
     if config.export:
         record = {"run": facts["id"], "step": int(state.step), "tokens": int(state.step) * config.batch_size * T}
@@ -146,7 +153,7 @@ def _open_model(config: TrainConfig, run: RunFolder) -> Start:
     """
     if not run.is_begun:
         if config.export_only:
-            raise UsageError(f"run {run.path}: has not begun, so there is nothing to export")
+            raise UsageError(f"run {run}: has not begun, so there is nothing to export")
         if not config.model:
             raise UsageError("model is not set: --model FOLDER, a hub id, a run folder or 'embedded'")
         other = RunFolder(config.model)
@@ -160,7 +167,7 @@ def _open_model(config: TrainConfig, run: RunFolder) -> Start:
     run.check_config(config)
     here = run.path / "start" if (run.path / "start").is_dir() else Path(config.model)
     weights = None
-    if config.model == hub.EMBEDDED or here.is_dir():
+    if config.model == hub.EMBEDDED or (here.is_dir() and not RunFolder(here).is_begun):
         weights = open_checkpoint(here if here.is_dir() else hub.resolve(config.model))
         run.check_facts({"model": model_digest(weights)})
     file = run.model / "config.json"
@@ -174,7 +181,7 @@ def _with_embedded_text(config: TrainConfig, run: RunFolder) -> TrainConfig:
         if source.path != hub.EMBEDDED or Path(source.path).exists():
             return source
         file = run.data / "topics.jsonl"
-        if processes.is_first():
+        if processes.is_first() or not file.is_file():  # each machine has its own, where the run is in object storage
             run.data.mkdir(exist_ok=True)
             with replacing(file) as temporary:
                 lines = [json.dumps({config.field: topic}) for topic in tokens.topics()]
@@ -248,7 +255,7 @@ def _export_other(other: RunFolder, config: TrainConfig, folder: Path) -> None:
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)
     checkpoints.close()
     if restored is None:
-        raise MissingInputError(f"model {other.path}: is a run that has no checkpoint yet")
+        raise MissingInputError(f"model {other}: is a run that has no checkpoint yet")
     state, frozen = restored
     record = {"run": facts["id"], "step": int(state.step)}
     export(trainer, state.trained | frozen, facts["dtypes"], other, folder, record)

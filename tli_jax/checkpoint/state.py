@@ -60,6 +60,7 @@ class Checkpoints:
         _hush_orbax()
         path = epath.Path(folder)
         self._folder = path if path.is_absolute() else path.resolve()  # a gs:// path would lose its scheme
+        self._is_remote = "://" in str(self._folder)
         self._keep = keep
         self._read_only = read_only
         self._saving = False
@@ -167,6 +168,8 @@ class Checkpoints:
             StorageError: the folder cannot be read.
         """
         with self._as_storage_error("reading"):
+            if self._is_remote and not self._folder.exists():  # as long as nothing is in it
+                return []
             return sorted(int(path.name) for path in self._folder.iterdir() if _is_step(path))
 
     def read_meta(self) -> dict[str, Any] | None:
@@ -277,8 +280,13 @@ class Checkpoints:
         if jax.process_index() == 0:
             steps = self.steps()
             for path in [self._folder / str(step) for step in steps[: -self._keep]]:
-                # The rename comes first, so that a kill in between leaves no half of a step under a step's name.
-                path.rename(path.with_name(path.name + _REMOVED)).rmtree()
+                # Its name or its mark goes first, so that a kill in between leaves no half of a step that looks whole.
+                # In object storage a rename would copy all of it.
+                if self._is_remote:
+                    (path / ocp.path.atomicity.COMMIT_SUCCESS_FILE).unlink()
+                else:
+                    path = path.rename(path.with_name(path.name + _REMOVED))
+                path.rmtree()
             for path in list(self._folder.glob(f"*{_DAMAGED}")):
                 name = path.name.removesuffix(_DAMAGED)
                 if name.isdecimal() and int(name) <= max(steps, default=-1):

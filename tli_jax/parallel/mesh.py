@@ -44,14 +44,15 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     shape = [asked[axis] if asked[axis] != -1 else len(devices) // max(fixed, 1) for axis in AXES]
     if math.prod(shape) != len(devices):
         raise UsageError(f"mesh: {product} does not give the {len(devices)} devices that there are: change mesh")
+    split = {"allow_split_physical_axes": True}  # or some shapes are refused that are only not the fastest
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if shape[0] % slices:
             raise UsageError(f"mesh: data is {shape[0]}, must be a multiple of the {slices} slices")
         inner = [shape[0] // slices, *shape[1:]]
-        grid = mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices=devices)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices=devices, **split)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, devices=devices, **split)
     # Auto axes: the compiler propagates places from those that are pinned.
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

@@ -17,19 +17,19 @@ from tli_jax.training.run import RunFolder
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m tli_jax.report", description="Compare grown models, or runs.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="grown models, or run folders")
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="grown models, or run folders")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--layer-maps", type=Path, metavar="FILE", help="also draw the models' layer maps, as SVG")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="also draw the runs' losses, as PNG, SVG or PDF")
     args = parser.parse_args(arguments)
     if all(RunFolder(folder).is_begun for folder in args.folders):
-        runs = {folder.name: read_run(folder) for folder in args.folders}
+        runs = {Path(folder).name: read_run(folder) for folder in args.folders}
         command.console().print(tabulate(runs))
         if args.curves is not None:
             draw_curves(runs, args.curves)
         return
     records = {}
-    for folder in args.folders:
+    for folder in map(Path, args.folders):
         file = folder / "growth.json"
         if not file.is_file():
             raise MissingInputError(f"{folder}: neither a run nor, without growth.json, a model that was grown")

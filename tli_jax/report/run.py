@@ -10,12 +10,13 @@ import rich.box
 import rich.table
 
 from tli_jax.errors import DataError, UsageError
-from tli_jax.training.run import RunFolder, read_metrics
+from tli_jax.training.metrics import read_metrics
+from tli_jax.training.run import RunFolder
 
 Lines = list[dict[str, Any]]
 
 
-def read_run(folder: Path) -> Lines:
+def read_run(folder: Path | str) -> Lines:
     """The metrics of a run, a dict a step.
 
     Raises:

@@ -18,7 +18,7 @@ from tli_jax.errors import DataError, DivergedError, StoppedError
 from tli_jax.parallel.mesh import batch_sharding, local_rows, param_sharding
 from tli_jax.parallel.processes import StopSignal, flag_array
 from tli_jax.training.freezing import Arrays
-from tli_jax.training.run import Metrics
+from tli_jax.training.metrics import Metrics
 from tli_jax.training.step import State, Trainer
 
 # Dense bf16 FLOP/s of a device, as their makers state them, by what JAX calls them. MFU is against these.
@@ -119,12 +119,12 @@ class Loop:
 
     def validate(self, state: State, frozen: Arrays) -> float | None:
         """Loss on what was kept out of training, nats a token; None where nothing was."""
-        loss = count = 0.0
+        sums = []
         for batch in self.data.validation(self.part, self.local, self.trainer.config.validation_batches):
             tokens, segments = self.to_mesh(batch, 1)
-            losses = self.trainer.validate(state.trained, frozen, tokens[0], segments[0])
-            loss, count = loss + float(losses[0]), count + float(losses[1])
-        return loss / count if count else None
+            sums.append(self.trainer.validate(state.trained, frozen, tokens[0], segments[0]))
+        losses, counts = zip(*jax.device_get(sums), strict=True) if sums else ((), ())
+        return float(sum(losses)) / float(sum(counts)) if sums else None
 
     def train(self, state: State, frozen: Arrays, advance: Advance) -> State:
         """Run up to the last step.
@@ -150,12 +150,17 @@ class Loop:
                 extra = {}
                 is_last = step == config.steps
                 if step % config.validate_every == 0 or is_last:
+                    reader.settle()
                     loss = self.validate(state, frozen)
                     reader.add({} if loss is None else {"validation_loss": loss})
+                    reader.restart()
                 self.checkpoints.check()
                 if is_told or is_last or step % config.save_every == 0:
                     is_told = reader.read() or is_told  # written down before what would make it look done
+                    if self.metrics is not None:
+                        self.metrics.mirror()
                     self.checkpoints.save(step, state, self.facts | {"step": step, "tokens": step * self.tokens})
+                    reader.restart()
                     if is_told and not is_last:
                         self.checkpoints.finish()
                         raise StoppedError(f"stopped at step {step}, which is saved: run the same command again")
@@ -169,6 +174,16 @@ class _Reader:
     def __init__(self, loop: Loop, advance: Advance):
         self.loop, self.advance = loop, advance
         self.pending: tuple[int, dict[str, jax.Array], dict[str, Any]] | None = None
+        self.at = time.perf_counter()
+        self.seconds: float | None = None
+
+    def settle(self) -> None:
+        """Wait for the step that waits, as what comes now is not to count as its time."""
+        jax.block_until_ready(self.pending)
+        self.seconds = time.perf_counter() - self.at
+
+    def restart(self) -> None:
+        """From here on counts as the time of the next step."""
         self.at = time.perf_counter()
 
     def put(self, step: int, measured: dict[str, jax.Array], extra: dict[str, Any]) -> None:
@@ -185,15 +200,14 @@ class _Reader:
         (step, measured, extra), self.pending = self.pending, None
         values = {name: array.item() for name, array in jax.device_get(measured).items()}
         is_told = bool(values.pop("stop"))
-        now, before = time.perf_counter(), self.at
-        self.at = now
+        seconds, self.seconds = self.seconds or time.perf_counter() - self.at, None
+        self.restart()
         loop = self.loop
-        rate = loop.tokens / (now - before)
+        rate = loop.tokens / seconds
         mfu = rate * loop.flops / loop.peak if loop.peak else None
-        rates = {f"learning_rate_{group}": rate for group, rate in loop.trainer.rates(step).items()}
         line = {"step": step, **values, "tokens": step * loop.tokens, "tokens_per_second": rate, "mfu": mfu}
         if loop.metrics is not None:
-            line |= rates | extra
+            line |= extra
             no_number = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
             loop.metrics.write(line | no_number)
         shown = f"loss {values['loss']:.3f} · {rate:,.0f} tokens/s"

@@ -1,0 +1,254 @@
+"""A run in object storage: a server on this machine that speaks as much of Google's JSON API as gcsfs and TensorStore.
+
+Unlike gcp-storage-emulator 2026.7 it knows the generations of objects, without which TensorStore does not write.
+"""
+
+import contextlib
+import http.server
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import pytest
+
+from tli_jax.checkpoint.hf import open_checkpoint, read_tensor
+
+STEPS = 20
+# The command, ended by SIGKILL when it has done some step: of the step saved before, nobody knows how much is there.
+KILLED = """
+import os, signal, sys
+from tli_jax import command, train
+from tli_jax.training.metrics import Metrics
+
+write = Metrics.write
+
+def until(self, values):
+    write(self, values)
+    if values["step"] == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Metrics.write = until
+command.run(train.main, sys.argv[2:])
+"""
+LACKING = "import sys; sys.modules['gcsfs'] = None; from tli_jax import command, train; "
+LACKING += "sys.exit(command.run(train.main, sys.argv[1:]))"
+
+needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One bucket, ``bucket``: name → generation and content. What it does not know of the API it answers with 501."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    objects: dict[str, tuple[int, bytes]]
+    generations: "itertools.count[int]"
+    lock: threading.Lock
+
+    def handle_any(self):
+        address = urlsplit(self.path)
+        query = dict(parse_qsl(address.query))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = re.fullmatch(
+            r"(/upload|/download)?/storage/v1/b/([^/]+)(/o)?(?:/([^/]+))?(?:/moveTo/o/([^/]+))?", address.path
+        )
+        with self.lock:
+            if path is None:
+                return self.answer(501)
+            if path[2] != "bucket":
+                return self.answer(404)
+            name = unquote(path[4]) if path[4] else query.get("name")
+            if self.command == "POST" and path[1] == "/upload":
+                if query["uploadType"] == "resumable" and "part" not in query:
+                    location = f"http://{self.headers['Host']}{self.path}&part=1"
+                    return self.answer(200, extra={"Location": location})
+                if self.headers.get("Content-Range", "").endswith("/*"):  # more than one part
+                    return self.answer(501)
+                return self.put(name, body) if self.matches(name, query) else self.answer(412)
+            if name is None:
+                return self.answer(200, self.listing(query) if path[3] else {"name": "bucket"})
+            if name not in self.objects:
+                return self.answer(404)
+            if not self.matches(name, query):
+                return self.answer(304 if self.command == "GET" and "ifGenerationNotMatch" in query else 412)
+            if self.command == "DELETE":
+                del self.objects[name]
+                return self.answer(204)
+            if self.command == "POST" and path[5]:
+                return self.put(unquote(path[5]), self.objects.pop(name)[1])
+            if self.command == "POST":
+                return self.answer(501)
+            generation, content = self.objects[name]
+            if query.get("alt") != "media":
+                return self.answer(200, self.about(name))
+            if found := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                start, end = int(found[1]), min(int(found[2] or len(content)), len(content) - 1)
+                extra = {"Content-Range": f"bytes {start}-{end}/{len(content)}"}
+                return self.answer(206, content[start : end + 1], generation, extra)
+            return self.answer(200, content, generation)
+
+    do_GET = do_POST = do_DELETE = handle_any
+
+    def matches(self, name, query):
+        generation = str(self.objects.get(name, (0,))[0])
+        return query.get("ifGenerationMatch", generation) == generation != query.get("ifGenerationNotMatch")
+
+    def put(self, name, content):
+        self.objects[name] = next(self.generations), content
+        self.answer(200, self.about(name))
+
+    def about(self, name):
+        generation, content = self.objects[name]
+        return {"name": name, "bucket": "bucket", "generation": str(generation), "size": str(len(content))}
+
+    def listing(self, query):
+        """All of it: a client that asks for pages gets one."""
+        prefix, delimiter, start = (query.get(key, "") for key in ("prefix", "delimiter", "startOffset"))
+        items, folders = [], set()
+        for name in sorted(name for name in self.objects if name.startswith(prefix) and name >= start):
+            if delimiter and delimiter in name[len(prefix) :]:
+                folders.add(prefix + name[len(prefix) :].split(delimiter)[0] + delimiter)
+            else:
+                items.append(self.about(name))
+        return {"items": items, "prefixes": sorted(folders)}
+
+    def answer(self, code, content=b"", generation=None, extra=None):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers = dict(extra or {}) | ({"x-goog-generation": str(generation)} if generation else {})
+        if code not in (204, 304):
+            headers["Content-Length"] = str(len(data))
+        with contextlib.suppress(ConnectionError):  # whoever asked has gone
+            self.send_response(code)
+            for key, value in headers.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data if "Content-Length" in headers else b"")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def storage(compiled):
+    """Environment of processes that see the bucket; and its objects."""
+    objects = {}
+    facts = {"objects": objects, "generations": itertools.count(1), "lock": threading.Lock()}
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bucket", (Handler,), facts))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    google = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "FSSPEC_GCS_TOKEN": "anon"}
+    # Neither asks Google what kind of a bucket, nor of a machine, this is.
+    google |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "GCE_METADATA_ROOT": "127.0.0.1:1", "NO_GCE_CHECK": "true"}
+    yield compiled | google, objects
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def under(objects, name):
+    return {key.removeprefix(f"{name}/"): value[1] for key, value in objects.items() if key.startswith(f"{name}/")}
+
+
+def command(environment, *arguments, code=0, script=("-m", "tli_jax.train")):
+    """What it said."""
+    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        [sys.executable, *script, *map(str, arguments)],
+        env=clean | {name: str(value) for name, value in environment.items()},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.count("error:") == (code > 0), done.stderr
+    return done.stdout + done.stderr
+
+
+def options(start, model, steps=STEPS):
+    return (
+        *("--model", model, "--text", start / "ids.npy", "--steps", steps, "--save-every", 5, "--keep", 1),
+        *("--batch-size", 8, "--sequence-length", 16, "--compute-dtype", "float32", "--only", "injected"),
+    )
+
+
+def losses(lines):
+    found = [json.loads(line) for line in lines.splitlines()]
+    return [(line["step"], line["loss"], line.get("validation_loss")) for line in found]
+
+
+def digests(meta):
+    return {name: array["digest"] for name, array in json.loads(meta)["content"]["arrays"].items()}
+
+
+def tensors(folder):
+    return {name: read_tensor(tensor).tobytes() for name, tensor in open_checkpoint(folder).tensors.items()}
+
+
+@needs_gcsfs
+@pytest.mark.long
+def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
+    environment, objects = storage
+    model = shutil.copytree(start / "grown", tmp_path / "model")
+    (model / "LICENSE").write_text("a licence")
+    here, there = ({**environment, "XDG_CACHE_HOME": tmp_path / name} for name in ("here", "there"))
+    run = "gs://bucket/some/run"
+    command(here, *options(start, model), "--run", tmp_path / "run", "--export", tmp_path / "straight")
+
+    # 10 may be whole or not; 5 is, or 10 would not have been begun.
+    command(here, 13, *options(start, model), "--run", run, code=-signal.SIGKILL, script=("-c", KILLED))
+    left = under(objects, "some/run")
+    assert [step for step, *_ in losses(left["metrics.jsonl"])] == list(range(1, 11))
+    assert {"config.yaml", "run.json", "growth.json", "model/config.json", "model/LICENSE"} <= left.keys()
+
+    shutil.rmtree(model)
+    said = command(there, "--run", run, "--export", tmp_path / "out")
+    assert f"run {run}: object storage has no lock" in said
+    done = under(objects, "some/run")
+    assert losses(done["metrics.jsonl"]) == losses((tmp_path / "run" / "metrics.jsonl").read_text())
+    meta = f"checkpoints/{STEPS}/meta/meta.json"
+    assert digests(done[meta]) == digests((tmp_path / "run" / meta).read_text())
+    assert {name.split("/")[1] for name in done if name.startswith("checkpoints/")} == {str(STEPS), "frozen"}
+    assert tensors(tmp_path / "out") == tensors(tmp_path / "straight")
+    assert (tmp_path / "out" / "LICENSE").read_text() == "a licence"
+
+    assert "run" in command(here, run, script=("-m", "tli_jax.report"))
+    command(here, *options(start, run, steps=2), "--run", "gs://bucket/next")
+    assert len(losses(under(objects, "next")["metrics.jsonl"])) == 2
+    # Another run of that name: nothing of this machine's copy of the old one is taken for its own.
+    for name in [name for name in objects if name.startswith("some/run/")]:
+        del objects[name]
+    command(there, *options(start, start / "base", steps=2)[:-2], "--only", "all", "--run", run)
+    again = under(objects, "some/run")
+    assert "growth.json" not in again and "model/LICENSE" not in again
+    command(here, "--run", run, "--steps", 3)
+    assert len(losses(under(objects, "some/run")["metrics.jsonl"])) == 3
+
+
+@needs_gcsfs
+def test_what_is_refused(storage, start, tmp_path):
+    environment, objects = storage
+    environment = {**environment, "XDG_CACHE_HOME": tmp_path}
+    every = options(start, start / "grown")
+    said = command(environment, *every, "--run", "gs://no-bucket/run", code=69)
+    assert "run gs://no-bucket/run: object storage refuses or does not answer" in said
+    objects["mine/letter.txt"] = 1, b"Dear"
+    assert "is not a run and not empty (letter.txt)" in command(
+        environment, *every, "--run", "gs://bucket/mine", code=73
+    )
+
+
+def test_what_no_bucket_is_asked_for(start, tmp_path):
+    every = options(start, start / "grown")
+    assert "only Google's" in command({}, *every, "--run", "s3://bucket/run", code=2)
+    assert "to a folder only" in command({}, *every, "--run", tmp_path / "run", "--export", "gs://bucket/out", code=2)
+    said = command({"XDG_CACHE_HOME": tmp_path}, *every, "--run", "gs://bucket/run", code=2, script=("-c", LACKING))
+    assert "run gs://bucket/run: object storage needs pip install 'tli_jax[gcs]'" in said

@@ -1,0 +1,80 @@
+"""What a run measures is written down a line a step, also for TensorBoard and Weights & Biases; and drawn."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tli_jax.config import TrainConfig
+from tli_jax.errors import DataError, UsageError
+from tli_jax.report.run import draw_curves, read_run, tabulate, validation
+from tli_jax.training.metrics import Metrics, read_metrics
+from tli_jax.training.run import RunFolder
+
+
+def line(step: int) -> dict:
+    return {"step": step, "loss": 3.0 / step, "tokens": 8 * step, "tokens_per_second": 100.0, "mfu": None, "skipped": 0}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of ten steps, with validation before, in the middle and at the end."""
+    metrics = Metrics(RunFolder(tmp_path), TrainConfig(), 0, "id")
+    for step in range(1, 11):
+        before = {"validation_loss_before": 4.0} if step == 1 else {}
+        metrics.write(line(step) | before | ({"validation_loss": 4.0 - step / 10} if step in (5, 10) else {}))
+    metrics.close()
+    return tmp_path
+
+
+def test_a_line_a_step_cut_back_to_where_a_run_goes_on(folder):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "lo')  # killed while writing
+    assert [entry["step"] for entry in read_metrics(RunFolder(folder))] == list(range(1, 11))
+    metrics = Metrics(RunFolder(folder), TrainConfig(), 7, "id")
+    metrics.write(line(8))
+    metrics.close()
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in lines] == list(range(1, 9))
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    metrics = Metrics(RunFolder(tmp_path), TrainConfig(tensorboard=True), 0, "id")
+    metrics.write(line(1))
+    metrics.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"tokens_per_second" in events.read_bytes() and b"mfu" not in events.read_bytes()
+
+
+def test_weights_and_biases(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    metrics = Metrics(RunFolder(tmp_path), TrainConfig(wandb="project"), 0, "abc123")
+    metrics.write(line(1))
+    metrics.close()
+    (log,) = (tmp_path / "wandb").glob("offline-run-*-abc123/run-abc123.wandb")
+    deadline = time.monotonic() + 20  # a process of its own writes it
+    while b"tokens_per_second" not in log.read_bytes():
+        assert time.monotonic() < deadline, "nothing was logged"
+        time.sleep(0.05)
+
+
+def test_the_report_reads_draws_and_tabulates(folder, tmp_path):
+    lines = read_run(folder)
+    assert validation(lines) == [(0, 4.0), (40, 3.5), (80, 3.0)]
+    table = tabulate({"a run": lines})
+    row = [next(iter(column.cells)) for column in table.columns]
+    assert row == ["a run", "10", "80", "0.3000", "4.0000", "3.0000", "3.0000", "100", "–", "0"]
+    pytest.importorskip("matplotlib")
+    draw_curves({"a run": lines, "b": lines}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UsageError, match=r"curves\.xyz: .*not supported"):
+        draw_curves({"a run": lines}, tmp_path / "curves.xyz")
+
+
+def test_a_run_without_steps(tmp_path):
+    with pytest.raises(DataError, match="has no metrics yet"):
+        read_run(tmp_path)
