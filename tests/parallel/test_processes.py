@@ -236,10 +236,10 @@ def test_port_that_is_taken():
         processes.start(False, f"0/2@127.0.0.1:{taken.getsockname()[1]}")
 
 
-def test_no_cluster(monkeypatch):
-    monkeypatch.setattr(processes, "_supervise", lambda lost, alone: None)
-    with pytest.raises(UsageError, match="--process"):
-        processes.start(True, None)
+def test_no_cluster(tmp_path):
+    flags = ["--distributed", "--run", str(tmp_path / "run"), "--model", "embedded"]
+    ended = subprocess.run([sys.executable, "-m", "tli_jax.train", *flags], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "no cluster found" in ended.stderr and "--process" in ended.stderr
 
 
 @pytest.mark.parametrize("message", ["UNKNOWN: Gloo all-reduce failed: Connection closed by peer", "UNAVAILABLE: gone"])

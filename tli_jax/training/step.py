@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tli_jax.config import Group, TrainConfig
+from tli_jax.config import TrainConfig
 from tli_jax.models.attention import Kernel
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
 from tli_jax.models.llama import Llama, Run
 from tli_jax.models.loss import LOGITS, token_losses
 from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
 from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
-from tli_jax.training.optimizer import make_optimizer, make_schedule
+from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
 
 # Steps before which a gradient is not called a spike, and the weight of the newest in the running mean of its norm.
 _SPIKE_AFTER = 20
@@ -140,8 +140,10 @@ class Trainer:
         )
         step, skipped = state.step + 1, jnp.where(is_bad, state.skipped + 1, 0)
         metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped, "stop": stop.max()}
-        groups: set[Group] = {group for leaf in self.leaves if leaf.trains for group in leaf.groups}
-        # Computed here and not where they are logged: there it would wait for the device.
+        # Computed here and not where they are logged: there it would wait for the device. In a fixed order, as the
+        # programs of all processes must be the same to the last operation, or their collectives deadlock.
+        found = {group for leaf in self.leaves if leaf.trains for group in leaf.groups}
+        groups = [group for group in GROUPS if group in found]
         metrics |= {f"learning_rate_{group}": jnp.asarray(make_schedule(self.config, group)(step)) for group in groups}
         return State(step, trained, moments, skipped, running), metrics
 
