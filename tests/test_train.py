@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 import tli_jax
 from tli_jax import command, train, upscale
@@ -600,6 +601,7 @@ def test_disk_full_while_saving(trained, tmp_path, capsys):
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
     # What is compiled is not to be written either, which would be a warning.
     jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
@@ -607,6 +609,7 @@ def test_disk_full_while_saving(trained, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
     assert code == 74
     assert "writing a checkpoint failed" in say(capsys)
     assert newest(run) == 20 and len(metrics(run)) < 40
