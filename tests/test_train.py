@@ -559,6 +559,7 @@ def test_starts_from_another_run(small, start, tmp_path):
     assert here(tmp_path / "run") == 0
 
 
+@pytest.mark.long
 def test_what_may_change(small, tmp_path):
     run = copy_run(small / "run", tmp_path / "moved")
     options = {"steps": 5, "save-every": 2, "keep": 2, "validate-every": 1, "validation-batches": 1}
@@ -692,6 +693,7 @@ def test_run_folder_that_is_something_else(start, tmp_path, capsys):
     assert here(tmp_path / "file", **usual(start)) == 73
 
 
+@pytest.mark.long
 def test_what_a_kill_at_the_start_leaves_is_no_hindrance(small, start, tmp_path):
     """Before the configuration is in its place the run has not begun, and what is there is not believed."""
     run = tmp_path / "run"
