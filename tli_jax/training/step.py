@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tli_jax.config import TrainConfig
+from tli_jax.config import Group, TrainConfig
 from tli_jax.models.attention import Kernel
 from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
 from tli_jax.models.llama import Llama, Run
@@ -143,7 +143,7 @@ class Trainer:
         # Computed here and not where they are logged: there it would wait for the device. In a fixed order, as the
         # programs of all processes must be the same to the last operation, or their collectives deadlock.
         found = {group for leaf in self.leaves if leaf.trains for group in leaf.groups}
-        groups = [group for group in GROUPS if group in found]
+        groups: list[Group] = [group for group in GROUPS if group in found]
         metrics |= {f"learning_rate_{group}": jnp.asarray(make_schedule(self.config, group)(step)) for group in groups}
         return State(step, trained, moments, skipped, running), metrics
 
