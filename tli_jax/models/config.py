@@ -105,6 +105,11 @@ class LlamaConfig:
         return sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values())
 
     @property
+    def layer_matrix_params(self) -> int:
+        """Parameters of one layer's matrices, which is what its matrix products cost."""
+        return sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values() if len(dims) == 2)
+
+    @property
     def num_params(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
         outer = sum(math.prod(self.shape(dims)) for dims in self.outer_tensors.values())
@@ -119,9 +124,9 @@ class LlamaConfig:
     def flops_per_token(self, context: int) -> float:
         """FLOPs of the forward pass per token: 2 per weight of each matrix product (head included, look-up of
         the embedding not) and causal attention counted half, at a sequence of ``context`` tokens."""
-        per_layer = sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values() if len(dims) == 2)
         attention = 4 * self.sizes["Hh"] * context / 2
-        return self.num_hidden_layers * (2 * per_layer + attention) + 2 * self.vocab_size * self.hidden_size
+        per_layer = 2 * self.layer_matrix_params + attention
+        return self.num_hidden_layers * per_layer + 2 * self.vocab_size * self.hidden_size
 
     def with_layers(self, layers: int) -> "LlamaConfig":
         """The same model with another number of layers."""

@@ -107,12 +107,3 @@ def local_rows(sharding: NamedSharding, rows: int) -> list[int]:
     """Rows of a global batch that this process holds, in ascending order; ``sharding`` is of ``("B", …)``."""
     held = sharding.addressable_devices_indices_map((rows,)).values()
     return sorted({row for index in held if index is not None for row in range(*index[0].indices(rows))})
-
-
-def describe(mesh: Mesh) -> dict[str, Any]:
-    """For logs: axes, devices, processes."""
-    return {
-        "axes": dict(mesh.shape),
-        "devices": f"{mesh.size} × {mesh.devices.flat[0].device_kind}",
-        "processes": jax.process_count(),
-    }

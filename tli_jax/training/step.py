@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from tli_jax.config import Group, TrainConfig
 from tli_jax.models.attention import Kernel
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Run
 from tli_jax.models.loss import LOGITS, token_losses
 from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
@@ -178,9 +178,7 @@ class Trainer:
         trains; weight gradients 2 for those that train. Causal attention counted half, its backward pass double, the
         head counted, the look-up of the embedding not, nor what is computed again.
         """
-        per_layer = sum(
-            self.model.sizes[dims[0]] * self.model.sizes[dims[1]] for dims in LAYER_TENSORS.values() if len(dims) == 2
-        )
+        per_layer = self.model.layer_matrix_params
         attention = 4 * self.model.sizes["Hh"] * T / 2
         head = self.model.vocab_size * self.model.hidden_size
         total = self.model.flops_per_token(T)
