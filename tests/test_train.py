@@ -123,7 +123,7 @@ class Process:
         """Send a signal, and wait: all that it said."""
         if number is not None:
             self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=600)
         assert self.process.returncode == code, err
         assert out == "" and "Traceback" not in err and err.count("error:") == (code > 0)
         return err

@@ -96,7 +96,7 @@ class Group:
         """Exit codes, what each said last on stderr, and how many seconds it took from here."""
         since = time.monotonic()
         try:
-            said = [process.communicate(timeout=120)[1] for process in self.started]
+            said = [process.communicate(timeout=600)[1] for process in self.started]
         finally:
             for process in self.started:
                 process.kill()

@@ -309,18 +309,24 @@ def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
             step += 1
             checkpoints.save(step, {"a": put(np.full((64, 512), step, np.float32))}, {"step": step})
     """
+
+    def numbers() -> list[int]:
+        return [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
+
     draw = random.Random(0)
     newest = 0
     for _ in range(3):
         with run_script(script, str(tmp_path)) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", process.communicate()[1]
-            time.sleep(draw.uniform(0.1, 0.5))
+            while max(numbers(), default=0) <= newest:  # however busy the machine is
+                assert process.poll() is None, process.communicate()[1]
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.4))
             process.send_signal(signal.SIGKILL)
             assert process.communicate() == ("", "")
-        checkpoints = [int(path.name) for path in tmp_path.iterdir() if path.name.isdecimal()]
-        assert max(checkpoints) > newest
-        newest = max(checkpoints)
+        assert max(numbers()) > newest
+        newest = max(numbers())
     checkpoints = Checkpoints(tmp_path, keep=2)
     like = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P()))}
     found = checkpoints.restore_newest(like, refuse)
