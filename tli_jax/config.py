@@ -147,7 +147,9 @@ class TrainConfig:
     remat: Literal["none", "dots", "full"] = option(
         "full", "what is computed again in the backward pass: none, all but matrix products (dots), full"
     )
-    accumulation: Positive = option(1, "parts into which a step's batch is cut, one after the other")
+    accumulation: NotNegative = option(
+        1, "parts into which a step's batch is cut, one after the other; 0: so many that a device has one sequence"
+    )
     attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "auto, xla, cudnn (GPU) or splash (TPU)")
     z_loss: Amount = option(0.0, "weight of the squared log of the softmax's denominator")
     skip_limit: Positive = option(10, "bad steps in a row (loss not finite, a spike) that are skipped before it stops")
@@ -201,7 +203,22 @@ class UpscaleConfig:
     max_shard_size: Text = option("5GB", "largest safetensors file")
     allow_nonfinite: bool = option(False, "go on when weights are NaN or Inf")
     debug: bool = option(False, "show the traceback of an error")
+    shape: Annotated[str | dict[str, Any] | None, pydantic.BeforeValidator(_text)] = option(
+        None, "what the model is, e.g. llama3.1-8b, in YAML also the keys of a config.json; must be so where it is here"
+    )
     train: TrainConfig | None = option(None, "section: continued pretraining of what was grown, see tli_jax.train")
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class PreflightConfig(UpscaleConfig):
+    """What ``python -m tli_jax.preflight`` is to check: what ``upscale`` would do, on a machine that may be another."""
+
+    topology: str | None = option(
+        None, "TPU slice to compile for, e.g. v5p-64 or v5p:2x4x4 (default: the devices that are here)"
+    )
+    slices: Positive = option(1, "how many such slices")
+    search: bool = option(False, "find the largest batch a device and the cheapest remat that fit")
+    strict: bool = option(False, "what cannot be checked here is an error")
 
 
 Config = TypeVar("Config")
@@ -216,7 +233,7 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
     """A configuration from ``--config FILE.yaml`` and flags over it.
 
     A file that describes a growth and, in its section ``train``, what comes after, serves for that section alone too:
-    the model is then what the growth writes.
+    the model is then what the growth writes. And one that describes training alone serves for a preflight.
 
     Raises:
         UsageError: an unknown key or flag, or a wrong value.
@@ -239,6 +256,8 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
     values = _read_yaml(Path(path)) if path else {}
     if kind is TrainConfig and isinstance(values.get("train"), dict):
         values = {"model": values.get("output", "")} | values["train"]
+    elif kind is PreflightConfig and "run" in values:  # of a run without growth
+        values = {"model": values.get("model", ""), "train": values}
     return _validate(kind, values, flags, path)
 
 

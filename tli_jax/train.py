@@ -197,8 +197,13 @@ def _plan(growth: dict[str, Any] | None) -> Plan | None:
     return None if growth is None else Plan.from_json(growth)
 
 
-def make_trainer(config: TrainConfig, model: LlamaConfig, plan: Plan | None) -> "tuple[Trainer, int, list[str]]":
-    """The programs of a run on the devices that there are, its sequence length T, and what there is to say of it.
+def make_trainer(
+    config: TrainConfig, model: LlamaConfig, plan: Plan | None, devices: Sequence[Any] | None = None
+) -> "tuple[Trainer, int, list[str]]":
+    """The programs of a run, its sequence length T, and what there is to say of it.
+
+    Args:
+        devices: to run on, or to compile for; by default those that there are.
 
     Raises:
         UsageError: layers, mesh, kernel or batch do not fit the model or the devices.
@@ -210,9 +215,12 @@ def make_trainer(config: TrainConfig, model: LlamaConfig, plan: Plan | None) -> 
 
     T = config.sequence_length or min(model.max_position_embeddings, 2048)
     layout = make_layout(model, None if plan is None else plan.injected, config.only, config.outer)
+    mesh = make_mesh(config.mesh, devices)
+    if not config.accumulation:
+        at_a_time = mesh.shape["data"] * mesh.shape["fsdp"]
+        config = dataclasses.replace(config, accumulation=max(1, config.batch_size // at_a_time))
     if config.batch_size % config.accumulation:
         raise UsageError(f"batch_size {config.batch_size} is not a multiple of accumulation {config.accumulation}")
-    mesh = make_mesh(config.mesh)
     sizes = model.sizes | {"H": model.num_attention_heads, "K": model.num_key_value_heads}
     check_fits(mesh, sizes, config.batch_size // config.accumulation)
     kernel, says = choose_kernel(config.attention, mesh, T, model.head_dim, config.compute_dtype)

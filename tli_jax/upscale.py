@@ -32,6 +32,7 @@ from tli_jax.config import UpscaleConfig, parse
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.presets import PRESETS
+from tli_jax.models.shapes import check_shape
 from tli_jax.parallel import processes
 from tli_jax.report import growth as report
 from tli_jax.training.run import RunFolder
@@ -145,6 +146,7 @@ def prepare(config: UpscaleConfig) -> Job:
     if config.output is not None and not config.plan_only:
         check_output(Path(config.output), folder, config.overwrite)
     base = open_checkpoint(folder)
+    check_shape(base.config, config.shape, str(folder))
     tokenizer, warnings = tokens.open_tokenizer(folder, base.config)
     if config.plan_only and tokenizer is None:
         # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.

@@ -105,6 +105,25 @@ def open_stream(path: Path, rules: Rules, cache: Path) -> Stream:
     return Stream(path, np.memmap(file, rules.dtype, "r"), digest, _describe(path, record))
 
 
+def guess_tokens(path: Path, rules: Rules, sample: int) -> int:
+    """About how many tokens a source has, by what its first ``sample`` characters give; of token ids, exactly.
+
+    Raises:
+        MissingInputError, DataError, UsageError: see ``open_stream``, of what is read.
+    """
+    if path.suffix == ".npy":
+        return len(_open_npy(path, rules.vocab_size))
+    assert rules.tokenizer is not None
+    documents, found, seen = Documents(path, rules.config), 0, 0
+    for text in documents:
+        found += len(rules.tokenizer.encode(text[:sample]))
+        seen += len(text[:sample].encode())
+        if seen >= sample:
+            # Of a document that is longer than the sample, only that much has been looked at.
+            return max(found, int(found / seen * documents.nbytes))
+    return found
+
+
 def digest_files(path: Path, files: Iterable[Path]) -> str:
     """sha256 over the files of a source: the name of each, relative to it, and the bytes."""
     total = hashlib.sha256()

@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import functools
 import io
+import json
 import os
 import re
 import signal
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tli_jax.errors import OutputError, UnavailableError, UsageError
 
@@ -34,6 +35,7 @@ LOST = "a peer process is gone, its own messages say why: run the same command a
 _HEARTBEAT = 10  # seconds without a sign of life until a peer counts as gone
 _LEAVE = 10  # seconds in which processes that leave for the same reason meet; after them those that did not are aborted
 _AT_ONCE = b"error: stopped at once, nothing was saved: run the same command again to go on\n"
+_SAYS = 2**16  # bytes that a process may say to all
 _JOINED = 255  # what a child tells its supervisor, besides the exit code that it leaves with
 # How Gloo, gRPC and the coordination service word it when the other end is gone. There is one exception class for all.
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|socket closed|coordination|heartbeat|barrier|UNAVAILABLE", re.I)
@@ -143,6 +145,19 @@ def barrier(name: str) -> None:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(name)
+
+
+def gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """What every process has to say, by process index; at most 64 KiB of JSON each."""
+    if _supervisor is None:
+        return [value]
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    text = json.dumps(value).encode()
+    assert len(text) <= _SAYS
+    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(_SAYS), np.uint8))
+    return [json.loads(bytes(row)) for row in np.asarray(rows)]
 
 
 @contextlib.contextmanager

@@ -1,0 +1,125 @@
+"""What fits where: every shipped configuration compiled for TPU slices, on a machine without one.
+
+    python benchmarks/scaling.py                      # all rows: hours on 2 cores
+    python benchmarks/scaling.py --match v5e-8        # the rows whose name holds this
+    python benchmarks/scaling.py --table              # compile nothing: the table of what is in the results
+
+Needs pip install 'tli_jax[tpu]'. Each row is a call of ``python -m tli_jax.preflight``, which anybody can repeat, in a
+process of its own. What it finds goes to benchmarks/results/scaling.json at once; rows that are there are not done
+again, unless with ``--again``.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
+INJECTED, ALL = [], ["--train.only", "all"]
+# Configuration, slice, number of slices, flags.
+ROWS: list[tuple[str, str, int, list[str]]] = [
+    ("llama3.1-8b-tli", "v5e-8", 1, INJECTED),
+    ("llama3.1-8b-tli", "v5e-8", 1, ALL),
+    ("llama3.1-8b-tli", "v5p-64", 1, ALL),
+    ("llama3.1-8b-tli", "v6e-64", 1, ALL),
+    ("llama3.1-70b-tli", "v5p-256", 1, ALL),
+    ("llama3.1-70b-tli", "v6e-256", 1, ALL),
+    ("llama3.1-405b-tli", "v5p-1024", 1, ALL),
+    ("llama3.1-405b-tli", "v6e-256", 2, ALL),
+    ("llama3.1-8b-tli", "v5e-4", 1, ["--train.sequence-length", "2048"]),
+    *(("llama3.1-8b-tli", slice_, 1, ALL) for slice_ in ("v5e-16", "v5p-16", "v5p-256", "v6e-256", "v5e-256")),
+    ("llama3.2-1b-tli", "v5e-4", 1, ALL),
+    ("llama3.2-3b-tli", "v5e-16", 1, ALL),
+    ("llama3.1-8b-dus", "v5p-64", 1, ALL),
+    ("llama3.1-8b-llama-pro", "v5p-64", 1, ALL),
+    ("llama3.1-70b-tli", "v5p-256", 1, INJECTED),
+    ("llama3.1-70b-tli", "v6e-256", 1, INJECTED),
+    ("llama3.1-405b-tli", "v5p-1024", 1, INJECTED),
+    ("llama3.1-405b-tli", "v6e-256", 2, INJECTED),
+    ("llama3.2-1b-tli", "v5e-4", 1, INJECTED),
+    ("llama3.2-3b-tli", "v5e-8", 1, INJECTED),
+    ("llama3.1-8b-dus", "v5e-16", 1, INJECTED),
+    ("llama3.1-8b-llama-pro", "v5e-8", 1, INJECTED),
+    *(("llama3.1-8b-tli", slice_, 1, INJECTED) for slice_ in ("v5p-64", "v6e-64", "v5p-16", "v5p-256", "v6e-256")),
+    ("llama3.1-8b-tli", "v5e-256", 1, INJECTED),
+]
+
+
+def flags_of(config: str, slice_: str, slices: int, flags: list[str]) -> list[str]:
+    several = ["--slices", str(slices)] if slices > 1 else []
+    return ["--config", f"configs/{config}.yaml", "--topology", slice_, *several, *flags]
+
+
+def run(arguments: list[str]) -> dict[str, Any]:
+    """One preflight; what its last check says."""
+    call = [sys.executable, "-m", "tli_jax.preflight", *arguments, "--json"]
+    done = subprocess.run(call, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if not done.stdout:
+        sys.exit(f"{' '.join(call)} ended with {done.returncode}")
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    step, mesh = checks["step compiles"], checks["mesh"]
+    if "limit" not in step:
+        sys.exit(f"{' '.join(call)}: {step['text']}")
+    return {
+        "command": " ".join(["python -m tli_jax.preflight", *arguments]),
+        "step": {key: value for key, value in step.items() if key not in ("name", "status")},
+        "growth_peak": checks["growth compiles"].get("peak"),
+        "mesh": mesh["mesh"],
+        "sequence_length": mesh["sequence_length"],
+        "parameters": checks["growth"]["parameters"],
+        "versions": checks["processes"]["versions"],
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """In Markdown, in the order of ``ROWS``."""
+
+    def gib(nbytes: float) -> str:
+        return f"{nbytes / 2**30:.1f}"
+
+    lines = ["| configuration | B parameters | slice | trains | tokens | | peak, GiB | on paper | Δ | compiled in |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for config, slice_, slices, flags in ROWS:
+        row = rows.get(" ".join(flags_of(config, slice_, slices, flags)))
+        if row is None:
+            continue
+        step, paper = row["step"], row["step"]["on_paper"]["peak"]
+        where = f"{slices} × {slice_}" if slices > 1 else slice_
+        peak = f"{gib(step['peak'])} of {gib(step['limit'])}"
+        delta = f"{paper / step['peak'] - 1:+.0%}" if step["fits"] else ""
+        lines.append(
+            f"| {config} | {row['parameters'] / 1e9:.2f} | {where} | {'all' if 'all' in flags else 'injected'}"
+            f" | {row['sequence_length']:,} | {'compiles' if step['fits'] else '**does not fit**'}"
+            f" | {peak if step['fits'] else '≥ ' + peak} | {gib(paper)} | {delta} | {step['seconds']:.0f} s |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile every shipped configuration for TPU slices.")
+    parser.add_argument("--match", default="", help="only rows whose flags hold this")
+    parser.add_argument("--again", action="store_true", help="also what is in the results")
+    parser.add_argument("--table", action="store_true", help="compile nothing")
+    options = parser.parse_args()
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
+    for row in [] if options.table else ROWS:
+        arguments = flags_of(*row)
+        name = " ".join(arguments)
+        if options.match not in name or (name in found["rows"] and not options.again):
+            continue
+        print(name, file=sys.stderr)
+        found["rows"][name] = run(arguments)
+        found["machine"] = {"cpus": os.cpu_count(), "machine": platform.machine(), "system": platform.platform()}
+        found["date"] = datetime.date.today().isoformat()
+        RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(found["rows"]))
+
+
+if __name__ == "__main__":
+    main()
