@@ -13,7 +13,7 @@ FIND_NEWEST = for v in 3.13 3.12; do \
   done; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-train test test-long test-newest lint clean
+.PHONY: help demo demo-train test test-long test-topologies test-newest lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -32,16 +32,19 @@ demo-train: .venv/.runtime  ## grow that model and train its injected layers on 
 	@$(BIN)/python -m tli_jax.report out/demo_train/run
 
 test: .venv/.test  ## the tests, without the long ones
-	$(BIN)/python -m pytest -n 2 -m "not long"
+	$(BIN)/python -m pytest -n 2 -m "not long and not topologies"
 
 test-long: .venv/.test  ## only the long tests
 	$(BIN)/python -m pytest -m long
+
+test-topologies: .venv/.test .venv/.tpu  ## compile the shipped configurations for TPU slices (half an hour)
+	$(BIN)/python -m pytest -m topologies
 
 test-newest:  ## the tests on Python 3.13 or 3.12 with the newest jax, without torch
 	@python=$$($(FIND_NEWEST)); \
 	if [ -z "$$python" ]; then echo "test-newest: skipped, neither Python 3.13 nor 3.12 starts here"; exit 0; fi; \
 	$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$$python" && \
-	$(NEWEST)/python -m pytest -n 2 -m "not long"
+	$(NEWEST)/python -m pytest -n 2 -m "not long and not topologies"
 
 lint: .venv/.lint  ## style, types and layers
 	$(BIN)/ruff check .
@@ -66,6 +69,11 @@ clean:  ## remove the environments and every cache
 
 .venv/.test: .venv/.made pyproject.toml
 	$(BIN)/python $(PIP_INSTALL) -e '.[test]'
+	@touch $@
+
+# The compiler for TPUs, 0.7 GB: with it `make test` compiles for small slices too.
+.venv/.tpu: .venv/.made pyproject.toml
+	$(BIN)/python $(PIP_INSTALL) -e '.[tpu]'
 	@touch $@
 
 # With the package itself: pyright and lint-imports follow its imports.

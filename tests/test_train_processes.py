@@ -83,7 +83,7 @@ class Group:
 
     def wait_for(self, step):
         file = self.run / "metrics.jsonl"
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         # A run that goes on puts a new file in the place of the old one.
         while inode(file) == self.before or file.read_bytes().count(b"\n") < step:
             ended = [process.poll() for process in self.started]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.filesize import decimal as _bytes
 
 from tli_jax import command, upscale
 from tli_jax import train as training
@@ -157,8 +158,8 @@ class Preflight:
         if not has_begun:
             check_output(Path(self.config.output), _folder(base), self.config.overwrite)
         before, after = base.config.num_params, base.config.with_layers(len(plan)).num_params
-        text = f"{plan.method}: {plan.base_layers} → {len(plan)} layers, {before / 1e9:.2f} → {after / 1e9:.2f} B"
-        return f"{text} parameters, {_gb(nbytes)} to write", {"parameters": after, "bytes": nbytes}
+        text = f"{plan.method}: {plan.base_layers} → {len(plan)} layers, {_count(before)} → {_count(after)} parameters"
+        return f"{text}, {_bytes(nbytes)} to write", {"parameters": after, "bytes": nbytes}
 
     def processes(self) -> tuple[str, dict[str, Any]]:
         """Versions and devices of every process; all must have the same versions."""
@@ -220,9 +221,8 @@ class Preflight:
         if self.train.export:
             export = trainer.model.num_params * np.dtype(trainer.model.dtype).itemsize
             self.writes.append(("export", Path(self.train.export), export))
-        text = (
-            f"checkpoints {_gb(nbytes)}: what is frozen {_gb(frozen)} once, {self.train.keep + 1} × {_gb(step)} a step"
-        )
+        steps = f"{self.train.keep + 1} × {_bytes(step)} a step"  # one is there while the next is being written
+        text = f"checkpoints {_bytes(nbytes)}: what is frozen {_bytes(frozen)} once, {steps}"
         facts = {"frozen_bytes": frozen, "step_bytes": step, "checkpoint_bytes": nbytes}
         if run.is_begun:
             run.check_config(self.train)
@@ -263,8 +263,8 @@ class Preflight:
         texts, facts = [], []
         for parts in disks.values():
             needed, free = sum(nbytes for *_, nbytes in parts), shutil.disk_usage(parts[0][1]).free
-            sums = " + ".join(f"{what} {_gb(nbytes)}" for what, _, nbytes in parts)
-            texts.append(f"{sums} = {_gb(needed)}, {_gb(free)} are free at {parts[0][1]}")
+            sums = " + ".join(f"{what} {_bytes(nbytes)}" for what, _, nbytes in parts)
+            texts.append(f"{sums} = {_bytes(needed)}, {_bytes(free)} are free at {parts[0][1]}")
             facts.append({"needed": needed, "free": free, "at": str(parts[0][1])})
             if needed > free and (self.base is None or _folder(self.base) is None):
                 raise _NotCheckedError(f"{texts[-1]}, but the model is not here, so it will be grown elsewhere")
@@ -370,11 +370,11 @@ def _folder(base: Checkpoint) -> Path | None:
 
 def _describe(base: Checkpoint) -> str:
     config = base.config
-    return f"{config.num_hidden_layers} layers, {config.num_params / 1e9:.2f} B parameters, {config.dtype}"
+    return f"{config.num_hidden_layers} layers, {_count(config.num_params)} parameters, {config.dtype}"
 
 
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:,.1f} GB"
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f}B" if parameters >= 1e8 else f"{parameters / 1e6:.1f}M"
 
 
 def _list(found: dict[str, Any]) -> str:

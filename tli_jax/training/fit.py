@@ -98,10 +98,14 @@ def _compile(program: Any, *arguments: Any) -> Fit:
         seconds = time.perf_counter() - started
         return Fit(False, nbytes + temporaries, nbytes, temporaries, {}, seconds, problem)
     memory = compiled.memory_analysis()
+    peak, platform = memory.peak_memory_in_bytes, jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0].platform
+    if platform != "tpu":  # elsewhere the compiler does not say when temporaries are done with
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = collections.Counter(_COLLECTIVES.findall(compiled.as_text()))
     return Fit(
         fits=True,
-        peak=memory.peak_memory_in_bytes,
+        peak=peak,
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         collectives=dict(sorted(found.items())),
@@ -192,4 +196,4 @@ def hints(trainer: Trainer, T: int) -> str:
 
 
 def gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 / 10 else f"{nbytes / 2**20:.1f} MiB"
