@@ -1,10 +1,11 @@
-"""Growing a 1B-shaped checkpoint file to file, beside ``cp`` and mergekit's passthrough, in one run.
+"""Growing a checkpoint file to file, beside ``cp`` and mergekit's passthrough, in one run.
 
-    python benchmarks/upscale.py --work DIR [--mergekit VENV/bin/mergekit-yaml] [--repeat 3] [--layers 16] [--proof]
+    python benchmarks/upscale.py --work DIR [--mergekit VENV/bin/mergekit-yaml] [--repeat 3] [--shape NAME] [--proof]
 
-The base is Llama-3.2-1B's shape with random weights (16 layers, D 2048, F 8192, 32/8 heads, V 128256, tied, bf16,
-2.5 GB), grown 16 → 24 by ``tli`` K=2. Every contender reads from and writes to DIR, which needs 15 GB, and its writing
-is synced. All files have been read once before, so reads come from the page cache where it is large enough.
+The base has a published Llama's shape and random weights, by default Llama-3.2-1B's (16 layers, D 2048, F 8192, 32/8
+heads, V 128256, tied, bf16, 2.5 GB), grown 16 → 24 by ``tli`` K=2. Every contender reads from and writes to DIR, which
+needs 15 GB (for Llama-3.1-8B 60 GB), and its writing is synced. All files have been read once before, so reads
+come from the page cache where it is large enough.
 
 - ``cp``: ``cp -r`` of the grown folder, synced: the bytes that any of them has to write.
 - ``write``: what tli_jax spends on writing, synced; digests, finite check, imports and proof apart.
@@ -38,16 +39,12 @@ import numpy as np
 from tli_jax.checkpoint.hf import expected_shapes
 from tli_jax.checkpoint.sidecar import write_json
 from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
-from tli_jax.models.config import LlamaConfig
-
-SHAPE = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8}
-SHAPE |= {"vocab_size": 128256, "head_dim": 64, "rms_norm_eps": 1e-5, "rope_theta": 500000.0}
-SHAPE |= {"max_position_embeddings": 131072, "tie_word_embeddings": True, "dtype": "bfloat16"}
+from tli_jax.models.shapes import SHAPES
 
 
-def make_base(folder: Path, layers: int, max_shard_size: str) -> None:
+def make_base(folder: Path, shape: str, layers: int, max_shard_size: str) -> None:
     """A folder of random bf16 weights, N(0, 0.02), norms one."""
-    config = LlamaConfig(num_hidden_layers=layers, **SHAPE)
+    config = SHAPES[shape].with_layers(layers)
     rng = np.random.default_rng(0)
 
     def piece(name: str, shape: tuple[int, ...]) -> Piece:
@@ -78,17 +75,27 @@ def measure(arguments: list[str], output: Path) -> tuple[dict[str, float], str]:
     return {"seconds": time.perf_counter() - started, "peak_mb": usage.ru_maxrss / 1000}, printed
 
 
-def grow(base: Path, output: Path, *flags: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "tli_jax.upscale", "--model", str(base), "--output", str(output), "--every", "2"]
+def grow(base: Path, output: Path, every: int, *flags: str) -> dict[str, float]:
+    command = [
+        sys.executable,
+        "-m",
+        "tli_jax.upscale",
+        "--model",
+        str(base),
+        "--output",
+        str(output),
+        f"--every={every}",
+    ]
     found, printed = measure([*command, "--json", *flags], output)
     seconds = json.loads(printed)["seconds"]
     return found | {f"of_which_{name}": value for name, value in seconds.items()}
 
 
-def merge(mergekit: str, base: Path, output: Path, layers: int) -> dict[str, float]:
+def merge(mergekit: str, base: Path, output: Path, layers: int, every: int) -> dict[str, float]:
     slices = []
-    for last in range(1, layers, 2):
-        slices += [[last - 1, last + 1], [last, last + 1]]
+    for end in range(every, layers + 1, every):
+        slices += [[end - every, end], [end - 1, end]]
+    slices += [[layers - layers % every, layers]] * (layers % every > 0)
     recipe = {"merge_method": "passthrough", "dtype": "bfloat16"}
     recipe |= {"slices": [{"sources": [{"model": str(base), "layer_range": part}]} for part in slices]}
     file = output.with_suffix(".yaml")
@@ -99,20 +106,23 @@ def merge(mergekit: str, base: Path, output: Path, layers: int) -> dict[str, flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints; needs 15 GB")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
     parser.add_argument("--mergekit", help="its mergekit-yaml; left out otherwise")
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--shape", choices=SHAPES, default="llama3.2-1b")
+    parser.add_argument("--layers", type=int, help="of the base, where it is to have others than its shape")
+    parser.add_argument("--every", type=int, default=2, help="K of tli")
     parser.add_argument("--max-shard-size", default="5GB", help="of the base; smaller makes a sharded base")
     parser.add_argument("--output-shard-size", default="5GB", help="of the grown model")
     parser.add_argument("--proof", action="store_true", help="measure the proof too")
     parser.add_argument("--name", default="upscale", help="of the file in benchmarks/results")
     args = parser.parse_args()
-    base = args.work / f"base-{args.layers}-{args.max_shard_size}"
+    layers = args.layers or SHAPES[args.shape].num_hidden_layers
+    base = args.work / f"base-{args.shape}-{layers}-{args.max_shard_size}"
     if not base.exists():
         # In a process of its own: a child starts with the peak memory of the process it was forked from.
         maker = multiprocessing.get_context("spawn").Process(
-            target=make_base, args=(base, args.layers, args.max_shard_size)
+            target=make_base, args=(base, args.shape, layers, args.max_shard_size)
         )
         maker.start()
         maker.join()
@@ -120,17 +130,17 @@ def main() -> None:
 
     runs: dict[str, list[dict[str, float]]] = {"cp": [], "process": [], "mergekit": []}
     shards = ("--max-shard-size", args.output_shard_size)
-    grow(base, output, "--no-proof", *shards)  # reads everything once, and makes what cp copies
+    grow(base, output, args.every, "--no-proof", *shards)  # reads everything once, and makes what cp copies
     for number in range(args.repeat):
         print(f"round {number + 1} of {args.repeat}", file=sys.stderr)
         runs["cp"].append(measure(["cp", "-r", str(output), str(copied)], copied)[0])
         shutil.rmtree(copied)
-        runs["process"].append(grow(base, output, "--no-proof", *shards))
+        runs["process"].append(grow(base, output, args.every, "--no-proof", *shards))
         if args.mergekit:
-            runs["mergekit"].append(merge(args.mergekit, base, merged, args.layers))
+            runs["mergekit"].append(merge(args.mergekit, base, merged, layers, args.every))
             shutil.rmtree(merged)
     if args.proof:
-        runs["proof"] = [grow(base, output, *shards)]
+        runs["proof"] = [grow(base, output, args.every, *shards)]
 
     def median(name: str, key: str = "seconds") -> float:
         return statistics.median(run[key] for run in runs[name])

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pty
-import struct
 import subprocess
 import sys
 
@@ -15,8 +14,10 @@ import pytest
 from tli_jax import command, report, upscale
 from tli_jax.checkpoint import stream
 from tli_jax.checkpoint.hf import expected_shapes, open_checkpoint, read_tensor
+from tli_jax.checkpoint.output import staged
 from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LlamaConfig
+from tli_jax.growth.presets import tli
+from tli_jax.models.shapes import SHAPES
 
 GROWTH_KEYS = [
     "version",
@@ -113,40 +114,45 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
         assert abs(float(loss) - proof["loss_grown"]) < 2e-2
 
 
-def test_plan_only_reads_no_weights_and_writes_nothing(tmp_path, capsys):
-    """A 405B-shaped folder of sparse files: real headers, no data on disk."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=16384,
-        intermediate_size=53248,
-        num_hidden_layers=126,
-        num_attention_heads=128,
-        num_key_value_heads=8,
-        head_dim=128,
-        dtype="bfloat16",
-    )
-    pieces = [stream.Piece(n, "BF16", s, 2 * int(np.prod(s))) for n, s in expected_shapes(config).items()]
+def sparse_folder(folder, config, pieces):
+    """A model of sparse files: real headers and real sizes, no data on the disk."""
     shards = stream.split_shards(pieces, 5 * 10**9)
     for name, shard in shards.items():
-        entries, at = {}, 0
-        for piece in shard:
-            entries[piece.name] = {"dtype": "BF16", "shape": piece.shape, "data_offsets": [at, at + piece.nbytes]}
-            at += piece.nbytes
-        header = json.dumps(entries).encode()
-        with (tmp_path / name).open("wb") as file:
-            file.write(struct.pack("<Q", len(header)) + header)
-            file.truncate(8 + len(header) + at)
+        header = stream._header(shard)
+        with (folder / name).open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + sum(piece.nbytes for piece in shard))
     index = {"weight_map": {piece.name: name for name, shard in shards.items() for piece in shard}}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "config.json").write_text(json.dumps(config.to_hf()))
-    before = sorted(tmp_path.iterdir())
-    assert run("--model", tmp_path, "--plan-only", "--json", "--every", 8) == 0
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config.to_hf()))
+
+
+@pytest.mark.parametrize(("shape", "every"), [("llama3.1-70b", 4), ("llama3.1-405b", 8)])
+def test_growth_at_size(tmp_path, capsys, shape, every):
+    """Planned, named and put in place at its real size: all of growth but the copying of bytes."""
+    config = SHAPES[shape]
+    layers, grown_layers = config.num_hidden_layers, config.num_hidden_layers + config.num_hidden_layers // every
+    base, output = tmp_path / "base", tmp_path / "grown"
+    base.mkdir()
+    pieces = [stream.Piece(n, "BF16", s, 2 * int(np.prod(s))) for n, s in expected_shapes(config).items()]
+    sparse_folder(base, config, pieces)
+    before = sorted(base.iterdir())
+    assert run("--model", base, "--plan-only", "--json", "--every", every, "--shape", shape) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["before"]["parameters"] == 405_853_388_800
-    assert found["after"]["layers"] == 126 + 126 // 8
-    assert found["is_exact"]
+    assert found["before"]["parameters"] == config.num_params and found["is_exact"]
+    assert found["after"]["layers"] == grown_layers
     assert found["after"]["bytes"] == 2 * found["after"]["parameters"]
-    assert sorted(tmp_path.iterdir()) == before
+    assert sorted(tmp_path.iterdir()) == [base] and sorted(base.iterdir()) == before
+
+    opened = open_checkpoint(base)
+    plan = tli(layers, every)
+    with staged(output, 0) as partial:
+        sparse_folder(partial, config.with_layers(grown_layers), stream.grown_pieces(opened, plan))
+        (partial / "growth.json").write_text(json.dumps(plan.to_json()))
+    grown = open_checkpoint(output)
+    assert grown.config.num_hidden_layers == grown_layers and grown.nbytes == found["after"]["bytes"]
+    names = {name for name in found["writes"] if name.endswith(".safetensors")}
+    assert {file.name for file in output.glob("*.safetensors")} == names
 
 
 def test_json_alone_on_stdout(tmp_path, capsys):
