@@ -207,7 +207,7 @@ class TestTopologies:
         assert step["collectives"]["all-gather"] > 0
 
     def test_two_slices_have_data_between_them(self, check):
-        found, _ = check(**{"topology": "v5e-4", "slices": 2, "train.mesh": "data=2", "train.attention": "xla"})
+        found, _ = check(**{"topology": "v5e-4", "slices": 2, "train.attention": "xla"})
         assert found["mesh"]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
         assert found["step compiles"]["status"] == "ok"
 

@@ -25,7 +25,8 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     Over several slices (or other groups of devices with slow links between), ``data`` spans the slices.
 
     Args:
-        degrees: devices along an axis; -1 takes what is left. By default ``fsdp`` does, the others are 1.
+        degrees: devices along an axis; -1 takes what is left. By default ``fsdp`` does, ``tensor`` is 1, and
+            ``data`` the number of slices.
 
     Raises:
         UsageError: the degrees do not multiply to the number of devices.
@@ -33,7 +34,8 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     from jax.experimental import mesh_utils
 
     devices = list(jax.devices()) if devices is None else list(devices)
-    asked = {"data": 1, "fsdp": -1, "tensor": 1} | dict(degrees)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    asked = {"data": slices, "fsdp": -1, "tensor": 1} | dict(degrees)
     if "fsdp" not in degrees and -1 in degrees.values():
         asked["fsdp"] = 1
     product = " × ".join(f"{axis} {asked[axis]}" for axis in AXES)
@@ -45,7 +47,6 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     if math.prod(shape) != len(devices):
         raise UsageError(f"mesh: {product} does not give the {len(devices)} devices that there are: change mesh")
     split = {"allow_split_physical_axes": True}  # or some shapes are refused that are only not the fastest
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices > 1:
         if shape[0] % slices:
             raise UsageError(f"mesh: data is {shape[0]}, must be a multiple of the {slices} slices")

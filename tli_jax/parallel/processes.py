@@ -45,13 +45,15 @@ _C_ABORT = b"JAX distributed service detected fatal errors"
 _supervisor: socket.socket | None = None
 
 
-def start(distributed: bool, process: str | None, timeout: int = 120, heartbeat: int = _HEARTBEAT) -> None:
+def start(distributed: bool, process: str | None, timeout: int | None = None, heartbeat: int = _HEARTBEAT) -> None:
     """Join the other processes; before any computation, and before threads. With neither option nothing is done.
 
     Args:
-        distributed: let JAX find the others: on Cloud TPU, GKE and Slurm it can.
+        distributed: let JAX find the others: on Cloud TPU, GKE and Slurm it can. The environment's JAX_COORDINATOR_PORT
+            is where process 0 then listens, if set.
         process: ``INDEX/COUNT@HOST:PORT`` of process 0, where it cannot.
-        timeout: seconds to wait for all to come. Whoever waits in vain leaves with 69.
+        timeout: seconds to wait for all to come, by default 1800 where a cluster starts them, which may take its time,
+            and 120 where they are started by hand. Whoever waits in vain leaves with 69.
         heartbeat: seconds without a sign of life until a peer counts as gone.
 
     Raises:
@@ -62,6 +64,7 @@ def start(distributed: bool, process: str | None, timeout: int = 120, heartbeat:
         raise UsageError(f"process {process}: write INDEX/COUNT@HOST:PORT, e.g. 0/2@10.0.0.1:1234; INDEX counts from 0")
     if not (distributed or found):
         return
+    timeout = timeout or (120 if found else 1800)
     if found and int(found[1]) == 0:
         try:  # jax 0.10 crashes where this fails
             socket.create_server(("", int(found[4]))).close()
@@ -70,6 +73,9 @@ def start(distributed: bool, process: str | None, timeout: int = 120, heartbeat:
     _supervise(LOST, f"the other processes did not come within {timeout} s: start all of them, with the same HOST:PORT")
     import jax
 
+    print(
+        f"waiting for the other processes, {timeout} s at most: does every worker start?", file=sys.stderr, flush=True
+    )
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler is in C++ and would hide ours
     try:
         jax.distributed.initialize(
@@ -87,7 +93,9 @@ def start(distributed: bool, process: str | None, timeout: int = 120, heartbeat:
 
 
 @contextlib.contextmanager
-def joined(distributed: bool, process: str | None, timeout: int = 120, heartbeat: int = _HEARTBEAT) -> Iterator[None]:
+def joined(
+    distributed: bool, process: str | None, timeout: int | None = None, heartbeat: int = _HEARTBEAT
+) -> Iterator[None]:
     """`start`, and the loss of a peer inside becomes `UnavailableError`."""
     start(distributed, process, timeout, heartbeat)
     try:

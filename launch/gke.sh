@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# TPU slices on Google Kubernetes Engine, as a JobSet by kubectl, or by xpk.
+#
+#   launch/gke.sh ACTION --name NAME [--dry-run] …
+#
+#   create  --slice v5p-64 [--slices N] --config FILE --image IMAGE@sha256:DIGEST --claim CLAIM [--port PORT]
+#           [--with xpk --cluster CLUSTER --zone ZONE --project PROJECT]
+#   status
+#   logs
+#   stop    delete the JobSet: every process is told to stop, saves and leaves; `create` goes on
+#
+# --image    built from launch/Dockerfile and pushed by you; by its digest, so that every restart runs the same
+# --claim    a PersistentVolumeClaim, mounted at /data on every machine: model, text, run
+# --with xpk  mounts what `xpk storage attach` gave the cluster, and takes the configuration from the image
+# --dry-run  print the commands, run nothing
+#
+# What follows -- goes to the command, e.g. -- --train.only all.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case ${1:-} in
+  --help | -h | "") usage && exit 0 ;;
+esac
+action=$1
+shift
+name='' slice='' slices=1 config='' image='' claim='' port='' with=kubectl cluster='' zone='' project=''
+while (($#)); do
+  case $1 in
+    --name) name=$2 && shift ;;
+    --slice) slice=$2 && shift ;;
+    --slices) slices=$2 && shift ;;
+    --config) config=$2 && shift ;;
+    --image) image=$2 && shift ;;
+    --claim) claim=$2 && shift ;;
+    --port) port=$2 && shift ;;
+    --with) with=$2 && shift ;;
+    --cluster) cluster=$2 && shift ;;
+    --zone) zone=$2 && shift ;;
+    --project) project=$2 && shift ;;
+    --dry-run) DRY_RUN=true ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) die "$(quoted "$1") is not known; see --help" ;;
+  esac
+  shift
+done
+need --name "$name"
+check_name "$name"
+jobs=jobset.sigs.k8s.io/jobset-name=$name
+
+case $action in
+  create)
+    need --slice "$slice"
+    need --config "$config"
+    [[ $image =~ @sha256:[0-9a-f]{64}$ ]] || die "image $(quoted "$image"): by its digest, NAME@sha256:…"
+    generation "$slice" >/dev/null
+    make_command "$config" "$@"
+    case $with in
+      kubectl)
+        need --claim "$claim"
+        for i in "${!COMMAND[@]}"; do
+          [[ ${COMMAND[i]} != "$config" ]] || COMMAND[i]=/config/run.yaml
+        done
+        words=(--name "$name" --slice "$slice" --slices "$slices" --config "$config" --image "$image" --claim "$claim")
+        [[ -z $port ]] || words+=(--port "$port")
+        if $DRY_RUN; then
+          printf '%s | kubectl apply -f -\n' "$(quoted python "$LAUNCH/jobset.py" "${words[@]}" -- "${COMMAND[@]}")"
+        else
+          python "$LAUNCH/jobset.py" "${words[@]}" -- "${COMMAND[@]}" | kubectl apply -f -
+        fi
+        ;;
+      xpk)
+        need --cluster "$cluster"
+        need --zone "$zone"
+        need --project "$project"
+        environment=()
+        [[ -z $port ]] || environment+=("JAX_COORDINATOR_PORT=$port")
+        line=$(quoted env "${environment[@]}" /launch/worker.sh "$(generation "$slice")" "${COMMAND[@]}")
+        run xpk workload create --workload "$name" --cluster "$cluster" --zone "$zone" --project "$project" \
+          "--tpu-type=${slice/#v5e-/v5litepod-}" "--num-slices=$slices" --docker-image "$image" --command "$line" \
+          --max-restarts=100 --restart-on-exit-codes=75
+        ;;
+      *) die "with $(quoted "$with"): kubectl or xpk" ;;
+    esac
+    ;;
+  status)
+    run kubectl get jobset "$name"
+    run kubectl get pods "--selector=$jobs"
+    ;;
+  logs)
+    run kubectl logs --follow "--selector=$jobs,batch.kubernetes.io/job-completion-index=0" --tail=100
+    ;;
+  stop)
+    run kubectl delete jobset "$name" --ignore-not-found
+    run kubectl delete configmap "$name" --ignore-not-found
+    ;;
+  *) die "action $(quoted "$action") is not known; see --help" ;;
+esac

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Several processes on this machine: to try what a pod does, or for one process a GPU.
+#
+#   launch/local.sh --config FILE [--processes N] [--port PORT] [--platform cpu|gpu] [--dry-run] [-- FLAG...]
+#
+# --processes  how many (default 2). On GPUs, process I sees GPU I alone
+# --port       where process 0 listens (default: a free one)
+# --platform   for compiler flags (default cpu)
+# --dry-run    print the commands, run nothing
+#
+# What follows -- goes to every process, e.g. -- --train.steps 10. SIGTERM reaches all of them: they save and leave with
+# 75, and the same command goes on. The exit code is the first that is not 0.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+config='' processes=2 port='' platform=cpu
+while (($#)); do
+  case $1 in
+    --config) config=$2 && shift ;;
+    --processes) processes=$2 && shift ;;
+    --port) port=$2 && shift ;;
+    --platform) platform=$2 && shift ;;
+    --dry-run) DRY_RUN=true ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) die "$(quoted "$1") is not known; see --help" ;;
+  esac
+  shift
+done
+need --config "$config"
+if [[ -z $port ]]; then
+  port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+fi
+
+make_command "$config" "$@"
+children=()
+# shellcheck disable=SC2329  # the trap calls it
+stop() {
+  kill -TERM "${children[@]}" 2>/dev/null || true
+}
+trap stop TERM INT
+for ((i = 0; i < processes; i++)); do
+  words=()
+  for word in "${COMMAND[@]}"; do
+    case $word in
+      --distributed | --train.distributed) words+=("${word%distributed}process" "$i/$processes@127.0.0.1:$port") ;;
+      *) words+=("$word") ;;
+    esac
+  done
+  [[ $platform != gpu ]] || words=(env "CUDA_VISIBLE_DEVICES=$i" "${words[@]}")
+  if $DRY_RUN; then
+    run "$LAUNCH/worker.sh" "$platform" "${words[@]}"
+  else
+    "$LAUNCH/worker.sh" "$platform" "${words[@]}" &
+    children+=($!)
+  fi
+done
+
+worst=0
+for child in "${children[@]}"; do
+  while :; do
+    wait "$child" && code=0 || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  [[ $worst -ne 0 ]] || worst=$code
+done
+exit "$worst"

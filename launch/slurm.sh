@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# GPUs under Slurm: one process a GPU, which find each other by themselves.
+#
+#   launch/slurm.sh --config FILE --name NAME [--nodes N] [--gpus-per-node N] [--time HH:MM:SS] [--port PORT] [--dry-run]
+#                   [--sbatch FLAG]... [-- FLAG...]
+#
+# --nodes          default 1
+# --gpus-per-node  default 8
+# --time           of one job (default 24:00:00); two minutes before its end all save, leave with 75 and are queued again
+# --port           where process 0 listens (default: JAX's own choice)
+# --sbatch         passed on to sbatch, as often as needed, e.g. --sbatch --partition=h100
+# --dry-run        print the command, run nothing
+#
+# What follows -- goes to the command, e.g. -- --train.only all. The folder must be the same on all nodes, and
+# `python` there the one that has tli_jax: switch the environment on first.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+config='' name='' nodes=1 gpus=8 limit=24:00:00 port='' more=()
+while (($#)); do
+  case $1 in
+    --config) config=$2 && shift ;;
+    --name) name=$2 && shift ;;
+    --nodes) nodes=$2 && shift ;;
+    --gpus-per-node) gpus=$2 && shift ;;
+    --time) limit=$2 && shift ;;
+    --port) port=$2 && shift ;;
+    --sbatch) more+=("$2") && shift ;;
+    --dry-run) DRY_RUN=true ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) die "$(quoted "$1") is not known; see --help" ;;
+  esac
+  shift
+done
+need --config "$config"
+need --name "$name"
+check_name "$name"
+make_command "$config" "$@"
+words=("--job-name=$name" "--output=$name-%j.log" --open-mode=append "--nodes=$nodes" "--ntasks-per-node=$gpus")
+words+=("--gpus-per-node=$gpus" "--time=$limit" --signal=TERM@120 --requeue)
+[[ -z $port ]] || words+=("--export=ALL,JAX_COORDINATOR_PORT=$port")
+run sbatch "${words[@]}" "${more[@]}" "$LAUNCH/slurm_job.sh" "${COMMAND[@]}"

@@ -1,0 +1,137 @@
+#!/usr/bin/env bash
+# Cloud TPU VMs: one slice, or several that train together.
+#
+#   launch/tpu_vm.sh ACTION --name NAME --zone ZONE [--project PROJECT] [--dry-run] …
+#
+#   create  --slice v5p-64 [--slices N] [--spot]     ask for the slices, as a queued resource
+#   status                                           WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, …
+#   setup   --slice S [--slices N]                   install tli_jax, as it is here, on every worker
+#   check   --slice S [--slices N] --config FILE     preflight on every worker
+#   run     --slice S [--slices N] --config FILE     start on every worker; an ssh that breaks off stops nothing
+#   logs    [--slices N]                             follow what the first worker says
+#   stop    [--slices N]                             SIGTERM to every worker: all save the same step and leave
+#   delete                                           give everything back
+#
+# --port     where process 0 listens (default: JAX's own choice)
+# --dry-run  print the commands, run nothing
+#
+# What follows -- goes to the command, e.g. -- --train.only all. `run` again goes on with a run that has begun.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case ${1:-} in
+  --help | -h | "") usage && exit 0 ;;
+esac
+action=$1
+shift
+name='' zone='' project='' slice='' slices=1 config='' port='' spot=false
+while (($#)); do
+  case $1 in
+    --name) name=$2 && shift ;;
+    --zone) zone=$2 && shift ;;
+    --project) project=$2 && shift ;;
+    --slice) slice=$2 && shift ;;
+    --slices) slices=$2 && shift ;;
+    --config) config=$2 && shift ;;
+    --port) port=$2 && shift ;;
+    --spot) spot=true ;;
+    --dry-run) DRY_RUN=true ;;
+    --help | -h) usage && exit 0 ;;
+    --) shift && break ;;
+    *) die "$(quoted "$1") is not known; see --help" ;;
+  esac
+  shift
+done
+need --name "$name"
+need --zone "$zone"
+check_name "$name"
+[[ $slices =~ ^[1-9][0-9]*$ ]] || die "slices $(quoted "$slices"): a number"
+where=(--zone "$zone")
+[[ -z $project ]] || where+=(--project "$project")
+
+nodes=("$name")
+if ((slices > 1)); then
+  nodes=()
+  for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
+fi
+
+# On every worker of every slice, or with $1 = 0 on the first worker of the first: a command line for a shell over there.
+on_workers() {
+  local worker=$1 line=$2 node
+  for node in "${nodes[@]}"; do
+    run gcloud compute tpus tpu-vm ssh "$node" "${where[@]}" "--worker=$worker" "--command=$line"
+    [[ $worker == all ]] || break
+  done
+}
+
+# Copy to every worker; the last word is where to, in the folder there.
+to_workers() {
+  local node from=("${@:1:$#-1}")
+  for node in "${nodes[@]}"; do
+    run gcloud compute tpus tpu-vm scp --recurse "${from[@]}" "$node:tli_jax/${*: -1}" "${where[@]}" --worker=all
+  done
+}
+
+# What every process runs, as words that a shell over there reads; the configuration has been copied.
+remote_command() {
+  need --slice "$slice"
+  need --config "$config"
+  make_command "$config" "$@"
+  for i in "${!COMMAND[@]}"; do
+    [[ ${COMMAND[i]} != "$config" ]] || COMMAND[i]=run.yaml
+  done
+  environment=("PATH=.venv/bin:/usr/bin:/bin")
+  [[ -z $port ]] || environment+=("JAX_COORDINATOR_PORT=$port")
+}
+
+case $action in
+  create)
+    need --slice "$slice"
+    kind=$(generation "$slice")
+    runtime=RUNTIME_$kind
+    words=("--accelerator-type=${slice/#v5e-/v5litepod-}" "--runtime-version=${!runtime}")
+    if ((slices > 1)); then
+      words+=("--node-count=$slices" "--node-prefix=$name")
+    else
+      words+=("--node-id=$name")
+    fi
+    ! $spot || words+=(--spot)
+    run gcloud compute tpus queued-resources create "$name" "${where[@]}" "${words[@]}"
+    ;;
+  status)
+    run gcloud compute tpus queued-resources describe "$name" "${where[@]}" "--format=value(state.state)"
+    ;;
+  setup)
+    need --slice "$slice"
+    run python -m pip wheel --quiet --no-deps --wheel-dir dist/launch "$LAUNCH/.."
+    on_workers all "mkdir -p tli_jax"
+    to_workers dist/launch "$LAUNCH" ""
+    packages="sudo apt-get -qq update && sudo apt-get -qq install -y python$PYTHON-venv"
+    venv="cd tli_jax && python$PYTHON -m venv .venv"
+    install=".venv/bin/pip install -q \"jax[tpu]==$JAX_VERSION\" \"\$(ls launch/tli_jax-*.whl)[gcs,data]\""
+    on_workers all "$packages && $venv && $install"
+    ;;
+  check)
+    remote_command "$@"
+    to_workers "$config" run.yaml
+    words=(env "${environment[@]}" python -m tli_jax.preflight --config run.yaml --train.distributed "$@")
+    on_workers all "cd tli_jax && $(quoted "${words[@]}")"
+    ;;
+  run)
+    remote_command "$@"
+    to_workers "$config" run.yaml
+    line=$(quoted env "${environment[@]}" bash launch/worker.sh "$(generation "$slice")" "${COMMAND[@]}")
+    on_workers all "cd tli_jax && { setsid nohup $line >$name.log 2>&1 </dev/null & echo \$! >$name.pid; }"
+    ;;
+  logs)
+    on_workers 0 "tail -n 100 -f tli_jax/$name.log"
+    ;;
+  stop)
+    on_workers all "kill -TERM \"\$(cat tli_jax/$name.pid)\""
+    ;;
+  delete)
+    run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force
+    ;;
+  *) die "action $(quoted "$action") is not known; see --help" ;;
+esac

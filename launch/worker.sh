@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Runs a command on one machine of a run, and again for as long as it leaves with 75.
+#
+#   launch/worker.sh v5e|v5p|v6e|gpu|cpu COMMAND...
+#
+# 75 says: told to stop, everything is saved, the same command goes on. Every other exit code ends it. When this script
+# itself is told to stop (SIGTERM), the machine is going away: the command may save, and is not started again.
+# Compiler flags come from xla_flags.env; programs that were compiled once are kept in JAX_COMPILATION_CACHE_DIR.
+set -euo pipefail
+# shellcheck source=launch/lib.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+case ${1:-} in
+  --help | -h | "")
+    usage
+    exit 0
+    ;;
+esac
+platform=$1
+shift
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/tli_jax/compiled}
+case $platform in
+  v5e | v5p | v6e)
+    LIBTPU_INIT_ARGS="$(flags_for "$platform") ${LIBTPU_INIT_ARGS:-}"
+    export LIBTPU_INIT_ARGS
+    ;;
+  gpu)
+    XLA_FLAGS="$(flags_for gpu) ${XLA_FLAGS:-}"
+    export XLA_FLAGS
+    export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
+    ;;
+  cpu) ;;
+  *) die "platform $platform is not known: v5e, v5p, v6e, gpu or cpu" ;;
+esac
+
+told=false
+child=
+# shellcheck disable=SC2329  # the trap calls it
+stop() {
+  told=true
+  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+}
+trap stop TERM INT
+
+while true; do
+  "$@" &
+  child=$!
+  code=0
+  # A signal ends `wait` before the child has: wait until it is gone.
+  while :; do
+    wait "$child" && code=0 || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  if [[ $code -ne 75 ]] || $told; then
+    exit "$code"
+  fi
+  printf 'left with 75, everything is saved: going on\n' >&2
+done

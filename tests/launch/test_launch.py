@@ -1,0 +1,342 @@
+"""Launch scripts: what they would run, what they do run, and when they run it again."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from tli_jax.parallel import topology
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(LAUNCH.glob("*.sh"))
+DIGEST = "registry/tli_jax@sha256:" + "0123456789abcdef" * 4
+# A stand-in for a cloud's command: writes down its words, one call a line, and what comes in by a pipe.
+RECORD = f"""#!{sys.executable}
+import json, os, sys
+piped = "" if sys.stdin.isatty() or "-" not in sys.argv else sys.stdin.read()
+with open(os.environ["CALLS"], "a") as file:
+    file.write(json.dumps([os.path.basename(sys.argv[0]), sys.argv[1:], piped]) + "\\n")
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A path that a careless script would trip over, or worse."""
+    file = tmp_path / "a b; touch pwned $(touch pwned) 'x'.yaml"
+    file.write_text("model: embedded\noutput: out\ntrain:\n  run: run\n")
+    return file
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run a script in an empty folder, with commands of its own first on the path: exit code, output, calls."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "work").mkdir()
+    for name in ("gcloud", "kubectl", "sbatch", "xpk"):
+        (tmp_path / "bin" / name).write_text(RECORD)
+        (tmp_path / "bin" / name).chmod(0o755)
+    python = Path(sys.executable).parent
+    calls = tmp_path / "calls"
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{python}:{os.environ['PATH']}", "CALLS": str(calls)}
+
+    def launch(script, *words, code=0):
+        call = [str(LAUNCH / script), *map(str, words)]
+        done = subprocess.run(
+            call, cwd=tmp_path / "work", env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+        assert done.returncode == code, done.stderr
+        assert not list(tmp_path.rglob("pwned"))
+        found = [json.loads(line) for line in calls.read_text().splitlines()] if calls.exists() else []
+        return done.stdout, done.stderr, found
+
+    return launch
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_shellcheck(script):
+    found = subprocess.run(
+        [Path(sys.executable).with_name("shellcheck"), "-x", script], cwd=ROOT, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stdout
+    strict = "set -uo pipefail" if script.name == "slurm_job.sh" else "set -euo pipefail"
+    assert script.name == "lib.sh" or strict in script.read_text().splitlines()
+
+
+def actions(config):
+    """Calls that a dry run and a real one are compared on."""
+    vm, gke = ["--name", "r1", "--zone", "z"], ["--name", "r1"]
+    where = [*vm, "--slice", "v5p-64", "--config", config]
+    return {
+        "vm create": ["tpu_vm.sh", "create", *vm, "--slice", "v5e-8", "--spot", "--project", "p"],
+        "vm create two": ["tpu_vm.sh", "create", *vm, "--slice", "v6e-256", "--slices", "2"],
+        "vm status": ["tpu_vm.sh", "status", *vm],
+        "vm check": ["tpu_vm.sh", "check", *where],
+        "vm run": ["tpu_vm.sh", "run", *where, "--slices", "2", "--port", "9999", "--", "--train.run", "a'b $HOME"],
+        "vm logs": ["tpu_vm.sh", "logs", *vm],
+        "vm stop": ["tpu_vm.sh", "stop", *vm],
+        "vm delete": ["tpu_vm.sh", "delete", *vm],
+        "gke xpk": [
+            *("gke.sh", "create", *gke, "--slice", "v5p-64", "--config", config, "--image", DIGEST, "--with", "xpk"),
+            *("--cluster", "c", "--zone", "z", "--project", "p", "--", "--train.run", "a'b $HOME"),
+        ],
+        "gke status": ["gke.sh", "status", *gke],
+        "gke logs": ["gke.sh", "logs", *gke],
+        "gke stop": ["gke.sh", "stop", *gke],
+        "slurm": [
+            "slurm.sh",
+            *gke,
+            "--config",
+            config,
+            "--sbatch",
+            "--partition=x y",
+            "--",
+            "--train.run",
+            "a'b $HOME",
+        ],
+    }
+
+
+@pytest.mark.parametrize("name", actions("x"))
+def test_a_dry_run_prints_what_is_run(launch, config, name):
+    script, *words = actions(config)[name]
+    at = words.index("--") if "--" in words else len(words)
+    printed, _, calls = launch(script, *words[:at], "--dry-run", *words[at:])
+    assert not calls and printed
+    _, _, calls = launch(script, *words)
+    assert [[name, *words] for name, words, _ in calls] == [shlex.split(line) for line in printed.splitlines()]
+
+
+def test_the_words_of_every_worker_arrive_as_they_were(launch, config):
+    _, _, calls = launch(*actions(config)["vm run"])
+    copies = [words for _, words, _ in calls if "scp" in words]
+    assert [(words[5], words[6]) for words in copies] == [(str(config), f"r1-{i}:tli_jax/run.yaml") for i in range(2)]
+    started = [words for _, words, _ in calls if "ssh" in words]
+    assert [words[4] for words in started] == ["r1-0", "r1-1"] and all("--worker=all" in words for words in started)
+    line = next(word for word in started[0] if word.startswith("--command="))
+    there = shlex.split(line.removeprefix("--command="))
+    wanted = "env PATH=.venv/bin:/usr/bin:/bin JAX_COORDINATOR_PORT=9999 bash launch/worker.sh v5p python -m"
+    wanted += " tli_jax.upscale --config run.yaml --train.distributed --train.run"
+    at = there.index("env")
+    assert there[at : at + len(wanted.split()) + 1] == [*wanted.split(), "a'b $HOME"]
+
+
+def test_setup_installs_pinned_versions_on_every_worker(launch):
+    printed, *_ = launch("tpu_vm.sh", "setup", "--name", "r", "--zone", "z", "--slice", "v5e-8", "--dry-run")
+    wheel, _, copy, install = (shlex.split(line) for line in printed.splitlines())
+    assert wheel[:4] == ["python", "-m", "pip", "wheel"] and "--no-deps" in wheel
+    assert copy[-3:] == ["--zone", "z", "--worker=all"] and "r:tli_jax/" in copy
+    assert '"jax[tpu]==0.10.2"' in install[-1] and "python3.11 -m venv" in install[-1]
+
+
+# Of the JobSet API (v1alpha2) and batch/v1, as their public reference has it, what a manifest here uses: nothing else
+# may be in it, and what must be is there.
+def closed(required, **properties):
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": required.split(),
+        "additionalProperties": False,
+    }
+
+
+TEXT, WHOLE, NAMES = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "object"}
+EXIT_CODES = closed(
+    "operator values",
+    containerName=TEXT,
+    operator={"enum": ["In", "NotIn"]},
+    values={"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 255},
+)
+POD_RULE = closed("action", action={"enum": ["FailJob", "FailIndex", "Ignore", "Count"]}, onExitCodes=EXIT_CODES)
+POD = closed(
+    "containers",
+    restartPolicy={"const": "Never"},  # podFailurePolicy needs it
+    terminationGracePeriodSeconds=WHOLE,
+    nodeSelector={"type": "object", "additionalProperties": TEXT},
+    volumes={"type": "array"},
+    containers={
+        "type": "array",
+        "items": closed(
+            "name",
+            **dict.fromkeys(("name", "image", "workingDir"), TEXT),
+            command={"type": "array", "items": TEXT},
+            env={"type": "array", "items": closed("name", name=TEXT, value=TEXT)},
+            ports={"type": "array", "items": closed("containerPort", containerPort=WHOLE)},
+            resources=closed("", requests=NAMES, limits=NAMES),
+            volumeMounts={"type": "array", "items": closed("name mountPath", name=TEXT, mountPath=TEXT)},
+        ),
+    },
+)
+JOB = closed(
+    "template",
+    **dict.fromkeys(("parallelism", "completions", "backoffLimit"), WHOLE),
+    completionMode={"enum": ["Indexed", "NonIndexed"]},
+    podFailurePolicy=closed("rules", rules={"type": "array", "items": POD_RULE, "maxItems": 20}),
+    template=closed("spec", spec=POD),
+)
+REASONS = ["BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes", "MaxFailedIndexesExceeded", "PodFailurePolicy"]
+RULE = closed(
+    "name action",
+    name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
+    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+    onJobFailureReasons={"type": "array", "items": {"enum": REASONS}},
+)
+JOBSET = closed(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata=closed("name", name=TEXT, annotations=NAMES),
+    spec=closed(
+        "replicatedJobs",
+        failurePolicy=closed("", maxRestarts=WHOLE, rules={"type": "array", "items": RULE}),
+        replicatedJobs={
+            "type": "array",
+            "items": closed("name template", name=TEXT, replicas=WHOLE, template=closed("spec", spec=JOB)),
+        },
+    ),
+)
+
+
+@pytest.mark.parametrize(("slice_", "slices", "machines"), [("v5e-8", 1, 2), ("v5p-1024", 1, 128), ("v6e-256", 2, 64)])
+def test_the_manifest(launch, config, slice_, slices, machines):
+    words = ["--name", "r1", "--slice", slice_, "--slices", slices, "--config", config, "--image", DIGEST]
+    words += ["--claim", "data", "--port", "9999", "--", "--train.run", "a'b $HOME"]
+    _, _, calls = launch("gke.sh", "create", *words)
+    ((name, called, piped),) = calls
+    assert (name, called) == ("kubectl", ["apply", "-f", "-"])
+    configmap, jobset = yaml.safe_load_all(piped)
+    assert configmap["data"]["run.yaml"] == config.read_text()
+    jsonschema.validate(jobset, JOBSET)
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert replicated["replicas"] == slices and job["completions"] == job["parallelism"] == machines
+    assert machines * container["resources"]["limits"]["google.com/tpu"] * slices == slices * machines * 4
+    assert container["image"] == DIGEST
+    wanted = ["python", "-m", "tli_jax.upscale", "--config", "/config/run.yaml", "--train.distributed", "--train.run"]
+    assert container["command"] == ["/launch/worker.sh", slice_.split("-")[0], *wanted, "a'b $HOME"]
+    assert {"name": "JAX_COORDINATOR_PORT", "value": "9999"} in container["env"]
+    # Only 75 starts it again.
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [75]) and job["backoffLimit"] == 0
+    assert rule["onExitCodes"]["operator"] == "NotIn" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gke.sh", "create", "--name", "r", "--slice", "v5e-8", "--image", "tli_jax:latest"], "by its digest"),
+        (["gke.sh", "create", "--name", "R;x"], "name 'R;x'"),
+        (["tpu_vm.sh", "create", "--name", "r", "--zone", "z", "--slice", "v9-8"], "slice v9-8 is not known"),
+        (["tpu_vm.sh", "fly", "--name", "r", "--zone", "z"], "action fly is not known"),
+        (["tpu_vm.sh", "run", "--name", "r"], "--zone is needed"),
+        (["slurm.sh", "--name", "r", "--nodez", "2"], "--nodez is not known"),
+        (["local.sh"], "--config is needed"),
+        (["worker.sh", "tpu", "true"], "platform tpu is not known"),
+    ],
+)
+def test_what_is_wrong_is_said_and_nothing_is_run(launch, config, words, says):
+    needed = ["--config", config] if "create" in words and "gke.sh" in words else []
+    _, err, calls = launch(*words, *needed, code=2)
+    assert says in err and not calls
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in ("lib.sh", "slurm_job.sh")])
+def test_help(launch, script):
+    assert f"launch/{script.name}" in launch(script.name, "--help")[0]
+
+
+class TestWorker:
+    """It goes on after 75, and only then."""
+
+    @pytest.mark.parametrize("code", [0, 1, 69, 76, 137])
+    def test_other_codes_end_it(self, tmp_path, code):
+        script = f"echo x >>{shlex.quote(str(tmp_path / 'runs'))}; exit {code}"
+        done = subprocess.run([LAUNCH / "worker.sh", "cpu", "bash", "-c", script], check=False)
+        assert done.returncode == code and (tmp_path / "runs").read_text() == "x\n"
+
+    def test_75_goes_on(self, tmp_path):
+        runs = shlex.quote(str(tmp_path / "runs"))
+        script = f"echo x >>{runs}; [[ $(wc -l <{runs}) -ge 3 ]] || exit 75"
+        done = subprocess.run([LAUNCH / "worker.sh", "cpu", "bash", "-c", script], check=False)
+        assert done.returncode == 0 and (tmp_path / "runs").read_text() == "x\n" * 3
+
+    def test_told_to_stop_it_lets_the_command_save_and_does_not_go_on(self, tmp_path):
+        runs, saved = tmp_path / "runs", tmp_path / "saved"
+        script = f"trap 'sleep 0.5; touch {saved}; exit 75' TERM; echo x >>{runs}; while :; do sleep 0.05; done"
+        worker = subprocess.Popen([LAUNCH / "worker.sh", "cpu", "bash", "-c", script])
+        while not runs.exists():
+            time.sleep(0.02)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait(60) == 75
+        assert saved.exists() and runs.read_text() == "x\n"
+
+    def test_flags_are_those_of_the_file(self):
+        show = ["bash", "-c", "echo $LIBTPU_INIT_ARGS $XLA_FLAGS $XLA_PYTHON_CLIENT_MEM_FRACTION"]
+        clean = os.environ | {"XLA_FLAGS": "", "LIBTPU_INIT_ARGS": ""}
+        said = {}
+        for platform in ("v5e", "v6e", "gpu"):
+            call = [LAUNCH / "worker.sh", platform, *show]
+            said[platform] = subprocess.run(
+                call, check=True, stdout=subprocess.PIPE, text=True, env=clean
+            ).stdout.split()
+        assert said["v5e"] == flags("tpu") and said["v6e"] == flags("tpu") + flags("v6e")
+        assert said["gpu"] == [*flags("gpu"), "0.9"]
+
+
+def flags(platform):
+    lines = (LAUNCH / "xla_flags.env").read_text().splitlines()
+    return [line.split()[1] for line in lines if line.startswith(f"{platform} ")]
+
+
+def accepts(flags, name):
+    """Exit code of a process that loads the compiler with these flags, and compiles something."""
+    code = "import jax; jax.jit(lambda x: x + 1).lower(1.0).compile()"
+    if name == "LIBTPU_INIT_ARGS":
+        code = (
+            "import jax; from jax.experimental import topologies as t;"
+            'd = t.get_topology_desc("v5e:2x2", platform="tpu").devices[0];'
+            "x = jax.ShapeDtypeStruct((8, 128), 'float32', sharding=jax.sharding.SingleDeviceSharding(d));"
+            "jax.jit(lambda x: x + 1).lower(x).compile()"
+        )
+    quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    environment = os.environ | quiet | {"XLA_FLAGS": ""} | {name: " ".join(flags)}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode
+
+
+@pytest.mark.skipif(not topology.has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
+def test_the_tpu_compiler_knows_its_flags():
+    assert flags("tpu") and flags("v6e")
+    assert accepts(flags("tpu") + flags("v6e"), "LIBTPU_INIT_ARGS") == 0
+    assert accepts([*flags("tpu"), "--xla_tpu_enable_async_colective_fusion=true"], "LIBTPU_INIT_ARGS") != 0
+
+
+def test_the_compiler_knows_the_flags_for_gpus():
+    assert flags("gpu")
+    assert accepts(flags("gpu"), "XLA_FLAGS") == 0
+    assert accepts(["--xla_gpu_enable_latency_hidin_scheduler=true"], "XLA_FLAGS") != 0
+
+
+def test_dry_runs_in_the_readme_are_what_is_printed():
+    text = (LAUNCH / "README.md").read_text()
+    blocks = re.findall(r"```console\n\$ (launch/[^\n]*--dry-run[^\n]*)\n(.*?)```", text, re.S)
+    assert len(blocks) >= 5
+    python = Path(sys.executable).parent
+    for command, printed in blocks:
+        done = subprocess.run(
+            shlex.split(command),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PATH": f"{python}:{os.environ['PATH']}"},
+        )
+        assert done.stdout == printed, f"{command}: {done.stderr}"

@@ -1,0 +1,100 @@
+"""Launch scripts that really train: two processes on this machine, by hand and as Slurm starts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[2] / "launch"
+
+
+@pytest.fixture
+def work(tmp_path, start):
+    (tmp_path / "train.yaml").write_text(
+        f"model: {start}/base\nrun: {tmp_path}/run\ntext: {start}/ids.npy\nsequence_length: 16\nbatch_size: 8\n"
+        "steps: 12\nsave_every: 4\nvalidate_every: 12\ncompute_dtype: float32\nonly: last_n(1)\n"
+    )
+    return tmp_path
+
+
+def environment(**more):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    devices = "--xla_force_host_platform_device_count=4"
+    return os.environ | {"PATH": path, "XLA_FLAGS": devices} | more
+
+
+def steps(folder):
+    file = folder / "run" / "metrics.jsonl"
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_local_trains_with_two_processes_stops_and_goes_on(work):
+    call = [LAUNCH / "local.sh", "--config", work / "train.yaml", "--processes", "2", "--"]
+    first = subprocess.Popen(
+        [*call, "--steps", "100000"], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    while not steps(work):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    _, said = first.communicate(timeout=600)
+    assert first.returncode == 75, said
+    done = steps(work)[-1]
+    second = subprocess.run(
+        [*call, "--steps", str(done + 3)], env=environment(), capture_output=True, text=True, timeout=600
+    )
+    assert second.returncode == 0, second.stderr
+    assert steps(work) == list(range(1, done + 4))
+    assert "of 8 × cpu" in second.stderr
+
+
+def test_slurm_starts_processes_that_find_each_other(work):
+    """srun as it would: one process a task, told by SLURM_* who it is; then the job leaves with their code."""
+    (work / "bin").mkdir()
+    (work / "bin" / "srun").write_text(
+        f"""#!{sys.executable}
+import os, subprocess, sys
+words = [word for word in sys.argv[1:] if not word.startswith("--kill")]
+started = [
+    subprocess.Popen(words, env=os.environ | {{"SLURM_PROCID": str(i), "SLURM_LOCALID": "0"}}) for i in range(2)
+]
+sys.exit(max(process.wait() for process in started))
+"""
+    )
+    (work / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{work}/requeued\n')
+    for name in ("srun", "scontrol"):
+        (work / "bin" / name).chmod(0o755)
+    slurm = {
+        "SLURM_JOB_ID": "4711",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_JOB_NUM_NODES": "1",
+    }
+    slurm |= {"SLURM_STEP_NUM_TASKS": "2", "TLI_JAX_LAUNCH": str(LAUNCH), "SLURM_NODELIST": "127.0.0.1"}
+    clean = environment(**slurm)
+    clean["PATH"] = f"{work / 'bin'}:{clean['PATH']}"
+    # The flags for GPUs come in front of XLA_FLAGS, and are known to the compiler for CPUs too.
+    words = ["python", "-m", "tli_jax.train", "--config", str(work / "train.yaml"), "--distributed"]
+    done = subprocess.run([LAUNCH / "slurm_job.sh", *words], env=clean, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert steps(work) == list(range(1, 13)) and "of 8 × cpu" in done.stderr
+    assert not (work / "requeued").exists()
+
+
+@pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (0, False), (69, False)])
+def test_slurm_queues_again_after_75_alone(tmp_path, code, is_requeued):
+    (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
+    (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/requeued\n')
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run([LAUNCH / "slurm_job.sh", "true"], env=os.environ | {"PATH": path, "SLURM_JOB_ID": "4711"})
+    assert done.returncode == code
+    assert (tmp_path / "requeued").exists() is is_requeued
+    if is_requeued:
+        assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
