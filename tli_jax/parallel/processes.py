@@ -73,9 +73,8 @@ def start(distributed: bool, process: str | None, timeout: int | None = None, he
     _supervise(LOST, f"the other processes did not come within {timeout} s: start all of them, with the same HOST:PORT")
     import jax
 
-    print(
-        f"waiting for the other processes, {timeout} s at most: does every worker start?", file=sys.stderr, flush=True
-    )
+    if distributed:
+        print(f"waiting for the others, {timeout} s at most: does every worker start?", file=sys.stderr, flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler is in C++ and would hide ours
     try:
         jax.distributed.initialize(
