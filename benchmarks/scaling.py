@@ -35,6 +35,7 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
     ("llama3.1-405b-tli", "v5p-1024", 1, ALL),
     ("llama3.1-405b-tli", "v6e-256", 2, ALL),
     ("llama3.1-8b-tli", "v5e-4", 1, ["--train.sequence-length", "2048"]),
+    ("llama3.1-8b-tli", "v5e-16", 1, [*ALL, "--train.batch-size", "16"]),
     *(("llama3.1-8b-tli", slice_, 1, ALL) for slice_ in ("v5e-16", "v5p-16", "v5p-256", "v6e-256", "v5e-256")),
     ("llama3.2-1b-tli", "v5e-4", 1, ALL),
     ("llama3.2-3b-tli", "v5e-16", 1, ALL),

@@ -135,7 +135,7 @@ class Preflight:
             raise UsageError(
                 "model is not set: --model FOLDER, a hub id or 'embedded', or a shape: --shape llama3.1-8b"
             )
-        is_here = name == hub.EMBEDDED or Path(name).expanduser().is_dir()
+        is_here = name == hub.EMBEDDED or (name != "" and Path(name).expanduser().is_dir())
         if config.shape is not None and not is_here:
             self.base = _from_shape(config.shape)
             told = config.shape if isinstance(config.shape, str) else "the shape that was given"

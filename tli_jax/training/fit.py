@@ -126,7 +126,11 @@ def whole_bytes(leaf: Any) -> int:
 def on_paper(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> dict[str, float]:
     """Bytes a device by formula, see docs/scaling.md: ``parameters``, ``moments``, ``gradients``, ``activations``
     that wait for the backward pass, what one ``layer`` and what the ``head`` work with; and the ``peak``, as the head
-    is done with before there are gradients of layers."""
+    is done with before there are gradients of layers.
+
+    Args:
+        dtypes: of each frozen leaf, as it is stored.
+    """
     config, model, mesh = trainer.config, trainer.model, trainer.mesh
     state = trainer.abstract_state()
     frozen = [leaf for leaf in trainer.leaves if not leaf.trains]
@@ -134,27 +138,27 @@ def on_paper(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> dict[str
     compute = np.dtype(config.compute_dtype).itemsize
     tensor = mesh.shape["tensor"]
     B = config.batch_size // config.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
-    trains, depth = trainer.layout.trains, model.num_hidden_layers
-    lowest = 0 if "embed_tokens" in trainer.layout.outer else trains.index(True) if any(trains) else depth
     sizes = model.sizes
     heads, wide = (sizes["Hh"] + 2 * sizes["Kh"]) / tensor, sizes["F"] / tensor
     inside = 4 * model.hidden_size + 2 * heads + 3 * wide
     kept = {"full": model.hidden_size, "dots": 3 * model.hidden_size + heads + 2 * wide, "none": inside}[config.remat]
     trained = sum(map(_local_bytes, state.trained.values()))
-    head = "embed_tokens" if model.tie_word_embeddings else "lm_head"
+    outside = sizes["V"] * sizes["D"] / tensor * compute
     parts: dict[str, float] = {
         "parameters": trained + sum(_local_bytes(held[leaf.name]) for leaf in frozen),
         "moments": sum(map(_local_bytes, jax.tree.leaves(state.moments))),
         # Of parts of a batch the sum is held beside the newest.
         "gradients": trained * (2 if config.accumulation > 1 else 1),
-        "activations": (depth - lowest) * B * T * kept * compute,
+        "activations": (model.num_hidden_layers - trainer.lowest) * B * T * kept * compute,
         # Weights of the layer that runs and of the next one, brought together over fsdp; and what is computed again.
         "layer": 2 * model.layer_matrix_params / tensor * compute + 2 * B * T * inside * compute,
         # Brought together too, with its gradient where it has one; logits and their gradient, of one chunk.
-        "head": (1 + (head in trainer.layout.outer)) * sizes["V"] * sizes["D"] / tensor * compute + 2 * LOGITS * 4,
+        "head": (1 + trainer.is_head_trained) * outside + 2 * LOGITS * 4,
     }
+    # Where parts of a batch are summed, the gradients of head and embedding wait whole for the end of each part.
+    waiting = 2 * outside * (trainer.is_head_trained and config.accumulation > 1)
     held_throughout = parts["parameters"] + parts["moments"] + parts["activations"]
-    return parts | {"peak": held_throughout + max(parts["head"], parts["gradients"] + parts["layer"])}
+    return parts | {"peak": held_throughout + max(parts["head"], parts["gradients"] + parts["layer"] + waiting)}
 
 
 def search(
@@ -190,6 +194,7 @@ def hints(trainer: Trainer, T: int) -> str:
     rows = config.batch_size // config.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
     found = ["--train.remat full"] * (config.remat != "full")
     found += ["--train.accumulation 0"] * (rows > 1)
+    found += [f"--train.batch-size {config.batch_size // config.accumulation}"] * (config.accumulation > 1)
     found += ["--train.only injected"] * (config.only == "all" and any(trainer.layout.injected))
     found += [f"--train.sequence-length {T // 2}"] * (T > 1024)
     return f"try {', or '.join([*found, 'a larger slice'])}"

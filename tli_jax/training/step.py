@@ -171,6 +171,19 @@ class Trainer:
         """Of ``tokens`` and ``segments`` of a step."""
         return batch_sharding(self.mesh, ("A", "B", "T"))
 
+    @property
+    def lowest(self) -> int:
+        """The lowest layer that gradients reach; as many as there are layers, if none."""
+        trains = self.layout.trains
+        # The look-up lies below all layers: once it trains, gradients reach down to it.
+        if "embed_tokens" in self.layout.outer:
+            return 0
+        return trains.index(True) if any(trains) else len(trains)
+
+    @property
+    def is_head_trained(self) -> bool:
+        return ("embed_tokens" if self.model.tie_word_embeddings else "lm_head") in self.layout.outer
+
     def flops_per_token(self, T: int) -> float:
         """FLOPs that a training step has to do for a token, at sequences of T tokens.
 
@@ -182,10 +195,6 @@ class Trainer:
         attention = 4 * self.model.sizes["Hh"] * T / 2
         head = self.model.vocab_size * self.model.hidden_size
         total = self.model.flops_per_token(T)
-        # The look-up lies below all layers: once it trains, gradients reach down to it.
-        depth, trains = self.model.num_hidden_layers, self.layout.trains
-        lowest = 0 if "embed_tokens" in self.layout.outer else trains.index(True) if any(trains) else depth
-        total += (depth - lowest) * (2 * per_layer + 2 * attention) + 2 * head
-        total += sum(trains) * 2 * per_layer
-        is_head_trained = ("embed_tokens" if self.model.tie_word_embeddings else "lm_head") in self.layout.outer
-        return total + 2 * head * is_head_trained
+        total += (self.model.num_hidden_layers - self.lowest) * (2 * per_layer + 2 * attention) + 2 * head
+        total += sum(self.layout.trains) * 2 * per_layer
+        return total + 2 * head * self.is_head_trained
