@@ -220,6 +220,26 @@ class TestTopologies:
         assert found["growth compiles"]["status"] == "ok"
 
 
+@needs_libtpu
+@pytest.mark.topologies
+@pytest.mark.parametrize(
+    ("name", "slice_", "keys"),
+    [
+        ("llama3.1-8b-tli", "v5e-8", {}),
+        ("llama3.1-8b-tli", "v5e-4", {"train.sequence-length": 2048}),
+        ("llama3.1-8b-tli", "v6e-64", {"train.only": "all"}),
+        ("llama3.1-8b-tli", "v5p-64", {"train.only": "all"}),
+        ("llama3.1-70b-tli", "v6e-256", {"train.only": "all"}),
+        ("llama3.1-405b-tli", "v5p-1024", {"train.only": "all"}),
+    ],
+)
+def test_what_is_said_to_fit_does_and_is_what_it_is_on_paper(check, name, slice_, keys):
+    found, _ = check(config=CONFIGS / f"{name}.yaml", topology=slice_, **keys)
+    step = found["step compiles"]
+    assert step["status"] == "ok" and step["peak"] < step["limit"]
+    assert abs(step["on_paper"]["peak"] / step["peak"] - 1) < 0.1
+
+
 @pytest.mark.skipif(topology.has_compiler(), reason="the TPU compiler is installed")
 def test_without_the_compiler_a_slice_is_not_checked(check):
     found, _ = check(topology="v5e-4")
