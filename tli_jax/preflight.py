@@ -81,7 +81,6 @@ class Preflight:
     """The checks of one run, each of which may build on what those before it found."""
 
     def __init__(self, config: PreflightConfig):
-        """Raises UsageError: there is nothing to check."""
         self.config = config
         self.grows = config.output is not None or config.train is None
         self.base: Checkpoint | None = None
