@@ -147,6 +147,13 @@ def terminate_all(process, child):
     os.kill(child, signal.SIGTERM)
 
 
+def terminate_through_a_script(process, child):
+    # Who started the supervisor passes on what all of them got, and the supervisor has it twice.
+    terminate_all(process, child)
+    time.sleep(0.1)
+    os.kill(process, signal.SIGTERM)
+
+
 def terminate_twice(process, child):
     os.kill(process, signal.SIGTERM)
     time.sleep(1.5)
@@ -180,6 +187,7 @@ CASES = {
     "all raise, not at once": ({"what": "all raise"}, [65, 65], [OWN, OWN]),
     "stop 0": ({"do": terminate, "index": 0}, [75, 75], ["", ""]),
     "stop 1, as Slurm does": ({"do": terminate_all, "index": 1}, [75, 75], ["", ""]),
+    "stop 0, as Slurm does through a script": ({"do": terminate_through_a_script, "index": 0}, [75, 75], ["", ""]),
     "stop 1 twice while it is busy": ({"what": "1 busy", "do": terminate_twice, "index": 1}, [69, 75], [LOST, NOW]),
     "stop 0 while it waits for 1": ({"what": "wait", "do": terminate, "count": 1}, [75], [NOW]),
     "end": ({"what": "end"}, [0, 0], ["", ""]),
@@ -187,7 +195,7 @@ CASES = {
 }
 
 
-QUICK = ["kill 0", "1 raises", "stop 1, as Slurm does", "end"]
+QUICK = ["kill 0", "1 raises", "stop 1, as Slurm does", "stop 0, as Slurm does through a script", "end"]
 
 
 @pytest.mark.parametrize(

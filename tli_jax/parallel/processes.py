@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 LOST = "a peer process is gone, its own messages say why: run the same command again to go on"
 _HEARTBEAT = 10  # seconds without a sign of life until a peer counts as gone
 _LEAVE = 10  # seconds in which processes that leave for the same reason meet; after them those that did not are aborted
+_SAME = 1  # second in which signals are one request: Slurm, systemd and ^C reach whoever passes a signal on, too
 _AT_ONCE = b"error: stopped at once, nothing was saved: run the same command again to go on\n"
 _SAYS = 2**16  # bytes that a process may say to all
 _JOINED = 255  # what a child tells its supervisor, besides the exit code that it leaves with
@@ -204,8 +205,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # Slurm and systemd signal the supervisor and its child, and so the child twice for one request.
-        if self.requested and time.monotonic() - self._since > 1:
+        if self.requested and time.monotonic() - self._since > _SAME:
             os.write(2, _AT_ONCE)
             if _supervisor is not None:
                 _tell(75)
@@ -263,12 +263,14 @@ def _supervise(lost: str, alone: str) -> None:
     held: list[bytes] = []
     pump = threading.Thread(target=_pump, args=(errors, held), daemon=True)
     pump.start()
-    told, asked, deadline, ended = bytearray(), 0, None, (0, 0)
+    told, asked, deadline, ended = bytearray(), None, None, (0, 0)
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal asked
-        asked += 1
-        if asked > 1 or not told:  # the second time, or while it waits for the others: C++ lets no signal through
+        if asked is not None and time.monotonic() - asked <= _SAME:
+            return
+        again, asked = asked is not None, time.monotonic()
+        if again or not told:  # the second time, or while it waits for the others: C++ lets no signal through
             os.write(2, _AT_ONCE)
             told.append(75)
         with contextlib.suppress(ProcessLookupError):
