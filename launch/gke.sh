@@ -26,6 +26,7 @@ action=$1
 shift
 name='' slice='' slices=1 config='' image='' claim='' port='' with=kubectl cluster='' zone='' project=''
 while (($#)); do
+  check_option "$@"
   case $1 in
     --name) name=$2 && shift ;;
     --slice) slice=$2 && shift ;;
@@ -47,6 +48,8 @@ while (($#)); do
 done
 need --name "$name"
 check_name "$name"
+check_number --slices "$slices"
+[[ -z $port ]] || check_number --port "$port"
 jobs=jobset.sigs.k8s.io/jobset-name=$name
 
 case $action in
@@ -89,7 +92,8 @@ case $action in
     run kubectl get pods "--selector=$jobs"
     ;;
   logs)
-    run kubectl logs --follow "--selector=$jobs,batch.kubernetes.io/job-completion-index=0" --tail=100
+    first=jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0
+    run kubectl logs --follow "--selector=$jobs,$first" --tail=100
     ;;
   stop)
     run kubectl delete jobset "$name" --ignore-not-found

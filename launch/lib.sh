@@ -63,11 +63,22 @@ need() {
   [[ -n $2 ]] || die "$1 is needed; see --help"
 }
 
+# Before an option is read: all but these are followed by a value.
+check_option() {
+  [[ $1 =~ ^(--dry-run|--spot|--help|-h|--)$ ]] || (($# > 1)) || die "$(quoted "$1") is not known, or lacks its value"
+}
+
+# Also because arithmetic in a shell runs what it finds in a word.
+check_number() {
+  [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || die "$1 $(quoted "$2"): a whole number, at least 1"
+}
+
 # The command of every process: growth and training where the file has a section \`train\`, else training alone.
 # $1: configuration; the rest is passed on. The words are left in COMMAND.
 make_command() {
   local file=$1
   shift
+  [[ -f $file ]] || die "config $(quoted "$file"): there is no such file"
   if grep -q '^train:' "$file"; then
     # shellcheck disable=SC2034  # the scripts that source this use it
     COMMAND=(python -m tli_jax.upscale --config "$file" --train.distributed "$@")

@@ -9,13 +9,15 @@
 # --dry-run    print the commands, run nothing
 #
 # What follows -- goes to every process, e.g. -- --train.steps 10. SIGTERM reaches all of them: they save and leave with
-# 75, and the same command goes on. The exit code is the first that is not 0.
+# 75, and the same command goes on. The exit code is 75 only if nothing worse happened to any of them, and 69, a
+# peer is gone, only if no other says why.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 config='' processes=2 port='' platform=cpu
 while (($#)); do
+  check_option "$@"
   case $1 in
     --config) config=$2 && shift ;;
     --processes) processes=$2 && shift ;;
@@ -29,14 +31,18 @@ while (($#)); do
   shift
 done
 need --config "$config"
+check_number --processes "$processes"
+[[ -z $port ]] || check_number --port "$port"
 if [[ -z $port ]]; then
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
 
 make_command "$config" "$@"
 children=()
+told=false
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
+  told=true INTERRUPTED=true
   kill -TERM "${children[@]}" 2>/dev/null || true
 }
 trap stop TERM INT
@@ -57,12 +63,30 @@ for ((i = 0; i < processes; i++)); do
   fi
 done
 
+! $told || stop # who was started after it
+# Exit code of a child, in CODE. A signal to the script, whose trap sets INTERRUPTED, ends `wait` before the child has.
+wait_for() {
+  INTERRUPTED=true
+  while $INTERRUPTED; do
+    INTERRUPTED=false
+    CODE=0
+    wait "$1" || CODE=$?
+  done
+}
+
+# How much an exit code says of what went wrong.
+weight() {
+  case $1 in
+    0) echo 0 ;;
+    75) echo 1 ;;
+    69) echo 2 ;;
+    *) echo 3 ;;
+  esac
+}
+
 worst=0
 for child in "${children[@]}"; do
-  while :; do
-    wait "$child" && code=0 || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
-  [[ $worst -ne 0 ]] || worst=$code
+  wait_for "$child"
+  (($(weight "$CODE") <= $(weight "$worst"))) || worst=$CODE
 done
 exit "$worst"

@@ -19,6 +19,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 config='' name='' nodes=1 gpus=8 limit=24:00:00 port='' more=()
 while (($#)); do
+  check_option "$@"
   case $1 in
     --config) config=$2 && shift ;;
     --name) name=$2 && shift ;;
@@ -37,8 +38,11 @@ done
 need --config "$config"
 need --name "$name"
 check_name "$name"
+check_number --nodes "$nodes"
+check_number --gpus-per-node "$gpus"
+[[ -z $port ]] || check_number --port "$port"
 make_command "$config" "$@"
 words=("--job-name=$name" "--output=$name-%j.log" --open-mode=append "--nodes=$nodes" "--ntasks-per-node=$gpus")
 words+=("--gpus-per-node=$gpus" "--time=$limit" --signal=TERM@120 --requeue)
 [[ -z $port ]] || words+=("--export=ALL,JAX_COORDINATOR_PORT=$port")
-run sbatch "${words[@]}" "${more[@]}" "$LAUNCH/slurm_job.sh" "${COMMAND[@]}"
+run sbatch "${words[@]}" "${more[@]}" "$LAUNCH/slurm_job.sh" "$LAUNCH" "${COMMAND[@]}"

@@ -27,6 +27,7 @@ action=$1
 shift
 name='' zone='' project='' slice='' slices=1 config='' port='' spot=false
 while (($#)); do
+  check_option "$@"
   case $1 in
     --name) name=$2 && shift ;;
     --zone) zone=$2 && shift ;;
@@ -46,7 +47,8 @@ done
 need --name "$name"
 need --zone "$zone"
 check_name "$name"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || die "slices $(quoted "$slices"): a number"
+check_number --slices "$slices"
+[[ -z $port ]] || check_number --port "$port"
 where=(--zone "$zone")
 [[ -z $project ]] || where+=(--project "$project")
 
@@ -77,6 +79,7 @@ to_workers() {
 remote_command() {
   need --slice "$slice"
   need --config "$config"
+  kind=$(generation "$slice")
   make_command "$config" "$@"
   for i in "${!COMMAND[@]}"; do
     [[ ${COMMAND[i]} != "$config" ]] || COMMAND[i]=run.yaml
@@ -104,25 +107,32 @@ case $action in
     ;;
   setup)
     need --slice "$slice"
+    run rm -rf dist/launch
     run python -m pip wheel --quiet --no-deps --wheel-dir dist/launch "$LAUNCH/.."
-    on_workers all "mkdir -p tli_jax"
+    on_workers all "mkdir -p tli_jax && rm -rf tli_jax/launch"
     to_workers dist/launch "$LAUNCH" ""
-    packages="sudo apt-get -qq update && sudo apt-get -qq install -y python$PYTHON-venv"
-    venv="cd tli_jax && python$PYTHON -m venv .venv"
+    # A machine that has just started updates itself, and holds the lock.
+    apt="sudo apt-get -qq -o DPkg::Lock::Timeout=600"
+    packages="$apt update && $apt install -y python$PYTHON-venv"
+    # Anew: pip would keep what has the same version.
+    venv="cd tli_jax && python$PYTHON -m venv --clear .venv"
     install=".venv/bin/pip install -q \"jax[tpu]==$JAX_VERSION\" \"\$(ls launch/tli_jax-*.whl)[gcs,data]\""
     on_workers all "$packages && $venv && $install"
     ;;
   check)
     remote_command "$@"
     to_workers "$config" run.yaml
-    words=(env "${environment[@]}" python -m tli_jax.preflight --config run.yaml --train.distributed "$@")
-    on_workers all "cd tli_jax && $(quoted "${words[@]}")"
+    words=(python -m tli_jax.preflight --config run.yaml --train.distributed "$@")
+    on_workers all "cd tli_jax && $(quoted env "${environment[@]}" bash launch/worker.sh "$kind" "${words[@]}")"
     ;;
   run)
     remote_command "$@"
     to_workers "$config" run.yaml
-    line=$(quoted env "${environment[@]}" bash launch/worker.sh "$(generation "$slice")" "${COMMAND[@]}")
-    on_workers all "cd tli_jax && { setsid nohup $line >$name.log 2>&1 </dev/null & echo \$! >$name.pid; }"
+    line=$(quoted env "${environment[@]}" bash launch/worker.sh "$kind" "${COMMAND[@]}")
+    start="setsid nohup $line >>$name.log 2>&1 </dev/null & echo \$! >$name.pid"
+    running="kill -0 \"\$(cat $name.pid 2>/dev/null)\" 2>/dev/null"
+    refuse="echo 'error: $name runs already: stop it first' >&2; exit 73"
+    on_workers all "cd tli_jax && if $running; then $refuse; else $start; fi"
     ;;
   logs)
     on_workers 0 "tail -n 100 -f tli_jax/$name.log"

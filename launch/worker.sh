@@ -33,26 +33,4 @@ case $platform in
   *) die "platform $platform is not known: v5e, v5p, v6e, gpu or cpu" ;;
 esac
 
-told=false
-child=
-# shellcheck disable=SC2329  # the trap calls it
-stop() {
-  told=true
-  [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
-}
-trap stop TERM INT
-
-while true; do
-  "$@" &
-  child=$!
-  code=0
-  # A signal ends `wait` before the child has: wait until it is gone.
-  while :; do
-    wait "$child" && code=0 || code=$?
-    kill -0 "$child" 2>/dev/null || break
-  done
-  if [[ $code -ne 75 ]] || $told; then
-    exit "$code"
-  fi
-  printf 'left with 75, everything is saved: going on\n' >&2
-done
+exec python3 "$LAUNCH/again.py" "$@"

@@ -18,6 +18,7 @@ from tli_jax.parallel import topology
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
+CONFIG = str(ROOT / "configs" / "demo_train.yaml")
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 DIGEST = "registry/tli_jax@sha256:" + "0123456789abcdef" * 4
 # A stand-in for a cloud's command: writes down its words, one call a line, and what comes in by a pipe.
@@ -68,8 +69,7 @@ def test_shellcheck(script):
         [Path(sys.executable).with_name("shellcheck"), "-x", script], cwd=ROOT, capture_output=True, text=True
     )
     assert found.returncode == 0, found.stdout
-    strict = "set -uo pipefail" if script.name == "slurm_job.sh" else "set -euo pipefail"
-    assert script.name == "lib.sh" or strict in script.read_text().splitlines()
+    assert script.name == "lib.sh" or "set -euo pipefail" in script.read_text().splitlines()
 
 
 def actions(config):
@@ -130,9 +130,21 @@ def test_the_words_of_every_worker_arrive_as_they_were(launch, config):
     assert there[at : at + len(wanted.split()) + 1] == [*wanted.split(), "a'b $HOME"]
 
 
+def test_the_check_has_the_compiler_flags_of_the_run(launch, config):
+    _, _, calls = launch(*actions(config)["vm check"])
+    wanted = "bash launch/worker.sh v5p python -m tli_jax.preflight --config run.yaml --train.distributed"
+    assert calls[-1][1][-1].endswith(wanted)
+
+
+def test_slurm_finds_the_scripts_from_any_folder(launch, config):
+    _, _, ((_, words, _),) = launch(*actions(config)["slurm"])
+    at = words.index(str(LAUNCH / "slurm_job.sh"))
+    assert words[at + 1] == str(LAUNCH)
+
+
 def test_setup_installs_pinned_versions_on_every_worker(launch):
     printed, *_ = launch("tpu_vm.sh", "setup", "--name", "r", "--zone", "z", "--slice", "v5e-8", "--dry-run")
-    wheel, _, copy, install = (shlex.split(line) for line in printed.splitlines())
+    _, wheel, _, copy, install = (shlex.split(line) for line in printed.splitlines())
     assert wheel[:4] == ["python", "-m", "pip", "wheel"] and "--no-deps" in wheel
     assert copy[-3:] == ["--zone", "z", "--worker=all"] and "r:tli_jax/" in copy
     assert '"jax[tpu]==0.10.2"' in install[-1] and "python3.11 -m venv" in install[-1]
@@ -241,6 +253,15 @@ def test_the_manifest(launch, config, slice_, slices, machines):
         (["tpu_vm.sh", "run", "--name", "r"], "--zone is needed"),
         (["slurm.sh", "--name", "r", "--nodez", "2"], "--nodez is not known"),
         (["local.sh"], "--config is needed"),
+        (["local.sh", "--config"], "--config is not known, or lacks its value"),
+        (["local.sh", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["local.sh", "--config", CONFIG, "--processes", "BASH_VERSINFO[$(touch pwned)]"], "a whole number"),
+        (["slurm.sh", "--name", "r", "--config", CONFIG, "--port", "1,LD_PRELOAD=x"], "a whole number"),
+        (["slurm.sh", "--name", "r", "--config", "nowhere.yaml"], "there is no such file"),
+        (
+            ["tpu_vm.sh", "run", "--name", "r", "--zone", "z", "--slice", "v9-8", "--config", CONFIG],
+            "v9-8 is not known",
+        ),
         (["worker.sh", "tpu", "true"], "platform tpu is not known"),
     ],
 )
@@ -253,6 +274,18 @@ def test_what_is_wrong_is_said_and_nothing_is_run(launch, config, words, says):
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in ("lib.sh", "slurm_job.sh")])
 def test_help(launch, script):
     assert f"launch/{script.name}" in launch(script.name, "--help")[0]
+
+
+@pytest.mark.parametrize(("codes", "worst"), [((0, 0), 0), ((0, 69), 69), ((69, 65), 65), ((65, 69), 65)])
+def test_the_exit_code_of_local_is_the_one_that_says_why(tmp_path, codes, worst):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/bash\ncodes={shlex.quote(' '.join(map(str, codes)))}\n[[ $* =~ ([01])/2@ ]]\n")
+    with python.open("a") as file:
+        file.write('read -ra codes <<<"$codes"; exit "${codes[BASH_REMATCH[1]]}"\n')
+    python.chmod(0o755)
+    call = [LAUNCH / "local.sh", "--config", CONFIG, "--port", "4000"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    assert subprocess.run(call, env=os.environ | {"PATH": path}).returncode == worst
 
 
 class TestWorker:
@@ -279,6 +312,10 @@ class TestWorker:
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(60) == 75
         assert saved.exists() and runs.read_text() == "x\n"
+
+    def test_a_signal_while_the_command_leaves_hides_no_exit_code(self):
+        call = [LAUNCH / "worker.sh", "cpu", "bash", "-c", "trap '' TERM; kill -TERM $PPID; exit 75"]
+        assert {subprocess.run(call).returncode for _ in range(20)} == {75}
 
     def test_flags_are_those_of_the_file(self):
         show = ["bash", "-c", "echo $LIBTPU_INIT_ARGS $XLA_FLAGS $XLA_PYTHON_CLIENT_MEM_FRACTION"]
