@@ -26,31 +26,29 @@ INJECTED, ALL = [], ["--train.only", "all"]
 TENSOR = ["--train.mesh", "data=2,fsdp=32,tensor=8", "--train.sequence-length", "2048"]
 # Configuration, slice, number of slices, flags.
 ROWS: list[tuple[str, str, int, list[str]]] = [
+    ("llama3.2-1b-tli", "v5e-4", 1, INJECTED),
+    ("llama3.2-1b-tli", "v5e-4", 1, ALL),
+    ("llama3.2-3b-tli", "v5e-8", 1, INJECTED),
+    ("llama3.2-3b-tli", "v5e-16", 1, ALL),
+    ("llama3.1-8b-tli", "v5e-4", 1, ["--train.sequence-length", "2048"]),
     ("llama3.1-8b-tli", "v5e-8", 1, INJECTED),
     ("llama3.1-8b-tli", "v5e-8", 1, ALL),
-    ("llama3.1-8b-tli", "v5p-64", 1, ALL),
-    ("llama3.1-8b-tli", "v6e-64", 1, ALL),
-    ("llama3.1-70b-tli", "v5p-256", 1, ALL),
-    ("llama3.1-70b-tli", "v6e-256", 1, ALL),
-    ("llama3.1-405b-tli", "v5p-1024", 1, ALL),
-    ("llama3.1-405b-tli", "v6e-256", 2, ALL),
-    ("llama3.1-8b-tli", "v5e-4", 1, ["--train.sequence-length", "2048"]),
+    ("llama3.1-8b-tli", "v5e-16", 1, ALL),
     ("llama3.1-8b-tli", "v5e-16", 1, [*ALL, "--train.batch-size", "16"]),
-    *(("llama3.1-8b-tli", slice_, 1, ALL) for slice_ in ("v5e-16", "v5p-16", "v5p-256", "v6e-256", "v5e-256")),
-    ("llama3.2-1b-tli", "v5e-4", 1, ALL),
-    ("llama3.2-3b-tli", "v5e-16", 1, ALL),
-    ("llama3.1-8b-dus", "v5p-64", 1, ALL),
-    ("llama3.1-8b-llama-pro", "v5p-64", 1, ALL),
-    ("llama3.1-70b-tli", "v5p-256", 1, INJECTED),
-    ("llama3.1-70b-tli", "v6e-256", 1, INJECTED),
-    ("llama3.1-405b-tli", "v5p-1024", 1, INJECTED),
-    ("llama3.1-405b-tli", "v6e-256", 2, TENSOR),
-    ("llama3.2-1b-tli", "v5e-4", 1, INJECTED),
-    ("llama3.2-3b-tli", "v5e-8", 1, INJECTED),
+    *(
+        ("llama3.1-8b-tli", slice_, 1, flags)
+        for slice_ in ("v5e-256", "v5p-16", "v5p-64", "v5p-256", "v6e-64", "v6e-256")
+        for flags in (INJECTED, ALL)
+    ),
     ("llama3.1-8b-dus", "v5e-16", 1, INJECTED),
+    ("llama3.1-8b-dus", "v5p-64", 1, ALL),
     ("llama3.1-8b-llama-pro", "v5e-8", 1, INJECTED),
-    *(("llama3.1-8b-tli", slice_, 1, INJECTED) for slice_ in ("v5p-64", "v6e-64", "v5p-16", "v5p-256", "v6e-256")),
-    ("llama3.1-8b-tli", "v5e-256", 1, INJECTED),
+    ("llama3.1-8b-llama-pro", "v5p-64", 1, ALL),
+    *(("llama3.1-70b-tli", slice_, 1, flags) for slice_ in ("v5p-256", "v6e-256") for flags in (INJECTED, ALL)),
+    ("llama3.1-405b-tli", "v5p-1024", 1, INJECTED),
+    ("llama3.1-405b-tli", "v5p-1024", 1, ALL),
+    ("llama3.1-405b-tli", "v6e-256", 2, TENSOR),
+    ("llama3.1-405b-tli", "v6e-256", 2, ALL),
 ]
 
 
