@@ -65,7 +65,7 @@ VALUES: dict[str, tuple[str, str, object]] = {
     "overwrite": ("--overwrite", "true", True),
     "max_shard_size": ("500MiB", "500MiB", "500MiB"),
     "allow_nonfinite": ("--allow-nonfinite", "true", True),
-    "debug": ("--debug", "true", True),
+    "shape": ("llama3.1-8b", "llama3.1-8b", "llama3.1-8b"),
 }
 
 
@@ -78,6 +78,12 @@ def test_every_key_is_a_flag(name: str, file) -> None:
     assert file(f"{name}: {in_yaml}") == wanted
     if not flag.startswith("--"):
         assert read(f"--{name.replace('_', '-')}={flag}") == wanted
+
+
+def test_debug_is_a_flag_and_no_key(file) -> None:
+    assert read("--debug") == UpscaleConfig()
+    with pytest.raises(UsageError, match="'debug' is not known"):
+        file("debug: yes")
 
 
 def test_every_key_is_explained() -> None:

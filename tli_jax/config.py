@@ -167,7 +167,6 @@ class TrainConfig:
     wandb: str | None = option(None, "metrics to this project of Weights & Biases too")
     max_shard_size: Text = option("5GB", "largest safetensors file of the export")
     overwrite: bool = option(False, "replace an export that exists, once the new one is complete")
-    debug: bool = option(False, "show the traceback of an error")
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -202,7 +201,6 @@ class UpscaleConfig:
     overwrite: bool = option(False, "replace an output that exists, once the new one is complete")
     max_shard_size: Text = option("5GB", "largest safetensors file")
     allow_nonfinite: bool = option(False, "go on when weights are NaN or Inf")
-    debug: bool = option(False, "show the traceback of an error")
     shape: Annotated[str | dict[str, Any] | None, pydantic.BeforeValidator(_text)] = option(
         None, "what the model is, e.g. llama3.1-8b, in YAML also the keys of a config.json; must be so where it is here"
     )
@@ -240,8 +238,9 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
         MissingInputError: the file is not there.
     """
     parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--config", metavar="FILE", help="YAML file; every flag below is a key in it")
-    switches = []
+    parser.add_argument("--config", metavar="FILE", help="YAML file; every flag below is a key in it, but for --debug")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    switches = ["--config", "--debug"]
     for name, field in _flat_fields(kind).items():
         # A flag of argparse's own for yes/no; anything else stays text, for the types above to read.
         action: Any = argparse.BooleanOptionalAction if field.type is bool else "store"
@@ -252,6 +251,7 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
         word = next((word for word in rest if word.startswith("-")), rest[0])
         raise UsageError(f"{word} is not known{nearest(word, switches)}; see --help")
     flags = vars(given)
+    flags.pop("debug", None)  # for the frame of a command, which looks for the word itself
     path = flags.pop("config", None)
     values = _read_yaml(Path(path)) if path else {}
     if kind is TrainConfig and isinstance(values.get("train"), dict):
