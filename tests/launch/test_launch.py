@@ -283,6 +283,7 @@ def test_the_exit_code_of_local_is_the_one_that_says_why(tmp_path, codes, worst)
     with python.open("a") as file:
         file.write('read -ra codes <<<"$codes"; exit "${codes[BASH_REMATCH[1]]}"\n')
     python.chmod(0o755)
+    (tmp_path / "python3").symlink_to(sys.executable)  # another one, as pyenv's, may put its own folder first on PATH
     call = [LAUNCH / "local.sh", "--config", CONFIG, "--port", "4000"]
     path = f"{tmp_path}:{os.environ['PATH']}"
     assert subprocess.run(call, env=os.environ | {"PATH": path}).returncode == worst
