@@ -25,27 +25,7 @@ esac
 action=$1
 shift
 name='' slice='' slices=1 config='' image='' claim='' port='' with=kubectl cluster='' zone='' project=''
-while (($#)); do
-  check_option "$@"
-  case $1 in
-    --name) name=$2 && shift ;;
-    --slice) slice=$2 && shift ;;
-    --slices) slices=$2 && shift ;;
-    --config) config=$2 && shift ;;
-    --image) image=$2 && shift ;;
-    --claim) claim=$2 && shift ;;
-    --port) port=$2 && shift ;;
-    --with) with=$2 && shift ;;
-    --cluster) cluster=$2 && shift ;;
-    --zone) zone=$2 && shift ;;
-    --project) project=$2 && shift ;;
-    --dry-run) DRY_RUN=true ;;
-    --help | -h) usage && exit 0 ;;
-    --) shift && break ;;
-    *) die "$(quoted "$1") is not known; see --help" ;;
-  esac
-  shift
-done
+read_options "name slice slices config image claim port with cluster zone project" "$@"
 need --name "$name"
 check_name "$name"
 check_number --slices "$slices"
@@ -58,7 +38,7 @@ case $action in
     need --config "$config"
     [[ $image =~ @sha256:[0-9a-f]{64}$ ]] || die "image $(quoted "$image"): by its digest, NAME@sha256:…"
     generation "$slice" >/dev/null
-    make_command "$config" "$@"
+    make_command "$config"
     case $with in
       kubectl)
         need --claim "$claim"
@@ -67,7 +47,7 @@ case $action in
         done
         words=(--name "$name" --slice "$slice" --slices "$slices" --config "$config" --image "$image" --claim "$claim")
         [[ -z $port ]] || words+=(--port "$port")
-        if $DRY_RUN; then
+        if $dry_run; then
           printf '%s | kubectl apply -f -\n' "$(quoted python "$LAUNCH/jobset.py" "${words[@]}" -- "${COMMAND[@]}")"
         else
           python "$LAUNCH/jobset.py" "${words[@]}" -- "${COMMAND[@]}" | kubectl apply -f -

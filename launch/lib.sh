@@ -5,7 +5,7 @@ LAUNCH=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/versions.env
 source "$LAUNCH/versions.env"
 
-DRY_RUN=false
+dry_run=false PASSED=()
 
 die() {
   printf 'error: %s\n' "$*" >&2
@@ -29,7 +29,7 @@ quoted() {
 
 # Run a command; with --dry-run, print it instead.
 run() {
-  if $DRY_RUN; then
+  if $dry_run; then
     quoted "$@"
     printf '\n'
   else
@@ -63,9 +63,32 @@ need() {
   [[ -n $2 ]] || die "$1 is needed; see --help"
 }
 
-# Before an option is read: all but these are followed by a value.
-check_option() {
-  [[ $1 =~ ^(--dry-run|--spot|--help|-h|--)$ ]] || (($# > 1)) || die "$(quoted "$1") is not known, or lacks its value"
+# Read options into the variables of their names, which hold the defaults: one that is false is a switch, an array takes
+# as many as are given. $1 names the options that there are; what follows -- is left in PASSED.
+read_options() {
+  local OPTIONS=" $1 dry_run " VARIABLE
+  shift
+  while (($#)); do
+    case $1 in
+      --help | -h) usage && exit 0 ;;
+      --) PASSED=("${@:2}") && return ;;
+    esac
+    VARIABLE=${1#--} VARIABLE=${VARIABLE//-/_}
+    [[ $1 =~ ^--[a-z-]+$ && $OPTIONS == *" $VARIABLE "* ]] || die "$(quoted "$1") is not known; see --help"
+    if [[ ${!VARIABLE-} == false ]]; then
+      printf -v "$VARIABLE" true
+    else
+      (($# > 1)) || die "$(quoted "$1") is not known, or lacks its value"
+      if [[ $(declare -p "$VARIABLE") == 'declare -a'* ]]; then
+        local -n ARRAY=$VARIABLE
+        ARRAY+=("$2")
+      else
+        printf -v "$VARIABLE" '%s' "$2"
+      fi
+      shift
+    fi
+    shift
+  done
 }
 
 # Also because arithmetic in a shell runs what it finds in a word.
@@ -74,16 +97,15 @@ check_number() {
 }
 
 # The command of every process: growth and training where the file has a section \`train\`, else training alone.
-# $1: configuration; the rest is passed on. The words are left in COMMAND.
+# $1: configuration; what was PASSED is passed on. The words are left in COMMAND.
 make_command() {
   local file=$1
-  shift
   [[ -f $file ]] || die "config $(quoted "$file"): there is no such file"
   if grep -q '^train:' "$file"; then
     # shellcheck disable=SC2034  # the scripts that source this use it
-    COMMAND=(python -m tli_jax.upscale --config "$file" --train.distributed "$@")
+    COMMAND=(python -m tli_jax.upscale --config "$file" --train.distributed "${PASSED[@]}")
   else
     # shellcheck disable=SC2034
-    COMMAND=(python -m tli_jax.train --config "$file" --distributed "$@")
+    COMMAND=(python -m tli_jax.train --config "$file" --distributed "${PASSED[@]}")
   fi
 }

@@ -16,20 +16,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 config='' processes=2 port='' platform=cpu
-while (($#)); do
-  check_option "$@"
-  case $1 in
-    --config) config=$2 && shift ;;
-    --processes) processes=$2 && shift ;;
-    --port) port=$2 && shift ;;
-    --platform) platform=$2 && shift ;;
-    --dry-run) DRY_RUN=true ;;
-    --help | -h) usage && exit 0 ;;
-    --) shift && break ;;
-    *) die "$(quoted "$1") is not known; see --help" ;;
-  esac
-  shift
-done
+read_options "config processes port platform" "$@"
 need --config "$config"
 check_number --processes "$processes"
 [[ -z $port ]] || check_number --port "$port"
@@ -37,7 +24,7 @@ if [[ -z $port ]]; then
   port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 fi
 
-make_command "$config" "$@"
+make_command "$config"
 children=()
 told=false
 # shellcheck disable=SC2329  # the trap calls it
@@ -55,7 +42,7 @@ for ((i = 0; i < processes; i++)); do
     esac
   done
   [[ $platform != gpu ]] || words=(env "CUDA_VISIBLE_DEVICES=$i" "${words[@]}")
-  if $DRY_RUN; then
+  if $dry_run; then
     run "$LAUNCH/worker.sh" "$platform" "${words[@]}"
   else
     "$LAUNCH/worker.sh" "$platform" "${words[@]}" &

@@ -17,32 +17,16 @@ set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-config='' name='' nodes=1 gpus=8 limit=24:00:00 port='' more=()
-while (($#)); do
-  check_option "$@"
-  case $1 in
-    --config) config=$2 && shift ;;
-    --name) name=$2 && shift ;;
-    --nodes) nodes=$2 && shift ;;
-    --gpus-per-node) gpus=$2 && shift ;;
-    --time) limit=$2 && shift ;;
-    --port) port=$2 && shift ;;
-    --sbatch) more+=("$2") && shift ;;
-    --dry-run) DRY_RUN=true ;;
-    --help | -h) usage && exit 0 ;;
-    --) shift && break ;;
-    *) die "$(quoted "$1") is not known; see --help" ;;
-  esac
-  shift
-done
+config='' name='' nodes=1 gpus_per_node=8 time=24:00:00 port='' sbatch=()
+read_options "config name nodes gpus_per_node time port sbatch" "$@"
 need --config "$config"
 need --name "$name"
 check_name "$name"
 check_number --nodes "$nodes"
-check_number --gpus-per-node "$gpus"
+check_number --gpus-per-node "$gpus_per_node"
 [[ -z $port ]] || check_number --port "$port"
-make_command "$config" "$@"
-words=("--job-name=$name" "--output=$name-%j.log" --open-mode=append "--nodes=$nodes" "--ntasks-per-node=$gpus")
-words+=("--gpus-per-node=$gpus" "--time=$limit" --signal=TERM@120 --requeue)
+make_command "$config"
+words=("--job-name=$name" "--output=$name-%j.log" --open-mode=append "--nodes=$nodes" "--ntasks-per-node=$gpus_per_node")
+words+=("--gpus-per-node=$gpus_per_node" "--time=$time" --signal=TERM@120 --requeue)
 [[ -z $port ]] || words+=("--export=ALL,JAX_COORDINATOR_PORT=$port")
-run sbatch "${words[@]}" "${more[@]}" "$LAUNCH/slurm_job.sh" "$LAUNCH" "${COMMAND[@]}"
+run sbatch "${words[@]}" "${sbatch[@]}" "$LAUNCH/slurm_job.sh" "$LAUNCH" "${COMMAND[@]}"

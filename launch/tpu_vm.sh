@@ -26,24 +26,7 @@ esac
 action=$1
 shift
 name='' zone='' project='' slice='' slices=1 config='' port='' spot=false
-while (($#)); do
-  check_option "$@"
-  case $1 in
-    --name) name=$2 && shift ;;
-    --zone) zone=$2 && shift ;;
-    --project) project=$2 && shift ;;
-    --slice) slice=$2 && shift ;;
-    --slices) slices=$2 && shift ;;
-    --config) config=$2 && shift ;;
-    --port) port=$2 && shift ;;
-    --spot) spot=true ;;
-    --dry-run) DRY_RUN=true ;;
-    --help | -h) usage && exit 0 ;;
-    --) shift && break ;;
-    *) die "$(quoted "$1") is not known; see --help" ;;
-  esac
-  shift
-done
+read_options "name zone project slice slices config port spot" "$@"
 need --name "$name"
 need --zone "$zone"
 check_name "$name"
@@ -80,7 +63,7 @@ remote_command() {
   need --slice "$slice"
   need --config "$config"
   kind=$(generation "$slice")
-  make_command "$config" "$@"
+  make_command "$config"
   for i in "${!COMMAND[@]}"; do
     [[ ${COMMAND[i]} != "$config" ]] || COMMAND[i]=run.yaml
   done
@@ -120,13 +103,13 @@ case $action in
     on_workers all "$packages && $venv && $install"
     ;;
   check)
-    remote_command "$@"
+    remote_command
     to_workers "$config" run.yaml
-    words=(python -m tli_jax.preflight --config run.yaml --train.distributed "$@")
+    words=(python -m tli_jax.preflight --config run.yaml --train.distributed "${PASSED[@]}")
     on_workers all "cd tli_jax && $(quoted env "${environment[@]}" bash launch/worker.sh "$kind" "${words[@]}")"
     ;;
   run)
-    remote_command "$@"
+    remote_command
     to_workers "$config" run.yaml
     line=$(quoted env "${environment[@]}" bash launch/worker.sh "$kind" "${COMMAND[@]}")
     start="setsid nohup $line >>$name.log 2>&1 </dev/null & echo \$! >$name.pid"
