@@ -146,6 +146,7 @@ def test_a_run_that_was_started_otherwise_is_refused(check, start, tmp_path):
     assert "learning_rate was" in found["run"]["text"]
 
 
+@pytest.mark.long
 def test_search_finds_the_largest_batch(check):
     found, err = check("--search", **{"train.batch-size": 16})
     largest = found["step compiles"]["largest"]

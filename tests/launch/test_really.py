@@ -66,6 +66,7 @@ def below(pid):
     return [*children, *(other for child in children for other in below(child))]
 
 
+@pytest.mark.long
 def test_local_goes_on_after_75_by_itself_and_stops_at_control_c(work):
     """One process alone is told to stop: all leave with 75, and their workers start them again."""
     call = [LAUNCH / "local.sh", "--config", work / "train.yaml", "--", "--steps", "100000", "--save-every", "50000"]
@@ -85,6 +86,7 @@ def test_local_goes_on_after_75_by_itself_and_stops_at_control_c(work):
     assert done == list(range(1, done[-1] + 1)) and (work / "run" / "checkpoints" / str(done[-1])).is_dir()
 
 
+@pytest.mark.long
 def test_a_tpu_worker_trains_on_by_itself_until_it_is_stopped(work):
     """gcloud as it would, with a folder and a shell here for the worker, and one process, by Slurm's variables."""
     machine = work / "machine"
