@@ -161,7 +161,7 @@ def test_two_processes_tell_their_versions_and_devices(start, tmp_path):
         where = f"127.0.0.1:{free.getsockname()[1]}"
     words = [f"--model={start}/grown", f"--train.run={tmp_path}/run", f"--train.text={start}/ids.npy", "--json"]
     words += ["--train.sequence-length=16", "--train.only=injected"]
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", "tli_jax.preflight", *words, f"--train.process={index}/2@{where}"],

@@ -160,10 +160,10 @@ def under(objects, name):
 
 def command(environment, *arguments, code=0, script=("-m", "tli_jax.train")):
     """What it said."""
-    clean = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    device = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     done = subprocess.run(
         [sys.executable, *script, *map(str, arguments)],
-        env=clean | {name: str(value) for name, value in environment.items()},
+        env=os.environ | device | {name: str(value) for name, value in environment.items()},
         capture_output=True,
         text=True,
         timeout=300,
@@ -176,7 +176,7 @@ def command(environment, *arguments, code=0, script=("-m", "tli_jax.train")):
 def options(start, model, steps=STEPS):
     return (
         *("--model", model, "--text", start / "ids.npy", "--steps", steps, "--save-every", 5, "--keep", 1),
-        *("--batch-size", 8, "--sequence-length", 16, "--compute-dtype", "float32", "--only", "injected"),
+        *("--batch-size", 8, "--sequence-length", 16, "--dtypes", "compute=float32", "--only", "injected"),
     )
 
 

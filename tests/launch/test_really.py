@@ -17,14 +17,14 @@ LAUNCH = Path(__file__).parents[2] / "launch"
 def work(tmp_path, start):
     (tmp_path / "train.yaml").write_text(
         f"model: {start}/base\nrun: {tmp_path}/run\ntext: {start}/ids.npy\nsequence_length: 16\nbatch_size: 8\n"
-        "steps: 12\nsave_every: 4\nvalidate_every: 12\ncompute_dtype: float32\nonly: last_n(1)\n"
+        "steps: 12\nsave_every: 4\nvalidate_every: 12\ndtypes: {compute: float32}\nonly: last_n(1)\n"
     )
     return tmp_path
 
 
 def environment(**more):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    devices = "--xla_force_host_platform_device_count=4"
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     return os.environ | {"PATH": path, "XLA_FLAGS": devices} | more
 
 

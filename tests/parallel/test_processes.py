@@ -79,13 +79,14 @@ class Pair:
         self.files = folder / where
         self.files.mkdir()
         self.started = []
+        devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
         for index in range(count):
             command = [sys.executable, "-W", "error", "-c", SCRIPT, f"{index}/2@{where}", str(timeout), what]
             with (self.files / f"{index}.out").open("w") as out, (self.files / f"{index}.err").open("w") as err:
                 self.started.append(
                     subprocess.Popen(
                         [*command, str(self.files / "written")],
-                        env=os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+                        env=os.environ | devices,
                         stdout=out,
                         stderr=err,
                     )
