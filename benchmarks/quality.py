@@ -63,7 +63,7 @@ def main() -> None:
             flags = ["--model", str(grow(args, way)), "--text", args.text, "--run", str(args.work / f"run-{name}")]
             flags += ["--only", only, "--steps", str(args.steps), "--batch-size", str(args.batch_size)]
             flags += ["--sequence-length", str(args.sequence_length), "--learning-rate", str(args.learning_rate)]
-            flags += ["--seed", str(args.seed), "--compute-dtype", "float32", "--remat", "none"]
+            flags += ["--seed", str(args.seed), "--dtypes", "compute=float32", "--remat", "none"]
             flags += ["--validation-text", args.validation_text] if args.validation_text else []
             flags += ["--separator", args.separator] if args.separator else []
             flags += ["--warmup", "20", "--validate-every", "100", "--save-every", "200", "--validation-batches", "64"]

@@ -170,7 +170,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
         eps=EPS,
         weight_decay=WEIGHT_DECAY,
         clip=CLIP,
-        compute_dtype=job.dtype,  # type: ignore[arg-type]
+        dtypes={"compute": job.dtype},  # type: ignore[dict-item]
         remat=contender.remat,  # type: ignore[arg-type]
     )
     mesh = make_mesh({}, jax.devices()[:1])

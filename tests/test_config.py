@@ -52,6 +52,9 @@ VALUES: dict[str, tuple[str, str, object]] = {
     "remainder": ("error", "error", "error"),
     "drop": ("8", "8", 8),
     "groups": ("4", "4", 4),
+    "block": ("3", "3", 3),
+    "count": ("2", "2", 2),
+    "norms": ("first", "first", "first"),
     "copies": ("2", "2", 2),
     "times": ("3", "3", 3),
     "layers": ("0-3, 3*0", "0-3, 3*0", "0-3, 3*0"),
@@ -246,8 +249,9 @@ def test_sources() -> None:
 
 
 def test_pairs_and_line_breaks() -> None:
-    config = read_train("--mesh", "data=2, fsdp=-1", "--group-learning-rate", "injected=1e-3,outer=0")
-    assert config.mesh == {"data": 2, "fsdp": -1} and config.group_learning_rate == {"injected": 1e-3, "outer": 0.0}
+    config = read_train("--mesh", "data=2, fsdp=-1", "--learning-rate", "1e-4,injected=1e-3, outer=0")
+    assert config.mesh == {"data": 2, "fsdp": -1}
+    assert config.learning_rate == {"all": 1e-4, "injected": 1e-3, "outer": 0.0}
     assert read_train("--separator", r"\n").separator == "\n"
 
 
@@ -278,7 +282,7 @@ def test_a_wrong_key_of_a_section_is_named(file) -> None:
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    config = read_train("--text", "ä.txt", "--separator", r"\n", "--mesh", "data=2", "--group-warmup", "kept=5")
+    config = read_train("--text", "ä.txt", "--separator", r"\n", "--mesh", "data=2", "--warmup", "1,kept=5")
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(TrainConfig, tmp_path / "config.yaml") == config
 

@@ -30,7 +30,7 @@ from tli_jax.checkpoint.state import Checkpoints
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
 B, T, STEPS, SAVE, VALIDATE = 8, 16, 40, 10, 20
-BASIC = {"batch-size": B, "sequence-length": T, "compute-dtype": "float32", "learning-rate": 0.01, "warmup": 5}
+BASIC = {"batch-size": B, "sequence-length": T, "dtypes": "compute=float32", "learning-rate": 0.01, "warmup": 5}
 USUAL = BASIC | {"steps": STEPS, "save-every": SAVE, "validate-every": VALIDATE}
 # Of the small model: all runs of it are one program. From step 20 on every gradient is a spike.
 SMALL = BASIC | {"only": "injected", "schedule": "constant", "spike": 1e-6}
@@ -97,9 +97,10 @@ class Process:
         script = ["-m", "tli_jax.train"] if slow is None else ["-c", SLOW, *map(str, slow)]
         self.run = Path(arguments[arguments.index("--run") + 1])
         self.before = inode(self.run / "metrics.jsonl")
+        device = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
         self.process = subprocess.Popen(
             [sys.executable, "-W", "error", *script, *arguments],
-            env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | environment,
+            env=os.environ | device | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -429,12 +430,12 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"learning-rate": 0.02}, "learning_rate was 0.01, is 0.02"),
+        ({"learning-rate": 0.02}, "learning_rate was {'all': 0.01}, is {'all': 0.02}"),
         ({"seed": 1}, "seed was 0, is 1"),
         ({"batch-size": 16}, "batch_size was 8, is 16"),
         ({"only": "all"}, "only was 'injected', is 'all'"),
         ({"optimizer": "lion", "b1": 0.8}, "b1 was 0.9, is 0.8"),
-        ({"group-learning-rate": "injected=1"}, "group_learning_rate was {}, is {'injected': 1.0}"),
+        ({"warmup": "5,injected=9"}, "warmup was {'all': 5}, is {'all': 5, 'injected': 9}"),
         ({"model": "elsewhere"}, "is 'elsewhere'"),
         ({"text": "other.npy"}, "other.npy"),
     ],

@@ -46,7 +46,7 @@ def words(run, **options):
 
 
 def usual(start):
-    basic = {"model": start / "base", "text": start / "ids.npy", "only": "last_n(2)", "compute_dtype": "float32"}
+    basic = {"model": start / "base", "text": start / "ids.npy", "only": "last_n(2)", "dtypes": "compute=float32"}
     basic |= {"batch_size": 8, "sequence_length": 16, "learning_rate": 0.01, "warmup": 5}
     return basic | {"steps": STEPS, "save_every": 10, "validate_every": 20, "keep": 100}
 
@@ -66,7 +66,7 @@ class Group:
         self.started = []
         for index in range(count):
             own = {"process": f"{index}/{count}@{where}"} if count > 1 else {}
-            devices = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // count}"}
+            devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}"}
             # What one process compiles and another finds in the cache need not run its collectives in the same order on
             # a CPU: the two would wait for each other for ever.
             cached = environment if count == 1 else {}

@@ -8,11 +8,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tli_jax.checkpoint.hf import load_hf
+    from tli_jax.checkpoint.importance import measure_importance
     from tli_jax.checkpoint.save import save_hf
     from tli_jax.errors import TliError
     from tli_jax.growth.inject import inject
     from tli_jax.growth.plan import Plan, Row
-    from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
+    from tli_jax.growth.presets import (
+        adept,
+        average,
+        custom,
+        dus,
+        interpose,
+        lesa,
+        lidas,
+        llama_pro,
+        midas,
+        opt_deus,
+        slayer,
+        stack,
+        tli,
+    )
     from tli_jax.models.config import LlamaConfig
     from tli_jax.models.generate import generate
     from tli_jax.models.llama import Llama, forward, init_params
@@ -20,11 +35,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "tli_jax.checkpoint.hf": ("load_hf",),
+    "tli_jax.checkpoint.importance": ("measure_importance",),
     "tli_jax.checkpoint.save": ("save_hf",),
     "tli_jax.errors": ("TliError",),
     "tli_jax.growth.inject": ("inject",),
     "tli_jax.growth.plan": ("Plan", "Row"),
-    "tli_jax.growth.presets": ("average", "custom", "dus", "interpose", "llama_pro", "slayer", "stack", "tli"),
+    "tli_jax.growth.presets": (
+        *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
+        *("opt_deus", "lesa", "midas", "lidas", "adept", "custom"),
+    ),
     "tli_jax.models.config": ("LlamaConfig",),
     "tli_jax.models.generate": ("generate",),
     "tli_jax.models.llama": ("Llama", "forward", "init_params"),
@@ -38,6 +57,7 @@ __all__ = [
     "Plan",
     "Row",
     "TliError",
+    "adept",
     "average",
     "custom",
     "dus",
@@ -46,9 +66,14 @@ __all__ = [
     "init_params",
     "inject",
     "interpose",
+    "lesa",
+    "lidas",
     "llama_pro",
     "load_hf",
     "losses",
+    "measure_importance",
+    "midas",
+    "opt_deus",
     "save_hf",
     "slayer",
     "stack",

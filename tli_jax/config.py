@@ -17,8 +17,24 @@ from pydantic.dataclasses import dataclass
 
 from tli_jax.errors import MissingInputError, UsageError, nearest
 
-Method = Literal["tli", "dus", "llama_pro", "stack", "interpose", "slayer", "average", "custom"]
-Init = Literal["identity", "copy", "scaled", "half", "average", "average_identity", "noise", "random"]
+Method = Literal[
+    "tli",
+    "dus",
+    "llama_pro",
+    "stack",
+    "interpose",
+    "slayer",
+    "average",
+    "opt_deus",
+    "lesa",
+    "midas",
+    "lidas",
+    "adept",
+    "custom",
+]
+Init = Literal[
+    "identity", "copy", "scaled", "half", "average", "average_identity", "noise", "random", "transport", "predictor"
+]
 
 
 def _split(value: Any) -> Any:
@@ -48,6 +64,17 @@ def _pairs(value: Any) -> Any:
     return {name.strip(): amount.strip() for name, _, amount in parts}
 
 
+def _by_group(value: Any) -> Any:
+    """``1e-4``, or ``"1e-4,injected=1e-3"``, or a mapping with ``all`` in it."""
+    if isinstance(value, str) and value.strip():
+        first, *others = value.split(",")
+        return {"all": first.strip()} | (_pairs(",".join(others)) if "=" not in first else _pairs(value))
+    value = value if isinstance(value, dict) else {"all": value}
+    if "all" not in value:
+        raise ValueError("must have a value for all, beside those of some groups")
+    return value
+
+
 def _sources(value: Any) -> Any:
     """A path, paths with commas between, or a list of paths and of sources."""
     listed = _split(value)
@@ -72,6 +99,8 @@ NotNegative = Annotated[Whole, pydantic.Field(ge=0)]
 Share = Annotated[Number, pydantic.Field(ge=0, le=1)]
 Amount = Annotated[Number, pydantic.Field(ge=0, allow_inf_nan=False)]
 Group = Literal["kept", "injected", "outer"]
+Groups = Literal["all", "kept", "injected", "outer"]
+Part = Literal["param", "moment", "compute"]
 Axis = Literal["data", "fsdp", "tensor"]
 FloatType = Literal["float32", "bfloat16"]
 
@@ -79,7 +108,7 @@ FloatType = Literal["float32", "bfloat16"]
 def option(default: Any, text: str) -> Any:
     """A key with its default and its line of help."""
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=dict, metadata={"help": text})
+        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
     return dataclasses.field(default=default, metadata={"help": text})
 
 
@@ -124,13 +153,11 @@ class TrainConfig:
     outer: str | None = option(
         None, "tensors outside the layers that train: all, none, or of embed_tokens,norm,lm_head (default as only all)"
     )
-    learning_rate: Amount = option(1e-4, "peak learning rate")
-    group_learning_rate: Annotated[dict[Group, Amount], pydantic.BeforeValidator(_pairs)] = option(
-        {}, "another one for some groups, e.g. injected=1e-3,kept=1e-5,outer=0"
+    learning_rate: Annotated[dict[Groups, Amount], pydantic.BeforeValidator(_by_group)] = option(
+        {"all": 1e-4}, "peak learning rate, and another one for some groups: 1e-4,injected=1e-3,kept=1e-5,outer=0"
     )
-    warmup: NotNegative = option(0, "steps from 0 to the peak")
-    group_warmup: Annotated[dict[Group, NotNegative], pydantic.BeforeValidator(_pairs)] = option(
-        {}, "another one for some groups, e.g. kept=500"
+    warmup: Annotated[dict[Groups, NotNegative], pydantic.BeforeValidator(_by_group)] = option(
+        {"all": 0}, "steps from 0 to the peak, and others for some groups: 100,kept=500"
     )
     schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "how the rate falls: cosine, wsd or constant")
     decay_share: Share = option(0.2, "wsd: the last share of all steps, over which the rate falls in a line")
@@ -141,9 +168,9 @@ class TrainConfig:
     eps: Amount = option(1e-8, "added to the denominator of an update")
     weight_decay: Amount = option(0.1, "decoupled; of layers' matrices and the head, not of norms and embedding")
     clip: Amount = option(1.0, "largest global norm of the gradient; 0 for none")
-    param_dtype: FloatType = option("float32", "dtype of the parameters that train")
-    moment_dtype: FloatType = option("float32", "dtype of the first moment")
-    compute_dtype: FloatType = option("bfloat16", "dtype of activations and matrix products")
+    dtypes: Annotated[dict[Part, FloatType], pydantic.BeforeValidator(_pairs)] = option(
+        {}, "of what trains, its first moment, and of activations: param=float32,moment=float32,compute=bfloat16"
+    )
     remat: Literal["none", "dots", "full"] = option(
         "full", "what is computed again in the backward pass: none, all but matrix products (dots), full"
     )
@@ -168,6 +195,21 @@ class TrainConfig:
     max_shard_size: Text = option("5GB", "largest safetensors file of the export")
     overwrite: bool = option(False, "replace an export that exists, once the new one is complete")
 
+    @property
+    def param_dtype(self) -> FloatType:
+        """Of the parameters that train."""
+        return self.dtypes.get("param", "float32")
+
+    @property
+    def moment_dtype(self) -> FloatType:
+        """Of the first moment."""
+        return self.dtypes.get("moment", "float32")
+
+    @property
+    def compute_dtype(self) -> FloatType:
+        """Of activations and matrix products."""
+        return self.dtypes.get("compute", "bfloat16")
+
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class UpscaleConfig:
@@ -181,19 +223,26 @@ class UpscaleConfig:
     init: Init | None = option(
         None, f"tli: how an injected layer starts, one of {', '.join(get_args(Init))} (default identity)"
     )
-    scale: Number | None = option(None, "tli: factor on residual outputs, with init scaled, noise or random")
+    scale: Number | None = option(None, "tli: factor on residual outputs, with init scaled or one that computes")
     after: Layers | None = option(None, "positions by hand: base layers after which is injected, e.g. 3,7,11")
     remainder: Literal["allow", "error"] | None = option(None, "tli: whether K may leave layers over (default allow)")
     drop: Whole | None = option(
         None, "dus: layers dropped from the end of one half and the start of the other (default L/4)"
     )
     groups: Whole | None = option(None, "llama_pro: number of groups, a divisor of L")
+    block: Whole | None = option(None, "midas, lidas: layers of the block that is repeated (default ⌈L/4⌉)")
+    count: Whole | None = option(None, "adept: layers that are doubled, those that matter least (default ⌈L/4⌉)")
+    norms: Literal["mean", "first"] | None = option(
+        None, "lesa: norms of a new layer, mean of its neighbours' or those of the first layer (default mean)"
+    )
     copies: Whole | None = option(None, "tli, llama_pro, interpose: injected layers at each position (default 1)")
     times: Whole | None = option(None, "stack: how many times the trunk (default 2)")
     layers: Text | None = option(None, "custom: the grown layers, e.g. '0-3, 3*0, 4-7, 7*0.5, 8-15'")
-    seed: Whole | None = option(None, "tli: seed of init noise and random (default 0)")
+    seed: Whole | None = option(None, "tli, lesa: seed of what is drawn (default 0)")
     noise_ratio: Number | None = option(None, "tli: noise as a share of each tensor's root mean square (default 0.01)")
-    text: str | None = option(None, "UTF-8 text for the proof; by default the one that the package carries")
+    text: str | None = option(
+        None, "UTF-8 text for the proof, and for adept; by default the one that the package carries"
+    )
     proof: bool = option(True, "run base and grown model and compare every logit")
     sample: str | None = option(None, "prompt to continue with base and grown model at the end (greedy)")
     plan_only: bool = option(False, "read headers and configuration only, print the plan, write nothing")

@@ -28,7 +28,7 @@ from tli_jax.checkpoint.output import check_output
 from tli_jax.checkpoint.stream import grown_pieces
 from tli_jax.config import PreflightConfig, TrainConfig, parse
 from tli_jax.errors import TliError, UsageError
-from tli_jax.growth.plan import Plan
+from tli_jax.growth.plan import HOST_INITS, Plan
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.parallel import processes, topology
 from tli_jax.training.run import RunFolder
@@ -149,7 +149,9 @@ class Preflight:
         base = self._needs(self.base, "a model")
         if not self.config.output:
             raise UsageError("output is not set: the folder that growth writes")
-        self.plan = plan = upscale.make_plan(self.config, base)
+        # Where a plan depends on weights, which layers it names changes nothing that is checked here.
+        anything = [0.0] * base.config.num_hidden_layers
+        self.plan = plan = upscale.make_plan(self.config, base, anything)
         pieces = grown_pieces(base, plan)
         nbytes = sum(piece.nbytes for piece in pieces)
         self.writes.append(("grown model", Path(self.config.output), nbytes))
@@ -276,6 +278,9 @@ class Preflight:
         from tli_jax.training import fit
 
         base, plan = self._needs(self.base, "a model"), self._needs(self.plan, "a plan")
+        on_host = sorted({row.init for row in plan.rows if row.init in HOST_INITS})
+        if on_host:
+            raise _NotCheckedError(f"init {', '.join(on_host)} works on the host, from file to file")
         mesh = self.trainer.mesh if self.trainer is not None else make_mesh({}, self._devices())
         return self._judge(fit.compile_growth(base.config, plan, mesh), mesh, "try a larger slice", {})
 

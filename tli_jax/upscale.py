@@ -40,8 +40,11 @@ from tli_jax.training.run import RunFolder
 PROGRAM = "python -m tli_jax.upscale"
 
 
-def make_plan(config: UpscaleConfig, base: Checkpoint) -> Plan:
+def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[float] | None = None) -> Plan:
     """The plan that the options ask for, continuing the base's own growth where it has one.
+
+    Args:
+        importance: of the layers, for ``adept`` (see ``needs_importance``).
 
     Raises:
         UsageError: an option does not belong to the method, or is out of range.
@@ -49,7 +52,7 @@ def make_plan(config: UpscaleConfig, base: Checkpoint) -> Plan:
     preset = PRESETS[config.method]
     known = inspect.signature(preset).parameters
     names = ("every", "init", "scale", "after", "remainder", "drop", "groups", "copies", "times", "layers")
-    names += ("seed", "noise_ratio")
+    names += ("seed", "noise_ratio", "block", "count", "norms")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
     if config.method == "custom":
         if "layers" not in given:
@@ -57,19 +60,30 @@ def make_plan(config: UpscaleConfig, base: Checkpoint) -> Plan:
         given["spec"] = given.pop("layers")
     foreign = sorted(name for name in given if name not in known or name == "layers")
     if foreign:
-        own = ", ".join(name for name in known if name not in ("layers", "std"))
+        own = ", ".join(name for name in known if name in names and name != "layers")
         raise UsageError(f"{', '.join(foreign)}: not an option of method {config.method}, which has {own}")
     if "std" in known:
         given["std"] = base.config.initializer_range
+    if needs_importance(config):
+        given["importance"] = importance
     plan = preset(base.config.num_hidden_layers, **given)
     return (
         plan if base.growth is None else plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
     )
 
 
+def needs_importance(config: UpscaleConfig) -> bool:
+    """Whether the plan depends on the weights."""
+    return config.method == "adept" and config.after is None
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A growth that has been thought through: everything that can be refused before a byte is written has been."""
+    """A growth that has been thought through: everything that can be refused before a byte is written has been.
+
+    Attributes:
+        facts: what initialisers that work on the host found, once tensors are made.
+    """
 
     config: UpscaleConfig
     base: Checkpoint
@@ -77,6 +91,7 @@ class Job:
     plan: Plan
     shards: dict[str, list[Piece]]
     description: dict[str, Any]
+    facts: dict[str, Any]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -101,8 +116,10 @@ def _is_there(config: UpscaleConfig) -> bool:
     file = Path(str(config.output)) / "growth.json"
     if config.overwrite or not file.is_file():
         return False
-    plan = make_plan(config, open_checkpoint(hub.resolve(config.model, config.revision)))
-    return Plan.from_json(read_json(file), str(file)).rows == plan.rows
+    there = Plan.from_json(read_json(file), str(file))
+    base = open_checkpoint(hub.resolve(config.model, config.revision))
+    importance = there.options.get("importance") or [0.0] * base.config.num_hidden_layers
+    return there.rows == make_plan(config, base, importance).rows
 
 
 def upscale(config: UpscaleConfig) -> None:
@@ -132,7 +149,7 @@ def upscale(config: UpscaleConfig) -> None:
 
 
 def prepare(config: UpscaleConfig) -> Job:
-    """Find and check the base, and make the plan; reads headers and configuration only.
+    """Find and check the base, and make the plan; reads headers and configuration only, unless ``needs_importance``.
 
     Raises:
         TliError: whatever can be known to be wrong before weights are read.
@@ -142,7 +159,7 @@ def prepare(config: UpscaleConfig) -> Job:
     if not config.output and not config.plan_only:
         raise UsageError("--output is needed: the folder to write (or --plan-only)")
     max_shard_bytes = parse_size(config.max_shard_size)
-    folder = hub.resolve(config.model, config.revision, config.plan_only)
+    folder = hub.resolve(config.model, config.revision, config.plan_only and not needs_importance(config))
     if config.output is not None and not config.plan_only:
         check_output(Path(config.output), folder, config.overwrite)
     base = open_checkpoint(folder)
@@ -153,14 +170,16 @@ def prepare(config: UpscaleConfig) -> Job:
         warnings = []
     for warning in (*base.warnings, *warnings):
         command.warn(warning)
-    plan = make_plan(config, base)
-    pieces = grown_pieces(base, plan)
+    importance = _measure_importance(config, base, tokenizer) if needs_importance(config) else None
+    plan = make_plan(config, base, importance)
+    facts: dict[str, Any] = {}
+    pieces = grown_pieces(base, plan, facts)
     shards = split_shards(pieces, max_shard_bytes)
     files = {name: sum(piece.nbytes for piece in shard) for name, shard in shards.items()}
     files |= {INDEX: 0} if list(shards) != [SINGLE] else {}
     files |= dict.fromkeys(("config.json", "growth.json", "README.md"), 0)
     files |= {file.name: file.stat().st_size for file in sidecar.allowed_files(folder)}
-    return Job(config, base, tokenizer, plan, shards, report.describe(base, plan, pieces, files))
+    return Job(config, base, tokenizer, plan, shards, report.describe(base, plan, pieces, files), facts)
 
 
 def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
@@ -171,13 +190,15 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
         OutputError, StorageError: the output cannot be written.
     """
     config, base, plan = job.config, job.base, job.plan
-    ids = _read_ids(job)
+    ids = _read_ids(config, base, job.tokenizer)
     with staged(Path(str(config.output)), sum(job.description["writes"].values())) as partial:
         digests, nonfinite = _check(job, seconds)
         at = time.perf_counter()
         with command.progress("write", job.description["after"]["bytes"]) as advance:
             grown_digests, hashing = write_safetensors(partial, job.shards, digests, advance)
         seconds |= {"write": time.perf_counter() - at - hashing, "hash": hashing}
+        for what in job.facts.get("transport", {}).get("not_converged", []):
+            command.warn(f"{what}: transport did not converge")
         sidecar.write_json(partial / "config.json", sidecar.grow_config(base.raw, plan))
         sidecar.copy_allowed(base.folder, partial)
         proof = None
@@ -193,6 +214,7 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
             "parameters": job.description["after"]["parameters"],
             "digests": {"algorithm": "sha256", "base": digests, "grown": grown_digests},
             "nonfinite": nonfinite,
+            "computed": job.facts,
             "versions": _versions(),
             "proof": proof,
         }
@@ -218,17 +240,29 @@ def _check(job: Job, seconds: dict[str, float]) -> tuple[dict[str, str], dict[st
     return digests, nonfinite
 
 
-def _read_ids(job: Job) -> list[int] | None:
+def _read_ids(config: UpscaleConfig, base: Checkpoint, tokenizer: tokens.Tokenizer | None) -> list[int] | None:
     """Token ids of the text for the proof; None where there is no tokenizer."""
-    config = job.config
-    if job.tokenizer is None:
-        if config.text is not None or config.sample is not None:
-            raise DataError(f"{job.base.folder}: no tokenizer, which --text and --sample need: leave them out")
+    if tokenizer is None:
+        if config.text is not None or config.sample is not None or needs_importance(config):
+            raise DataError(
+                f"{base.folder}: no tokenizer, which --text, --sample and --method adept need: leave them out"
+            )
         return None
     text = tokens.embedded_text() if config.text is None else tokens.read_text(Path(config.text))
-    ids = job.tokenizer.encode(text)
-    tokens.windows(ids, job.base.config, tokens.FEWEST, tokens.FEWEST)  # refuses what is too short
+    ids = tokenizer.encode(text)
+    tokens.windows(ids, base.config, tokens.FEWEST, tokens.FEWEST)  # refuses what is too short
     return ids
+
+
+def _measure_importance(config: UpscaleConfig, base: Checkpoint, tokenizer: tokens.Tokenizer | None) -> list[float]:
+    from tli_jax.checkpoint.importance import TOKENS, measure_importance
+
+    ids = _read_ids(config, base, tokenizer)
+    assert ids is not None, "refused"
+    bos = base.config.bos_token_id is not None
+    tokens_BT = tokens.windows(ids, base.config, min(TOKENS, len(ids) + bos), 512)
+    with command.progress("importance", 2 * base.config.num_hidden_layers, unit="layers") as advance:
+        return measure_importance(base, tokens_BT, lambda: advance(1))
 
 
 def _prove(job: Job, grown: Checkpoint, ids: list[int] | None) -> dict[str, Any]:

@@ -22,8 +22,22 @@ from tli_jax.checkpoint.save import unstack
 from tli_jax.checkpoint.stream import Piece, check_tensors, grown_pieces, parse_size, split_shards, write_safetensors
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.inject import inject
-from tli_jax.growth.plan import Plan, Row
-from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
+from tli_jax.growth.plan import COMPUTED_INITS, Plan, Row
+from tli_jax.growth.presets import (
+    adept,
+    average,
+    custom,
+    dus,
+    interpose,
+    lesa,
+    lidas,
+    llama_pro,
+    midas,
+    opt_deus,
+    slayer,
+    stack,
+    tli,
+)
 
 PLANS = {
     "tli-identity": tli(4, 2),
@@ -42,6 +56,13 @@ PLANS = {
     "average": average(4, 2),
     "stack": stack(4),
     "interpose": interpose(4, after=[0, 3]),
+    "opt_deus": opt_deus(4),
+    "tli-transport": tli(4, 3, "transport", scale=0.5),
+    "lesa": lesa(4, epochs=2),
+    "lesa-first": lesa(4, norms="first", seed=3, epochs=1),
+    "midas": midas(4),
+    "lidas": lidas(4, 2),
+    "adept": adept(4, 2, importance=[1, 0, 3, 2]),
     "custom": custom(4, "3, 0-1*0.7, 3*0, 2*1e-3"),
     "by hand": Plan("hand", 4, (Row(((0, 0.7), (2, -0.1), (3, 0.4)), 0.3), Row(((1, 2.0),)), Row(((2, 1.0),), -1.0))),
 }
@@ -60,7 +81,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pa
     }
 
 
-LINEAR = [plan for plan in PLANS if "noise" not in plan and "random" not in plan and plan != "by hand"]
+LINEAR = [name for name, plan in PLANS.items() if not any(row.init in COMPUTED_INITS for row in plan.rows)]
+LINEAR.remove("by hand")
 
 
 @pytest.mark.parametrize(
@@ -70,6 +92,11 @@ LINEAR = [plan for plan in PLANS if "noise" not in plan and "random" not in plan
         ("float16", "tli-scaled", True),
         ("float32", "tli-noise", True),
         ("float32", "tli-random", True),
+        # Fused on the host, and under jit by a call back to it.
+        *[(dtype, "opt_deus", jitted) for dtype in ("float32", "bfloat16") for jitted in (True, False)],
+        ("float32", "tli-transport", True),
+        ("float32", "lesa", False),
+        ("bfloat16", "lesa-first", False),
         ("float32", "tli-average", False),
         ("bfloat16", "tli-noise-scaled", False),
         ("bfloat16", "tli-random-zeroed", False),

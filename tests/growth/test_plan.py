@@ -10,23 +10,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tli_jax.errors import DataError, UsageError
-from tli_jax.growth.plan import INITS, Plan, Row
-from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
+from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, Plan, Row
+from tli_jax.growth.presets import (
+    PRESETS,
+    adept,
+    average,
+    custom,
+    dus,
+    interpose,
+    lesa,
+    lidas,
+    llama_pro,
+    midas,
+    opt_deus,
+    slayer,
+    stack,
+    tli,
+)
 
-LINEAR = [init for init in INITS if init not in ("noise", "random")]
+LINEAR = [init for init in INITS if init not in COMPUTED_INITS]
 
 
 @st.composite
 def plans(draw: st.DrawFn, layers: int | None = None, inits: list[str] | None = None) -> Plan:
     """Any plan that a preset makes."""
     layers = draw(st.integers(1, 9)) if layers is None else layers
-    method = draw(st.sampled_from(["tli", "dus", "llama_pro", "stack", "interpose", "slayer", "average", "custom"]))
+    computes = layers > 1 and inits is None
+    method = draw(st.sampled_from([name for name in PRESETS if computes or name not in ("opt_deus", "lesa")]))
     every = draw(st.integers(1, layers))
     if method == "tli":
-        init = draw(st.sampled_from(inits or INITS))
-        scale = (
-            0.25 if init == "scaled" else draw(st.sampled_from([None, 0.0])) if init in ("noise", "random") else None
-        )
+        # Of two neighbours nothing can be made after the last layer.
+        possible = [init for init in inits or INITS if layers % every or init not in HOST_INITS]
+        init = draw(st.sampled_from(possible))
+        scale = 0.25 if init == "scaled" else draw(st.sampled_from([None, 0.0])) if init in COMPUTED_INITS else None
         return tli(layers, every, init, copies=draw(st.integers(1, 2)), scale=scale)
     if method == "custom":
         items = st.tuples(st.integers(0, layers - 1), st.sampled_from(["", "*0", "*0.5", "i", "k", "*0i", "*0k"]))
@@ -41,6 +57,11 @@ def plans(draw: st.DrawFn, layers: int | None = None, inits: list[str] | None = 
         "interpose": lambda: interpose(layers, after=after),
         "slayer": lambda: slayer(layers, after=after),
         "average": lambda: average(layers, after=after),
+        "opt_deus": lambda: opt_deus(layers),
+        "lesa": lambda: lesa(layers),
+        "midas": lambda: midas(layers, every),
+        "lidas": lambda: lidas(layers, every),
+        "adept": lambda: adept(layers, every, importance=[float(layer % 3) for layer in range(layers)]),
     }
     return make[method]()
 

@@ -1,20 +1,27 @@
 """Every preset against the definition of its method: order of layers, marks, scales, exactness, refusals."""
 
 import re
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tli_jax.config import Init, Method
 from tli_jax.errors import UsageError
-from tli_jax.growth.plan import INITS, Plan, draw_layer_map
+from tli_jax.growth.plan import HOST_INITS, INITS, Plan, draw_layer_map
 from tli_jax.growth.presets import (
     PRESETS,
+    adept,
     average,
     custom,
     dus,
     interpose,
+    lesa,
+    lidas,
     llama_pro,
+    midas,
+    opt_deus,
     slayer,
     stack,
     tli,
@@ -45,9 +52,14 @@ def numbers(first: int, last: int) -> str:
 
 
 def test_the_table_of_presets_is_complete():
-    assert set(PRESETS) == {"tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose", "custom"}
+    assert set(PRESETS) == {
+        *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
+        *("opt_deus", "lesa", "midas", "lidas", "adept", "custom"),
+    }
+    assert set(PRESETS) == set(get_args(Method)) and set(INITS) == set(get_args(Init))
+    needed = {"llama_pro": {"groups": 4}, "custom": {"spec": "0-7"}, "adept": {"importance": [0.0] * 8}}
     for name, preset in PRESETS.items():
-        assert preset(8, **{"llama_pro": {"groups": 4}, "custom": {"spec": "0-7"}}.get(name, {})).method == name
+        assert preset(8, **needed.get(name, {})).method == name
 
 
 @pytest.mark.parametrize(
@@ -82,6 +94,24 @@ def test_the_table_of_presets_is_complete():
         (average(5, 2), "0 1 [1+2] 2 3 [3+4] 4"),
         (average(4), "0 1 2 3 [3]"),
         (average(5, after=[0]), "0 [0+1] 1 2 3 4"),
+        (opt_deus(5), "0 1 [1+2*0] 2 [2+3*0] 3 [3+4*0] 4"),
+        (opt_deus(2), "0 [0+1*0] 1"),
+        (opt_deus(4, after=[0]), "0 [0+1*0] 1 2 3"),
+        (lesa(5), "0 1 [1+2] 2 [2+3] 3 [3+4] 4"),
+        (tli(5, 2, "transport"), "0 1 [1+2*0] 2 3 [3+4*0] 4"),
+        (tli(5, 2, "transport", scale=1.0), "0 1 [1+2] 2 3 [3+4] 4"),
+        (tli(5, 2, "predictor", scale=0.5), "0 1 [1+2*0.5] 2 3 [3+4*0.5] 4"),
+        (midas(8), "0 1 2 3 [2] [3] 4 5 6 7"),
+        (midas(12), "0 1 2 3 4 5 [3] [4] [5] 6 7 8 9 10 11"),
+        (midas(9, 3), "0 1 2 3 4 5 [3] [4] [5] 6 7 8"),
+        (midas(5), "0 1 2 3 [2] [3] 4"),
+        (midas(3, 3), "0 1 2 [0] [1] [2]"),
+        (lidas(8, 4), "0 1 2 3 4 5 [2] [3] [4] [5] 6 7"),
+        (lidas(12), "0 1 2 3 4 5 6 [4] [5] [6] 7 8 9 10 11"),
+        (lidas(5, 1), "0 1 2 [2] 3 4"),
+        (adept(5, 2, importance=[5, 1, 3, 1, 2]), "0 1 [1*0] 2 3 [3*0] 4"),
+        (adept(5, importance=[1, 1, 0, 4, 4]), "0 [0*0] 1 2 [2*0] 3 4"),
+        (adept(5, after=[4]), "0 1 2 3 4 [4*0]"),
         (stack(3), "0 1 2 [0] [1] [2]"),
         (stack(2, 3), "0 1 [0] [1] [0] [1]"),
         (stack(2, 1), "0 1"),
@@ -107,6 +137,8 @@ def test_order_marks_and_scales(plan: Plan, expected: str):
         (dus(32, 8), 48, range(24, 40)),
         (dus(80, 20), 120, range(60, 100)),
         (tli(126, 2), 189, range(2, 189, 3)),
+        (opt_deus(32), 48, range(16, 48, 2)),
+        (lesa(32), 48, range(16, 48, 2)),
     ],
 )
 def test_published_sizes(plan: Plan, depth: int, injected_at: range):
@@ -207,9 +239,9 @@ def test_notes():
         (lambda: tli(5, 2, remainder="error"), "every 2 does not divide 5 layers"),
         (lambda: tli(5, 2, remainder="eror"), "remainder 'eror' is not known, use allow or error"),
         (lambda: tli(5, 2, "idntity"), "init 'idntity' is not known, is identity meant?"),
-        (lambda: tli(5, 2, "scaled"), "'scaled' needs a scale"),
-        (lambda: tli(5, 2, "copy", scale=0.5), "only noise and random take one besides"),
-        (lambda: tli(5, 2, "identity", scale=0.0), "only noise and random take one besides"),
+        (lambda: tli(5, 2, "scaled"), "'scaled' needs one"),
+        (lambda: tli(5, 2, "copy", scale=0.5), "only noise, random, transport, predictor take one besides"),
+        (lambda: tli(5, 2, "identity", scale=0.0), "only noise, random, transport, predictor take one besides"),
         (lambda: tli(5, 2, "scaled", scale=float("nan")), "scale of nan"),
         (lambda: tli(5, 2, "scaled", scale=float("inf")), "scale of inf"),
         (lambda: tli(5, 2, copies=0), "copies is 0, must be 1…1000"),
@@ -235,6 +267,17 @@ def test_notes():
         (lambda: custom(4, ""), "'' is not a layer"),
         (lambda: custom(4, "0-3,"), "'' is not a layer"),
         (lambda: custom(4, "0-4"), "'0-4' is out of range, the base has layers 0-3"),
+        (lambda: opt_deus(1), "has 1 layers, two at least"),
+        (lambda: opt_deus(4, after=[3]), "none follows layer 3"),
+        (lambda: tli(4, 2, "transport"), "none follows layer 3"),
+        (lambda: tli(4, 2, "identity", scale=0.5), "take one besides"),
+        (lambda: lesa(4, norms="last"), "norms 'last' is not known"),
+        (lambda: lesa(4, epochs=0), "epochs is 0"),
+        (lambda: midas(4, 5), "block is 5, must be 1…4"),
+        (lambda: lidas(4, 0), "block is 0, must be 1…4"),
+        (lambda: adept(4), "needs an importance for each of 4 layers, has none"),
+        (lambda: adept(4, importance=[1.0]), "has 1"),
+        (lambda: adept(4, 5, importance=[1.0] * 4), "count is 5"),
         (lambda: custom(4, "2-1"), "'2-1' is out of range"),
         (lambda: custom(4, "-1"), "'-1' is not a layer"),
         (lambda: custom(4, "0*x"), "'0*x' is not a layer"),
@@ -246,9 +289,9 @@ def test_refusals(make, message: str):
         make()
 
 
-@given(layers=DEPTHS, data=st.data(), init=st.sampled_from(INITS), copies=st.integers(1, 3))
+@given(layers=st.integers(3, 40), data=st.data(), init=st.sampled_from(INITS), copies=st.integers(1, 3))
 def test_tli_keeps_the_base_whole_and_in_order(layers: int, data: st.DataObject, init: str, copies: int):
-    every = data.draw(st.integers(1, layers))
+    every = data.draw(st.integers(1, layers).filter(lambda every: layers % every or init not in HOST_INITS))
     plan = tli(layers, every, init, copies=copies, scale=0.7 if init == "scaled" else None)
     assert len(plan) == layers + copies * (layers // every)
     kept = [row for row in plan.rows if not row.injected]

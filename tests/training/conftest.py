@@ -47,7 +47,7 @@ def start(model: LlamaConfig, params: Params, injected: Sequence[bool]) -> Any:
     """A trainer with the options given, what trains and what does not; on one device unless told otherwise."""
 
     def make(mesh: dict[str, int] | None = None, **options: Any) -> tuple[Trainer, Arrays, Arrays]:
-        config = TrainConfig(**{"compute_dtype": "float32", "mesh": mesh or {}} | options)
+        config = TrainConfig(**{"dtypes": {"compute": "float32"}, "mesh": mesh or {}} | options)
         devices = jax.devices()[:1] if mesh is None else jax.devices()
         layout = make_layout(model, injected, config.only, config.outer)
         trainer = Trainer(model, config, layout, make_mesh(config.mesh, devices), causal)

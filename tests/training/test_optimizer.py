@@ -38,10 +38,9 @@ def test_constant_and_no_warmup():
 
 def test_every_group_has_its_own_rate_and_warmup():
     config = TrainConfig(
-        learning_rate=1.0,
+        learning_rate={"all": 1.0, "injected": 3.0, "outer": 0.0},
         schedule="constant",
-        group_learning_rate={"injected": 3.0, "outer": 0.0},
-        group_warmup={"kept": 10},
+        warmup={"all": 0, "kept": 10},
     )
     at_5 = {name: float(make_schedule(config, name)(5)) for name in ("kept", "injected", "outer")}
     assert at_5 == {"kept": 0.5, "injected": 3.0, "outer": 0.0}
@@ -70,7 +69,7 @@ def test_groups_differ_within_one_stack(everything, injected):
     leaves, trained, gradients = everything
     base = TrainConfig(learning_rate=1e-3, schedule="constant", weight_decay=0.0)
     plain = update(base, leaves, trained, gradients)
-    other = dataclasses.replace(base, group_learning_rate={"injected": 5e-3, "outer": 0.0})
+    other = dataclasses.replace(base, learning_rate={"all": 1e-3, "injected": 5e-3, "outer": 0.0})
     for name, of_group in update(other, leaves, trained, gradients).items():
         if name.startswith("layers."):
             factor = np.where(injected, 5.0, 1.0).reshape(-1, *[1] * (of_group.ndim - 1))
@@ -136,5 +135,5 @@ def test_adamw_is_optax_s(everything):
 
 def test_moments_in_another_dtype(everything):
     leaves, trained, _ = everything
-    state = make_optimizer(TrainConfig(moment_dtype="bfloat16"), leaves).init(trained)
+    state = make_optimizer(TrainConfig(dtypes={"moment": "bfloat16"}), leaves).init(trained)
     assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "mu"))} == {jnp.dtype("bfloat16")}

@@ -173,7 +173,7 @@ def test_what_is_computed_again_is_the_same(start, batch, on_one_device, remat, 
 
 
 def test_frozen_tensors_keep_their_dtype_and_compute_is_in_another(start, batch):
-    trainer, trained, frozen = start(only="injected", compute_dtype="bfloat16", learning_rate=1e-2)
+    trainer, trained, frozen = start(only="injected", dtypes={"compute": "bfloat16"}, learning_rate=1e-2)
     frozen = {name: x.astype(jnp.bfloat16) for name, x in frozen.items()}
     losses, state = train(trainer, trained, frozen, [batch] * 8)
     assert losses[-1] < losses[0] - 0.1
@@ -244,7 +244,7 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
 
 
 def test_group_and_dtype_of_every_leaf(start, model, params):
-    trainer, trained, _ = start(only="injected", param_dtype="bfloat16")
+    trainer, trained, _ = start(only="injected", dtypes={"param": "bfloat16", "compute": "float32"})
     state = trainer.abstract_state()
     assert set(state.trained) == set(group(params, trainer.leaves)[0]) == set(trained)
     assert all(x.dtype == jnp.bfloat16 for x in state.trained.values())

@@ -6,7 +6,6 @@ both holds the same bytes, the work is done once.
 """
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_chunks, read_tensor
+from tli_jax.checkpoint.layers import embed, head_name, normalise, read_layer, run_layer
 from tli_jax.checkpoint.tokens import FEWEST
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
-from tli_jax.models.llama import Block, RMSNorm, make_rope
-from tli_jax.models.tree import nest, pick
+from tli_jax.models.config import LAYER_TENSORS
+from tli_jax.models.tree import pick
 
 MAX_TOKENS, WINDOW = 4096, 512
 SECONDS = 60.0
@@ -64,11 +63,11 @@ class Proof:
 
 def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int:
     """Number of tokens with which the proof takes about ``seconds``, measured on the first layer; 128 to 4096."""
-    params = _layer(base, 0)
+    params = read_layer(base, 0)
     x = jnp.zeros((1, FEWEST, base.config.hidden_size), params["mlp"]["up_proj"]["weight"].dtype)
-    _block(base.config, params, x).block_until_ready()
+    run_layer(base.config, params, x).block_until_ready()
     started = time.perf_counter()
-    _block(base.config, params, x).block_until_ready()
+    run_layer(base.config, params, x).block_until_ready()
     per_token = (time.perf_counter() - started) / FEWEST
     layers = layers_to_run(plan)
     # The head costs as much as its parameters are layers; both models need it.
@@ -137,19 +136,19 @@ def _run_layers(
     base: Checkpoint, grown: Checkpoint, plan: Plan, tokens_BT: np.ndarray, step: Callable[[], None]
 ) -> tuple[jax.Array, jax.Array, int | None, list[Change]]:
     config = base.config
-    x_base, x_grown = _embed(base, tokens_BT), _embed(grown, tokens_BT)
+    x_base, x_grown = embed(base, tokens_BT), embed(grown, tokens_BT)
     parted_at = None if _same(x_base, x_grown) else 0
     changes = []
     next_base = 0
     for number, row in enumerate(plan.rows):
-        params = _layer(grown, number)
-        y = _block(config, params, x_grown)
+        params = read_layer(grown, number)
+        y = run_layer(config, params, x_grown)
         if row.injected:
             changes.append(Change(number, *map(float, _change(x_grown, y))))
         if parted_at is None:
             if row.is_base_layer and row.sources[0][0] == next_base:
                 is_same_layer = _holds(base, next_base, params)
-                x_base = y if is_same_layer else _block(config, _layer(base, next_base), x_base)
+                x_base = y if is_same_layer else run_layer(config, read_layer(base, next_base), x_base)
                 next_base += 1
             if not _same(x_base, y):
                 parted_at = number
@@ -158,33 +157,9 @@ def _run_layers(
         del params
         step()
     for layer in range(next_base, config.num_hidden_layers):
-        x_base = _block(config, _layer(base, layer), x_base).block_until_ready()
+        x_base = run_layer(config, read_layer(base, layer), x_base).block_until_ready()
         step()
     return x_base, x_grown, parted_at, changes
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _block(config: LlamaConfig, params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
-    """One layer of either model: the one compiled program that both go through."""
-    return Block(config, params)(x_BTD, make_rope(config, x_BTD.shape[1], x_BTD.dtype))[0]
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _norm(eps: float, weight_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
-    return RMSNorm(weight_D, eps)(x_BTD).reshape(-1, x_BTD.shape[-1])
-
-
-def _layer(checkpoint: Checkpoint, layer: int) -> dict[str, Any]:
-    # Moved to the device one by one, so that only one tensor is ever held twice.
-    return nest({name: jnp.asarray(read_tensor(checkpoint.tensors[hf_name(name, layer)])) for name in LAYER_TENSORS})
-
-
-def _embed(checkpoint: Checkpoint, tokens_BT: np.ndarray) -> jax.Array:
-    """Rows of the embedding that the tokens need, read one by one."""
-    table = checkpoint.tensors["model.embed_tokens.weight"]
-    used, inverse = np.unique(tokens_BT, return_inverse=True)
-    rows = np.concatenate([read_tensor(table, slice(token, token + 1)) for token in used.tolist()])
-    return jnp.asarray(rows[inverse.reshape(tokens_BT.shape)])
 
 
 def _holds(checkpoint: Checkpoint, layer: int, params: dict[str, Any]) -> bool:
@@ -219,11 +194,13 @@ def _compare_logits(
 ) -> dict[str, float]:
     """Logits of both, a slice of the vocabulary at a time, with running softmax statistics."""
     config = base.config
-    name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
+    name = head_name(config)
     heads = base.tensors[name], grown.tensors[name]
     norms = [jnp.asarray(read_tensor(c.tensors["model.norm.weight"])) for c in (base, grown)]
-    h_base = _norm(config.rms_norm_eps, norms[0], x_base)
-    h_grown = _norm(config.rms_norm_eps, norms[1], x_grown)
+    h_base, h_grown = (
+        normalise(config.rms_norm_eps, norm_D, x).reshape(-1, x.shape[-1])
+        for norm_D, x in zip(norms, (x_base, x_grown), strict=True)
+    )
     is_same_hidden = _same(h_base, h_grown)
     # The last token of a window has no successor in it, the first is nobody's: pair each with the next.
     targets_N = jnp.asarray(np.roll(tokens_BT, -1, axis=1).reshape(-1))

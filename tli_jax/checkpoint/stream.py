@@ -21,7 +21,7 @@ import numpy as np
 from tli_jax.checkpoint.headers import DTYPES, INDEX, SINGLE, Tensor
 from tli_jax.checkpoint.hf import CHUNK, Checkpoint, hf_name, read_chunks, read_tensor
 from tli_jax.errors import DataError, UsageError
-from tli_jax.growth.plan import Plan, is_residual_output
+from tli_jax.growth.plan import HOST_INITS, Plan, is_residual_output
 from tli_jax.models.config import LAYER_TENSORS
 
 Progress = Callable[[int], None]
@@ -79,27 +79,35 @@ def check_tensors(tensors: Iterable[Tensor], progress: Progress) -> tuple[dict[s
     return {name: digest for name, digest, _ in results}, {name: count for name, _, count in results if count}
 
 
-def grown_pieces(base: Checkpoint, plan: Plan) -> list[Piece]:
-    """Every tensor of the grown model, in the order in which it is written, and how it comes about."""
+def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = None) -> list[Piece]:
+    """Every tensor of the grown model, in the order in which it is written, and how it comes about.
+
+    Args:
+        facts: filled, as pieces are made, by what initialisers find that work on the host.
+    """
     tensors = base.tensors
     pieces = [_keep(tensors["model.embed_tokens.weight"], "model.embed_tokens.weight")]
-    for number, row in enumerate(plan.rows):
-        for name in LAYER_TENSORS:
-            is_output = is_residual_output(name)
-            sources = [tensors[hf_name(name, layer)] for layer, _ in row.sources]
-            if len({source.dtype for source in sources}) > 1:
-                raise DataError(
-                    f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype"
-                )
-            target = hf_name(name, number)
-            action = row.action(is_output)
-            if action == "copy":
-                pieces.append(_keep(sources[0], target))
-                continue
+    on_host = _OnHost(base, plan, {} if facts is None else facts)
+    order = [(number, name) for number in range(len(plan)) for name in LAYER_TENSORS]
+    if plan.is_by_kind:
+        order = [(number, name) for name in LAYER_TENSORS for number in range(len(plan))]
+    for number, name in order:
+        row, is_output = plan.rows[number], is_residual_output(name)
+        sources = [tensors[hf_name(name, layer)] for layer, _ in row.sources]
+        if len({source.dtype for source in sources}) > 1:
+            raise DataError(f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype")
+        target = hf_name(name, number)
+        action = row.action(is_output)
+        if action == "copy":
+            pieces.append(_keep(sources[0], target))
+            continue
+        if action == "compute" and row.init in HOST_INITS:
+            make = on_host.maker(number, name, is_output)
+        else:
             maker = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
             make = maker(plan, number, name, sources, is_output)
-            like = sources[0]
-            pieces.append(Piece(target, like.dtype, like.shape, like.nbytes, make=make))
+        like = sources[0]
+        pieces.append(Piece(target, like.dtype, like.shape, like.nbytes, make=make))
     pieces += [_keep(tensors[hf_name(n)], hf_name(n)) for n in base.config.outer_tensors if n != "embed_tokens.weight"]
     return pieces
 
@@ -150,6 +158,27 @@ def _computed(
         yield np.asarray(made).reshape(-1).view(np.uint8).data
 
     return make
+
+
+class _OnHost:
+    """Initialisers that read layers as they need them, and remember some of what they found."""
+
+    def __init__(self, base: Checkpoint, plan: Plan, facts: dict[str, Any]):
+        self.base, self.plan, self.facts = base, plan, facts
+        self._hosts: Any = None
+
+    def maker(self, number: int, name: str, is_output: bool) -> Callable[[], Iterator[Any]]:
+        def make() -> Iterator[Any]:
+            from tli_jax.growth.initialisers import Hosts
+
+            if self._hosts is None:
+                read = lambda layer, name: read_tensor(self.base.tensors[hf_name(name, layer)])  # noqa: E731
+                self._hosts = Hosts(self.plan, read)
+            tensor = np.ascontiguousarray(self._hosts.tensor(number, name, is_output))
+            self.facts.update(self._hosts.facts)
+            yield tensor.reshape(-1).view(np.uint8).data
+
+        return make
 
 
 def split_shards(pieces: list[Piece], max_shard_bytes: int) -> dict[str, list[Piece]]:

@@ -6,11 +6,13 @@ Arithmetic is in fp32 and rounded once to the stored dtype.
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from tli_jax.growth.plan import HOST_INITS, Plan
 
 
 def combine(sources: Sequence[Any], weights: Sequence[Any], scale: Any) -> Any:
@@ -64,3 +66,53 @@ def _compute(
     given = dict(options)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(given["seed"]), row), zlib.crc32(name.encode()))
     return (COMPUTED[init](source, key, name, given) * scale).astype(source.dtype)
+
+
+class Host(Protocol):
+    """An initialiser that works on the host, on the base's tensors as they are: ``(row, tensor) -> [out, in]``, not yet
+    scaled nor rounded. ``facts`` is what it found on the way, for ``growth.json``."""
+
+    facts: dict[str, Any]
+
+    def __call__(self, number: int, name: str) -> np.ndarray: ...
+
+
+class Hosts:
+    """All of them that a plan needs, each made when it is first asked.
+
+    Args:
+        read: the tensor of a base layer, by the number of the layer and its name within it.
+    """
+
+    def __init__(self, plan: Plan, read: Callable[[int, str], Any]):
+        self.plan, self.read = plan, read
+        self._made: dict[str, Host] = {}
+
+    def tensor(self, number: int, name: str, is_output: bool) -> np.ndarray:
+        """Of grown layer ``number``, scaled, in the dtype of the layer before.
+
+        Raises:
+            UsageError: what the initialiser needs is not installed, or the base is not as it needs it.
+        """
+        row = self.plan.rows[number]
+        if row.init not in self._made:
+            self._made[row.init] = _open_host(row.init)(self.plan, self.read)
+        dtype = self.read(row.sources[0][0], name).dtype
+        return (self._made[row.init](number, name) * row.factor(is_output)).astype(dtype)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What each initialiser found."""
+        return {init: host.facts for init, host in self._made.items()}
+
+
+def _open_host(init: str) -> Callable[[Plan, Callable[[int, str], Any]], Host]:
+    # Here, because one brings POT and the other optax, which nothing else in growth needs.
+    assert init in HOST_INITS
+    if init == "transport":
+        from tli_jax.growth.transport import Transport
+
+        return Transport
+    from tli_jax.growth.predictor import Predictor
+
+    return Predictor

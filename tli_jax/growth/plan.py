@@ -12,8 +12,21 @@ from typing import Any, Literal
 from tli_jax.errors import DataError, UsageError
 
 VERSION = 1
-INITS = ("copy", "identity", "scaled", "half", "average", "average_identity", "noise", "random")
-COMPUTED_INITS = ("noise", "random")
+INITS = (
+    "copy",
+    "identity",
+    "scaled",
+    "half",
+    "average",
+    "average_identity",
+    "noise",
+    "random",
+    "transport",
+    "predictor",
+)
+# Of one tensor and a random key; or on the host, of the base's layers as they are.
+RANDOM_INITS, HOST_INITS = ("noise", "random"), ("transport", "predictor")
+COMPUTED_INITS = (*RANDOM_INITS, *HOST_INITS)
 KEEP = "keep"
 # The only tensors through which a layer reaches the residual stream.
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
@@ -123,6 +136,11 @@ class Plan:
         return "bit" if in_order and all(row.is_base_layer for row in through) else "none"
 
     @property
+    def is_by_kind(self) -> bool:
+        """Whether tensors should be made kind by kind, not layer by layer: what learns from a kind, learns it once."""
+        return any(row.init == "predictor" for row in self.rows)
+
+    @property
     def is_exact(self) -> bool:
         """Whether the grown model is promised to be the same function as the base, bit for bit."""
         return self.exactness == "bit"
@@ -165,7 +183,7 @@ class Plan:
         """One plan that does ``earlier`` and then this, straight from the base of ``earlier``.
 
         Raises:
-            UsageError: the depths do not fit, a row computes (``noise``, ``random``), or a row mixes layers whose
+            UsageError: the depths do not fit, a row computes (see ``COMPUTED_INITS``), or a row mixes layers whose
                 residual outputs were scaled differently; then only ``continues`` can keep track.
         """
         both = self.continues(earlier)

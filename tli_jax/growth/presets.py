@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tli_jax.errors import UsageError, nearest
-from tli_jax.growth.plan import INITS, KEEP, Plan, Row, make_rows
+from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, KEEP, RANDOM_INITS, Plan, Row, make_rows
 
 # Of a layer or of the trunk: far above any sense, far below what fills the memory with rows.
 MAX_REPEATS = 1000
@@ -36,21 +36,22 @@ def tli(
         init: how an injected layer is made of the one before it: ``copy``; ``identity`` (residual outputs 0: exact);
             ``scaled`` (outputs times ``scale``); ``half`` (outputs of source and copy times ½); ``average`` and
             ``average_identity`` (mean with the next layer); ``noise`` (Gaussian, ``noise_ratio`` of each tensor's root
-            mean square); ``random`` (fresh, matrices N(0, ``std``), norms 1).
+            mean square); ``random`` (fresh, matrices N(0, ``std``), norms 1); ``transport`` and ``predictor`` (of the
+            layers before and after, see ``opt_deus`` and ``lesa``).
         after: positions by hand, instead of ``every``.
         copies: injected layers at each position.
-        scale: factor on the residual outputs; needed by ``scaled``, possible with ``noise`` and ``random``.
+        scale: factor on the residual outputs; needed by ``scaled``, possible where a layer is computed.
         remainder: ``error`` refuses an ``every`` that does not divide L; ``allow`` leaves the rest at the end.
-        seed: of ``noise`` and ``random``.
+        seed: of ``noise``, ``random`` and ``predictor``.
 
     Raises:
         UsageError: an option is out of range.
     """
     if init not in INITS:
         raise UsageError(f"init {init!r} is not known{nearest(init, INITS)}; there are {', '.join(INITS)}")
-    if (init == "scaled") != (scale is not None) and init not in ("noise", "random"):
+    if (init == "scaled") != (scale is not None) and init not in COMPUTED_INITS:
         raise UsageError(
-            f"init {init!r} and scale {scale}: 'scaled' needs a scale, only noise and random take one besides"
+            f"init {init!r} and scale {scale}: 'scaled' needs one, only {', '.join(COMPUTED_INITS)} take one besides"
         )
     if after is None:
         _check_range("every", every, 1, layers)
@@ -64,7 +65,7 @@ def tli(
     options: dict[str, Any] = {"init": init, "copies": copies}
     options |= {"every": every} if after is None else {"after": sorted(positions)}
     options |= {} if scale is None else {"scale": scale}
-    options |= {"seed": seed} if init in ("noise", "random") else {}
+    options |= {"seed": seed} if init in (*RANDOM_INITS, "predictor") else {}
     options |= {"noise_ratio": noise_ratio} if init == "noise" else {}
     options |= {"std": std} if init == "random" else {}
     return _inject_after("tli", layers, positions, init, options, copies=copies, scale=scale)
@@ -125,6 +126,81 @@ def average(layers: int, every: int = 4, *, after: Sequence[int] | None = None) 
     return _inject_after("average", layers, positions, "average", {"after": sorted(positions)})
 
 
+def opt_deus(layers: int, *, after: Sequence[int] | None = None) -> Plan:
+    """OpT-DeUS (arXiv 2508.08011): in the upper half, after i = ⌊L/2⌋−1 … L−2, layers i and i+1 fused by optimal
+    transport (``tli_jax.growth.transport``), with residual outputs 0."""
+    positions = _upper_half(layers) if after is None else _check_positions(after, layers)
+    return _inject_after("opt_deus", layers, positions, "transport", {"after": sorted(positions)})
+
+
+def lesa(
+    layers: int, *, after: Sequence[int] | None = None, norms: str = "mean", seed: int = 0, epochs: int = 5
+) -> Plan:
+    """LESA (arXiv 2502.13794): where ``opt_deus`` injects, a layer predicted from the one before and the one after by a
+    network that learnt it from the base (``tli_jax.growth.predictor``). Nothing is zeroed.
+
+    Args:
+        norms: ``mean`` of both neighbours', or ``first``, layer 0's.
+        seed: of the network and the order in which it sees its samples.
+        epochs: how often it sees each.
+    """
+    if norms not in ("mean", "first"):
+        raise UsageError(f"norms {norms!r} is not known, use mean or first")
+    _check_range("epochs", epochs, 1, MAX_REPEATS)
+    positions = _upper_half(layers) if after is None else _check_positions(after, layers)
+    options = {"after": sorted(positions), "norms": norms, "seed": seed, "epochs": epochs}
+    return _inject_after("lesa", layers, positions, "predictor", options)
+
+
+def midas(layers: int, block: int | None = None) -> Plan:
+    """MIDAS (arXiv 2409.19044): of the trunk's blocks of ``block`` layers, ⌈L/4⌉ by default, the one nearest the middle
+    (the lower of two) twice."""
+    block = -(-layers // 4) if block is None else block
+    _check_range("block", block, 1, layers)
+    first = min(range(0, layers - block + 1, block), key=lambda first: abs(2 * first + block - layers))
+    return _from_order("midas", layers, _twice(layers, first, block), {"block": block})
+
+
+def lidas(layers: int, block: int | None = None) -> Plan:
+    """LIDAS (arXiv 2512.08819): the ``block`` layers, ⌈L/4⌉ by default, in the exact middle twice; where there is none,
+    half a layer below it."""
+    block = -(-layers // 4) if block is None else block
+    _check_range("block", block, 1, layers)
+    return _from_order("lidas", layers, _twice(layers, (layers - block) // 2, block), {"block": block})
+
+
+def adept(
+    layers: int,
+    count: int | None = None,
+    *,
+    importance: Sequence[float] | None = None,
+    after: Sequence[int] | None = None,
+) -> Plan:
+    """ADEPT (arXiv 2510.10071): the ``count`` layers that matter least, ⌈L/4⌉ by default, doubled in place, residual
+    outputs of the copies 0.
+
+    Args:
+        importance: of each layer, Σ|θ·∂loss/∂θ| on a text for general ability
+            (``tli_jax.measure_importance``).
+        after: the layers by hand, instead.
+    """
+    options: dict[str, Any]
+    if after is None:
+        count = -(-layers // 4) if count is None else count
+        _check_range("count", count, 1, layers)
+        if importance is None or len(importance) != layers:
+            found = "none" if importance is None else len(importance)
+            raise UsageError(
+                f"adept needs an importance for each of {layers} layers, has {found}: or name them by after"
+            )
+        positions = set(sorted(range(layers), key=lambda layer: importance[layer])[:count])
+        options = {"count": count, "after": sorted(positions), "importance": list(importance)}
+    else:
+        positions = _check_positions(after, layers)
+        options = {"after": sorted(positions)}
+    return _inject_after("adept", layers, positions, "identity", options)
+
+
 _ITEM = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?(\*(?P<scale>\d+\.?\d*(e-?\d+)?|\.\d+))?(?P<mark>[ik])?")
 
 
@@ -158,8 +234,21 @@ def custom(layers: int, spec: str) -> Plan:
 
 
 PRESETS: dict[str, Callable[..., Plan]] = {
-    preset.__name__: preset for preset in (tli, dus, llama_pro, stack, interpose, slayer, average, custom)
+    preset.__name__: preset
+    for preset in (
+        *(tli, dus, llama_pro, stack, interpose, slayer, average, opt_deus, lesa, midas, lidas, adept, custom),
+    )
 }
+
+
+def _upper_half(layers: int) -> set[int]:
+    if layers < 2:
+        raise UsageError(f"the base has {layers} layers, two at least are needed to make one between")
+    return set(range(max(layers // 2 - 1, 0), layers - 1))
+
+
+def _twice(layers: int, first: int, block: int) -> list[int]:
+    return [*range(first + block), *range(first, layers)]
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
@@ -193,13 +282,15 @@ def _inject_after(
     _check_range("copies", copies, 1, MAX_REPEATS)
     order: list[Row] = []
     notes: list[str] = []
-    fixed = {"identity": 0.0, "average_identity": 0.0, "half": 0.5}
-    outputs = fixed.get(init, 1.0 if scale is None else scale)
+    fixed = {"identity": 0.0, "average_identity": 0.0, "half": 0.5, "transport": 0.0}
+    outputs = fixed.get(init, 1.0) if scale is None else scale
+    if init in HOST_INITS and layers - 1 in positions:
+        raise UsageError(f"{method}: init {init} makes a layer of two neighbours, and none follows layer {layers - 1}")
     for layer in range(layers):
         is_source = layer in positions
         order.append(Row(((layer, 1.0),), 0.5 if is_source and init == "half" else 1.0))
         sources: tuple[tuple[int, float], ...] = ((layer, 1.0),)
-        if is_source and init.startswith("average"):
+        if is_source and (init.startswith("average") or init in HOST_INITS):
             if layer + 1 < layers:
                 sources = ((layer, 0.5), (layer + 1, 0.5))
             else:

@@ -16,8 +16,8 @@ GROUPS: tuple[Group, ...] = ("kept", "injected", "outer")
 
 def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
     """The learning rate of a group at step s = 1, 2, …: up in a line over the warm-up, then as the schedule says."""
-    peak = config.group_learning_rate.get(group, config.learning_rate)
-    warmup = config.group_warmup.get(group, config.warmup)
+    peak = config.learning_rate.get(group, config.learning_rate["all"])
+    warmup = config.warmup.get(group, config.warmup["all"])
     if config.schedule == "cosine":
         after = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), config.final_share)
     elif config.schedule == "wsd":
