@@ -165,9 +165,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
         batch_size=job.batch_size,
         learning_rate=LEARNING_RATE,
         schedule="constant",
-        b1=BETAS[0],
-        b2=BETAS[1],
-        eps=EPS,
+        adam={"b1": BETAS[0], "b2": BETAS[1], "eps": EPS},
         weight_decay=WEIGHT_DECAY,
         clip=CLIP,
         dtypes={"compute": job.dtype},  # type: ignore[dict-item]

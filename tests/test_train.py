@@ -434,7 +434,7 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
         ({"seed": 1}, "seed was 0, is 1"),
         ({"batch-size": 16}, "batch_size was 8, is 16"),
         ({"only": "all"}, "only was 'injected', is 'all'"),
-        ({"optimizer": "lion", "b1": 0.8}, "b1 was 0.9, is 0.8"),
+        ({"optimizer": "lion", "adam": "b1=0.8"}, "adam was {}, is {'b1': 0.8}"),
         ({"warmup": "5,injected=9"}, "warmup was {'all': 5}, is {'all': 5, 'injected': 9}"),
         ({"model": "elsewhere"}, "is 'elsewhere'"),
         ({"text": "other.npy"}, "other.npy"),

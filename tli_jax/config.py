@@ -30,11 +30,14 @@ Method = Literal[
     "midas",
     "lidas",
     "adept",
+    "moe",
     "custom",
 ]
 Init = Literal[
     "identity", "copy", "scaled", "half", "average", "average_identity", "noise", "random", "transport", "predictor"
 ]
+
+Upcycle = Literal["copy", "noise", "drop", "virtual_groups", "virtual_groups_published"]
 
 
 def _split(value: Any) -> Any:
@@ -66,9 +69,9 @@ def _pairs(value: Any) -> Any:
 
 def _by_group(value: Any) -> Any:
     """``1e-4``, or ``"1e-4,injected=1e-3"``, or a mapping with ``all`` in it."""
-    if isinstance(value, str) and value.strip():
-        first, *others = value.split(",")
-        return {"all": first.strip()} | (_pairs(",".join(others)) if "=" not in first else _pairs(value))
+    if isinstance(value, str):
+        first, comma, others = value.partition(",")
+        value = _pairs(value) if "=" in first else {"all": first.strip()} | _pairs(others if comma else "")
     value = value if isinstance(value, dict) else {"all": value}
     if "all" not in value:
         raise ValueError("must have a value for all, beside those of some groups")
@@ -101,7 +104,12 @@ Amount = Annotated[Number, pydantic.Field(ge=0, allow_inf_nan=False)]
 Group = Literal["kept", "injected", "outer"]
 Groups = Literal["all", "kept", "injected", "outer"]
 Part = Literal["param", "moment", "compute"]
-Axis = Literal["data", "fsdp", "tensor"]
+Adam = Literal["b1", "b2", "eps"]
+Auxiliary = Literal["z", "balance"]
+Tracked = Annotated[
+    tuple[Annotated[str, pydantic.Field(pattern=r"^(tensorboard|wandb:.+)$")], ...], pydantic.BeforeValidator(_split)
+]
+Axis = Literal["data", "fsdp", "expert", "tensor"]
 FloatType = Literal["float32", "bfloat16"]
 
 
@@ -163,9 +171,9 @@ class TrainConfig:
     decay_share: Share = option(0.2, "wsd: the last share of all steps, over which the rate falls in a line")
     final_share: Share = option(0.1, "what is left of the peak at the end, with cosine and wsd")
     optimizer: Literal["adamw", "adafactor", "lion", "muon"] = option("adamw", "adamw, adafactor, lion or muon")
-    b1: Share = option(0.9, "decay of the first moment")
-    b2: Share = option(0.95, "decay of the second moment")
-    eps: Amount = option(1e-8, "added to the denominator of an update")
+    adam: Annotated[dict[Adam, Share], pydantic.BeforeValidator(_pairs)] = option(
+        {}, "decays of the moments, and what is added to the denominator: b1=0.9,b2=0.95,eps=1e-8"
+    )
     weight_decay: Amount = option(0.1, "decoupled; of layers' matrices and the head, not of norms and embedding")
     clip: Amount = option(1.0, "largest global norm of the gradient; 0 for none")
     dtypes: Annotated[dict[Part, FloatType], pydantic.BeforeValidator(_pairs)] = option(
@@ -178,11 +186,14 @@ class TrainConfig:
         1, "parts into which a step's batch is cut, one after the other; 0: so many that a device has one sequence"
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "auto, xla, cudnn (GPU) or splash (TPU)")
-    z_loss: Amount = option(0.0, "weight of the squared log of the softmax's denominator")
+    auxiliary: Annotated[dict[Auxiliary, Amount], pydantic.BeforeValidator(_pairs)] = option(
+        {},
+        "weights of what is added to the loss: z=0 (squared log of the softmax's denominator), balance=0.01 (experts)",
+    )
     skip_limit: Positive = option(10, "bad steps in a row (loss not finite, a spike) that are skipped before it stops")
     spike: Amount = option(50.0, "a gradient this many times its running mean is a spike; 0 for none")
     mesh: Annotated[dict[Axis, Whole], pydantic.BeforeValidator(_pairs)] = option(
-        {}, "devices an axis, e.g. data=2,fsdp=4,tensor=1; -1 takes the rest (default fsdp=-1)"
+        {}, "devices an axis, e.g. data=2,fsdp=4,expert=1,tensor=1; -1 takes the rest (default fsdp=-1)"
     )
     distributed: bool = option(False, "several processes, which find each other on Cloud TPU, GKE and Slurm")
     process: str | None = option(None, "this process of several, elsewhere: INDEX/COUNT@HOST:PORT of process 0")
@@ -190,8 +201,7 @@ class TrainConfig:
     keep: Positive = option(3, "checkpoints that are kept")
     validate_every: Positive = option(100, "steps between validations; also before the first step and after the last")
     validation_batches: Positive = option(20, "batches a validation, at most")
-    tensorboard: bool = option(False, "metrics for TensorBoard too, in the run folder")
-    wandb: str | None = option(None, "metrics to this project of Weights & Biases too")
+    track: Tracked = option((), "where metrics go too: tensorboard (in the run folder), wandb:PROJECT")
     max_shard_size: Text = option("5GB", "largest safetensors file of the export")
     overwrite: bool = option(False, "replace an export that exists, once the new one is complete")
 
@@ -209,6 +219,21 @@ class TrainConfig:
     def compute_dtype(self) -> FloatType:
         """Of activations and matrix products."""
         return self.dtypes.get("compute", "bfloat16")
+
+    @property
+    def z_loss(self) -> float:
+        """Weight of the squared log of the softmax's denominator."""
+        return self.auxiliary.get("z", 0.0)
+
+    @property
+    def balance_loss(self) -> float:
+        """Weight of how unevenly experts are used."""
+        return self.auxiliary.get("balance", 0.01)
+
+    @property
+    def wandb(self) -> str | None:
+        """A project of Weights & Biases."""
+        return next((one.partition(":")[2] for one in self.track if one.startswith("wandb:")), None)
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -232,14 +257,19 @@ class UpscaleConfig:
     groups: Whole | None = option(None, "llama_pro: number of groups, a divisor of L")
     block: Whole | None = option(None, "midas, lidas: layers of the block that is repeated (default ⌈L/4⌉)")
     count: Whole | None = option(None, "adept: layers that are doubled, those that matter least (default ⌈L/4⌉)")
-    norms: Literal["mean", "first"] | None = option(
-        None, "lesa: norms of a new layer, mean of its neighbours' or those of the first layer (default mean)"
-    )
+    experts: Whole | None = option(None, "moe, or any method: experts of a layer, of the base's size (default 8)")
+    top_k: Whole | None = option(None, "experts: how many a token goes through (default 2)")
+    granularity: Whole | None = option(None, "experts: into how many smaller ones each is cut (default 1)")
+    upcycle: Upcycle | None = option(None, f"experts: how they start, {', '.join(get_args(Upcycle))} (default copy)")
+    router_std: Number | None = option(None, "experts: N(0, std) of the router (default the model's initializer_range)")
     copies: Whole | None = option(None, "tli, llama_pro, interpose: injected layers at each position (default 1)")
     times: Whole | None = option(None, "stack: how many times the trunk (default 2)")
     layers: Text | None = option(None, "custom: the grown layers, e.g. '0-3, 3*0, 4-7, 7*0.5, 8-15'")
-    seed: Whole | None = option(None, "tli, lesa: seed of what is drawn (default 0)")
-    noise_ratio: Number | None = option(None, "tli: noise as a share of each tensor's root mean square (default 0.01)")
+    seed: Whole | None = option(None, "tli, lesa, experts: seed of what is drawn (default 0)")
+    noise_ratio: Number | None = option(
+        None,
+        "noise as a share of a tensor's root mean square (default 0.01); upcycle drop: share drawn anew (default 0.5)",
+    )
     text: str | None = option(
         None, "UTF-8 text for the proof, and for adept; by default the one that the package carries"
     )

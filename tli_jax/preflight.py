@@ -22,8 +22,8 @@ from rich.filesize import decimal as _bytes
 from tli_jax import command, upscale
 from tli_jax import train as training
 from tli_jax.checkpoint import hub, tokens
-from tli_jax.checkpoint.headers import CODES, DTYPES, Tensor
-from tli_jax.checkpoint.hf import Checkpoint, expected_shapes, hf_name, open_checkpoint
+from tli_jax.checkpoint.headers import CODES, Tensor
+from tli_jax.checkpoint.hf import Checkpoint, expected_shapes, grown_config, open_checkpoint
 from tli_jax.checkpoint.output import check_output
 from tli_jax.checkpoint.stream import grown_pieces
 from tli_jax.config import PreflightConfig, TrainConfig, parse
@@ -158,7 +158,7 @@ class Preflight:
         has_begun = self.config.train is not None and self.config.train.run and RunFolder(self.train.run).is_begun
         if not has_begun:
             check_output(Path(self.config.output), _folder(base), self.config.overwrite)
-        before, after = base.config.num_params, base.config.with_layers(len(plan)).num_params
+        before, after = base.config.num_params, grown_config(base.config, plan).num_params
         text = f"{plan.method}: {plan.base_layers} → {len(plan)} layers, {_count(before)} → {_count(after)} parameters"
         return f"{text}, {_bytes(nbytes)} to write", {"parameters": after, "bytes": nbytes}
 
@@ -187,10 +187,12 @@ class Preflight:
         return text, {"versions": versions, "processes": len(everyone), "devices": counts[0], "kind": min(kinds)}
 
     def mesh(self) -> tuple[str, dict[str, Any]]:
+        from tli_jax.parallel.mesh import batch_degree
+
         base = self._needs(self.base, "a model")
         model, plan = base.config, self.plan
         if plan is not None:
-            model = model.with_layers(len(plan))
+            model = grown_config(model, plan)
         elif self.grows:
             raise _NotCheckedError("needs a plan")
         elif base.growth is not None:
@@ -198,7 +200,7 @@ class Preflight:
         self.trainer, self.T, notes = training.make_trainer(self.train, model, plan, self._devices())
         trainer, mesh = self.trainer, self.trainer.mesh
         sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-        rows = trainer.config.batch_size // trainer.config.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+        rows = trainer.config.batch_size // trainer.config.accumulation // batch_degree(mesh)
         text = f"{sizes} of {mesh.size} × {mesh.devices.flat[0].device_kind}, {rows} × {self.T:,} tokens a device at a"
         text += f" time, {trainer.config.accumulation} times a step; {'; '.join(notes)}"
         return text, {"mesh": dict(mesh.shape), "sequence_length": self.T, "sequences_a_device": rows}
@@ -293,6 +295,7 @@ class Preflight:
         return self._judge(found, trainer.mesh, fit.hints(trainer, self.T), {"on_paper": paper})
 
     def search(self) -> tuple[str, dict[str, Any]]:
+        from tli_jax.parallel.mesh import batch_degree
         from tli_jax.training import fit
 
         trainer, screen = self._needs(self.trainer, "a mesh"), command.console(is_stderr=True)
@@ -303,7 +306,7 @@ class Preflight:
         if not best:
             raise UsageError(f"does not fit, whatever is computed again: {fit.hints(trainer, self.T)}")
         remat, size = next(iter(best.items()))
-        parts = trainer.config.batch_size // (trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"] * size)
+        parts = trainer.config.batch_size // (batch_degree(trainer.mesh) * size)
         flags = f"--train.remat {remat} --train.accumulation {parts}"
         text = f"sequences a device at a time, by remat: {_list(best)}; the cheapest: {flags}"
         return text, {"largest": best, "flags": flags}
@@ -347,8 +350,9 @@ class Preflight:
         base = self._needs(self.base, "a model")
 
         def stored(leaf: Any) -> Any:
-            name = hf_name(leaf.tensor, 0) if leaf.layers else hf_name(leaf.tensor)
-            return DTYPES[base.tensors[name].dtype]
+            # Of the base, which may have fewer layers than what trains, and no experts yet.
+            known = leaf.tensor in base.config.layer_tensors or not leaf.layers
+            return base.stored(leaf.tensor if known else "mlp.gate_proj.weight", leaf.layers[:1] and (0,)).dtype
 
         return stored
 

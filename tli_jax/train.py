@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from tli_jax import command
 from tli_jax.checkpoint import hub, tokens
-from tli_jax.checkpoint.headers import DTYPES, read_json
-from tli_jax.checkpoint.hf import Checkpoint, hf_name, open_checkpoint
+from tli_jax.checkpoint.headers import read_json
+from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from tli_jax.config import Source, TrainConfig, parse
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
@@ -208,34 +208,32 @@ def make_trainer(
     Raises:
         UsageError: layers, mesh, kernel or batch do not fit the model or the devices.
     """
-    from tli_jax.parallel.mesh import check_fits, make_mesh
+    from tli_jax.parallel.mesh import batch_degree, check_fits, make_mesh
     from tli_jax.training.freezing import make_layout
-    from tli_jax.training.kernels import choose_kernel
+    from tli_jax.training.kernels import choose_kernel, choose_mix
     from tli_jax.training.step import Trainer
 
     T = config.sequence_length or min(model.max_position_embeddings, 2048)
     layout = make_layout(model, None if plan is None else plan.injected, config.only, config.outer)
     mesh = make_mesh(config.mesh, devices)
     if not config.accumulation:
-        at_a_time = mesh.shape["data"] * mesh.shape["fsdp"]
+        at_a_time = batch_degree(mesh)
         config = dataclasses.replace(config, accumulation=max(1, config.batch_size // at_a_time))
     if config.batch_size % config.accumulation:
         raise UsageError(f"batch_size {config.batch_size} is not a multiple of accumulation {config.accumulation}")
     sizes = model.sizes | {"H": model.num_attention_heads, "K": model.num_key_value_heads}
     check_fits(mesh, sizes, config.batch_size // config.accumulation)
     kernel, says = choose_kernel(config.attention, mesh, T, model.head_dim, config.compute_dtype)
-    notes = [f"attention: {says}"]
+    mix, how = choose_mix(mesh)
+    notes = [f"attention: {says}"] + ([f"experts: {how}"] if model.num_experts else [])
     if model.max_position_embeddings < T:
         notes.append(f"warning: sequence_length {T} is more than the model's context, {model.max_position_embeddings}")
-    return Trainer(model, config, layout, mesh, kernel), T, notes
+    return Trainer(model, config, layout, mesh, kernel, mix), T, notes
 
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: str) -> dict[str, Any]:
     """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
-    dtypes = {
-        leaf.name: DTYPES[weights.tensors[hf_name(leaf.tensor, leaf.layers[0] if leaf.layers else None)].dtype].name
-        for leaf in trainer.leaves
-    }
+    dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers[:1]).dtype.name for leaf in trainer.leaves}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
     return {

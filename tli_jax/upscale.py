@@ -30,6 +30,7 @@ from tli_jax.checkpoint.stream import (
 )
 from tli_jax.config import UpscaleConfig, parse
 from tli_jax.errors import DataError, UsageError
+from tli_jax.growth.experts import Experts
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.presets import PRESETS
 from tli_jax.models.shapes import check_shape
@@ -52,8 +53,12 @@ def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[floa
     preset = PRESETS[config.method]
     known = inspect.signature(preset).parameters
     names = ("every", "init", "scale", "after", "remainder", "drop", "groups", "copies", "times", "layers")
-    names += ("seed", "noise_ratio", "block", "count", "norms")
+    names += ("seed", "noise_ratio", "block", "count")
     given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    experts = _make_experts(config, base)
+    if experts is not None:
+        # What is drawn is drawn for the experts, unless the method draws too.
+        given = {name: value for name, value in given.items() if name in known or name not in ("seed", "noise_ratio")}
     if config.method == "custom":
         if "layers" not in given:
             raise UsageError("custom needs --layers, e.g. --layers '0-3, 3*0, 4-7'")
@@ -66,10 +71,25 @@ def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[floa
         given["std"] = base.config.initializer_range
     if needs_importance(config):
         given["importance"] = importance
-    plan = preset(base.config.num_hidden_layers, **given)
+    plan = dataclasses.replace(preset(base.config.num_hidden_layers, **given), experts=experts)
     return (
         plan if base.growth is None else plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
     )
+
+
+def _make_experts(config: UpscaleConfig, base: Checkpoint) -> Experts | None:
+    """What the options make of the feed-forwards; None where they say nothing of experts."""
+    keys: dict[str, Any] = {"count": config.experts, "top_k": config.top_k, "granularity": config.granularity}
+    keys |= {"upcycle": config.upcycle, "router_std": config.router_std}
+    given: dict[str, Any] = {name: value for name, value in keys.items() if value is not None}
+    if not given and config.method != "moe":
+        return None
+    if config.seed is not None:
+        given["seed"] = config.seed
+    if config.noise_ratio is not None and (config.method == "moe" or given.get("upcycle") in ("noise", "drop")):
+        given["ratio"] = config.noise_ratio
+    defaults: dict[str, Any] = {"router_std": base.config.initializer_range}
+    return Experts(**defaults | given)
 
 
 def needs_importance(config: UpscaleConfig) -> bool:
@@ -199,7 +219,7 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
         seconds |= {"write": time.perf_counter() - at - hashing, "hash": hashing}
         for what in job.facts.get("transport", {}).get("not_converged", []):
             command.warn(f"{what}: transport did not converge")
-        sidecar.write_json(partial / "config.json", sidecar.grow_config(base.raw, plan))
+        sidecar.write_json(partial / "config.json", sidecar.grow_config(base.raw, base.config, plan))
         sidecar.copy_allowed(base.folder, partial)
         proof = None
         if config.proof:

@@ -95,7 +95,7 @@ def grow() -> Callable[..., Growth]:
         shards = split_shards(grown_pieces(checkpoint, plan), parse_size(max_shard))
         written: list[int] = []
         digests, _ = write_safetensors(output, shards, base_digests, written.append)
-        sidecar.write_json(output / "config.json", sidecar.grow_config(checkpoint.raw, plan))
+        sidecar.write_json(output / "config.json", sidecar.grow_config(checkpoint.raw, checkpoint.config, plan))
         sidecar.copy_allowed(base, output)
         return Growth(output, base_digests, digests, nonfinite, sum(written))
 

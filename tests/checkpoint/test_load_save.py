@@ -19,7 +19,7 @@ from tli_jax.errors import OutputError, UsageError
 from tli_jax.growth.inject import inject
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.presets import dus, tli
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import forward, init_params, nest
 
 MAKE = Callable[..., Path]
@@ -36,7 +36,7 @@ def spread(config: LlamaConfig) -> dict[str, Any]:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     outer = {name: place(dims) for name, dims in config.outer_tensors.items()}
-    return nest(outer | {f"layers.{name}": place(("", *dims)) for name, dims in LAYER_TENSORS.items()})
+    return nest(outer | {f"layers.{name}": place(("", *dims)) for name, dims in config.layer_tensors.items()})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -59,7 +59,7 @@ def test_the_tree_is_the_name_table(make_model: MAKE, tmp_path: Path):
     assert params.keys() == {"embed_tokens", "layers", "norm", "lm_head"}
     np.testing.assert_array_equal(params["lm_head"]["weight"], tensors["lm_head.weight"])
     np.testing.assert_array_equal(params["norm"]["weight"], tensors["model.norm.weight"])
-    for name, dims in LAYER_TENSORS.items():
+    for name, dims in config.layer_tensors.items():
         leaf: Any = params["layers"]
         for key in name.split("."):
             leaf = leaf[key]

@@ -18,7 +18,7 @@ from tli_jax.errors import UsageError
 from tli_jax.growth.inject import inject
 from tli_jax.growth.plan import Plan, Row
 from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Linear, Llama, init_params
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
@@ -408,7 +408,7 @@ def test_a_whole_8b_is_grown_within_each_devices_share(init: str):
 
     def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         name = ".".join(key.key for key in path)
-        dims = LAYER_TENSORS[name[7:]] if name.startswith("layers.") else config.outer_tensors[name]
+        dims = config.layer_tensors[name[7:]] if name.startswith("layers.") else config.outer_tensors[name]
         spec = [axes[dim] for dim in dims] if len(dims) == 2 else [("a", "b")]
         spec = PartitionSpec(*([None] * (leaf.ndim - len(dims))), *spec)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))

@@ -54,7 +54,7 @@ def numbers(first: int, last: int) -> str:
 def test_the_table_of_presets_is_complete():
     assert set(PRESETS) == {
         *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
-        *("opt_deus", "lesa", "midas", "lidas", "adept", "custom"),
+        *("opt_deus", "lesa", "midas", "lidas", "adept", "moe", "custom"),
     }
     assert set(PRESETS) == set(get_args(Method)) and set(INITS) == set(get_args(Init))
     needed = {"llama_pro": {"groups": 4}, "custom": {"spec": "0-7"}, "adept": {"importance": [0.0] * 8}}

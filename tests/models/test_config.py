@@ -73,6 +73,8 @@ def as_transformers_reads(raw: dict) -> dict:
         "rope_type": rope["rope_type"],
         "rope_factors": tuple((name, rope[name]) for name in names if name in rope),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+        "num_experts": 0,
+        "experts_per_token": 0,
     }
 
 

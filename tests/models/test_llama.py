@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, forward, init_params, make_cache
 
 SIZES = {"vocab_size": 19, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "head_dim": 8}
@@ -87,7 +87,7 @@ def test_fresh_params_have_the_shapes_of_the_table(config):
     abstract = jax.eval_shape(lambda key: init_params(config, key, jnp.bfloat16), jax.random.key(0))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(abstract))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_params
-    for name, dims in LAYER_TENSORS.items():
+    for name, dims in config.layer_tensors.items():
         leaf = abstract["layers"]
         for part in name.split("."):
             leaf = leaf[part]

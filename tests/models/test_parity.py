@@ -125,7 +125,7 @@ def test_attention(pair):
 
 
 def test_layer(pair):
-    ours, _ = Block(pair.config, pair.layer)(pair.x_BTD, make_rope(pair.config, T, jnp.float32))
+    ours, _, _ = Block(pair.config, pair.layer)(pair.x_BTD, make_rope(pair.config, T, jnp.float32))
     theirs = pair.theirs.model.layers[1]
     with torch.no_grad():
         close(ours, theirs(torch.tensor(pair.x_BTD), position_embeddings=pair.rope, attention_mask=pair.mask), 5e-6)

@@ -7,18 +7,19 @@ from jax.sharding import PartitionSpec as P
 from tli_jax.errors import UsageError
 from tli_jax.parallel.mesh import batch_sharding, check_fits, local_rows, make_mesh, param_sharding
 
-SIZES = {"V": 64, "D": 32, "F": 48, "H": 4, "K": 2}
+SIZES = {"V": 64, "D": 32, "F": 48, "H": 4, "K": 2, "E": 0}
 
 
 @pytest.mark.parametrize(
     ("degrees", "shape"),
     [
-        ({}, (1, 8, 1)),
-        ({"data": 2}, (2, 4, 1)),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
-        ({"data": -1}, (8, 1, 1)),
-        ({"tensor": -1}, (1, 1, 8)),
-        ({"fsdp": -1, "tensor": 4}, (1, 2, 4)),
+        ({}, (1, 8, 1, 1)),
+        ({"data": 2}, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"fsdp": 2, "expert": 4}, (1, 2, 4, 1)),
+        ({"data": -1}, (8, 1, 1, 1)),
+        ({"tensor": -1}, (1, 1, 1, 8)),
+        ({"fsdp": -1, "tensor": 4}, (1, 2, 1, 4)),
     ],
 )
 def test_degrees(degrees, shape):
@@ -28,10 +29,13 @@ def test_degrees(degrees, shape):
 @pytest.mark.parametrize(
     ("degrees", "words"),
     [
-        ({"data": 3, "fsdp": 2}, "mesh: data 3 × fsdp 2 × tensor 1 does not give the 8 devices"),
-        ({"data": 3}, "mesh: data 3 × fsdp -1 × tensor 1 does not give the 8 devices"),
+        ({"data": 3, "fsdp": 2}, "mesh: data 3 × fsdp 2 × expert 1 × tensor 1 does not give the 8 devices"),
+        ({"data": 3}, "mesh: data 3 × fsdp -1 × expert 1 × tensor 1 does not give the 8 devices"),
         ({"data": 16, "fsdp": 1}, "does not give the 8 devices"),
-        ({"data": -1, "fsdp": -1}, "mesh: data -1 × fsdp -1 × tensor 1: every axis must be 1 or more, and one at most"),
+        (
+            {"data": -1, "fsdp": -1},
+            "mesh: data -1 × fsdp -1 × expert 1 × tensor 1: every axis must be 1 or more, and one at most",
+        ),
         ({"tensor": 0}, "every axis must be 1 or more"),
     ],
 )

@@ -41,7 +41,7 @@ def test_a_line_a_step_cut_back_to_where_a_run_goes_on(folder):
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
-    metrics = Metrics(RunFolder(tmp_path), TrainConfig(tensorboard=True), 0, "id")
+    metrics = Metrics(RunFolder(tmp_path), TrainConfig(track=("tensorboard",)), 0, "id")
     metrics.write(line(1))
     metrics.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -52,7 +52,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    metrics = Metrics(RunFolder(tmp_path), TrainConfig(wandb="project"), 0, "abc123")
+    metrics = Metrics(RunFolder(tmp_path), TrainConfig(track=("wandb:project",)), 0, "abc123")
     metrics.write(line(1))
     metrics.close()
     (log,) = (tmp_path / "wandb").glob("offline-run-*-abc123/run-abc123.wandb")

@@ -121,7 +121,7 @@ def test_muon_is_for_matrices_of_layers_and_makes_them_orthogonal(everything):
 
 def test_adamw_is_optax_s(everything):
     leaves, trained, gradients = everything
-    config = TrainConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.1, clip=1.0, b2=0.99)
+    config = TrainConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.1, clip=1.0, adam={"b2": 0.99})
     decayed = {leaf.name: len(leaf.dims) == 3 or leaf.name == "lm_head.weight" for leaf in leaves}
     theirs = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed)

@@ -118,9 +118,9 @@ def test_a_step_does_the_flops_that_are_stated_and_no_more(start, only, outer):
 def test_parts_of_a_batch_give_the_step_of_the_whole(start, batch):
     rng = np.random.default_rng(3)
     batches = [tuple(np.asarray(rng.permutation(x.swapaxes(0, 1)).swapaxes(0, 1)) for x in batch) for _ in range(3)]
-    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, z_loss=1e-3)
+    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3})
     whole, _ = train(trainer, trained, frozen, batches)
-    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, z_loss=1e-3, accumulation=4)
+    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3}, accumulation=4)
     parts, _ = train(trainer, trained, frozen, [tuple(x.reshape(4, 2, 17) for x in b) for b in batches])
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
@@ -154,14 +154,14 @@ def test_padding_counts_for_nothing(start, batch):
 
 
 def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
-    trainer, trained, frozen = start(z_loss=1e-2)
+    trainer, trained, frozen = start(auxiliary={"z": 1e-2})
     tokens, segments = (x[0] for x in batch)
     total, (loss, _) = trainer._sums(trained, frozen, tokens, segments)
     from tli_jax.models.llama import Llama
     from tli_jax.training.freezing import as_model
 
     llama = Llama(trainer.model, as_model(trained, frozen, trainer.leaves))
-    hidden, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
+    hidden, _, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
     log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1)
     np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)
 
@@ -215,7 +215,7 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(5)
     batches = [rng.integers(0, 72, (1, 4, 25)).astype(np.int32) for _ in range(10)]
-    options = {"learning_rate": 3e-3, "b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "clip": 1.0}
+    options = {"learning_rate": 3e-3, "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8}, "weight_decay": 0.1, "clip": 1.0}
     trainer, trained, frozen = start(only=only, schedule="constant", remat="full", **options)
     ours, _ = train(trainer, trained, frozen, [(tokens, np.zeros_like(tokens)) for tokens in batches])
 

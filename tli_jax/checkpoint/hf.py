@@ -1,6 +1,7 @@
-"""Hugging Face Llama folders: opened and checked, loaded as layer-stacked params, and written back."""
+"""Hugging Face folders of a Llama or a Mixtral: opened and checked, and loaded as layer-stacked params."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, read_folder, read_json
-from tli_jax.errors import DataError, MissingInputError
+from tli_jax.errors import DataError, MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import nest, pick
 
 if TYPE_CHECKING:
@@ -43,6 +44,31 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    def stored(self, name: str, layers: Sequence[int] = ()) -> "Stored":
+        """The tensors that make up one array: of those layers, or without any, one outside the layers."""
+        if not layers:
+            return Stored((self.tensors[hf_name(name)],), ())
+        parts = self.config.stored_tensors(name)
+        lead = (len(layers),) + (len(parts),) * (len(self.config.layer_tensors[name]) == 3)
+        return Stored(tuple(self.tensors[hf_name(part, layer)] for layer in layers for part in parts), lead)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Where an array lies: tensors in the order in which they are stacked, and the dims that stacking puts in front."""
+
+    tensors: tuple[Tensor, ...]
+    lead: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.lead, *self.tensors[0].shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the first; see ``load_array`` for what others may be."""
+        return DTYPES[self.tensors[0].dtype]
+
 
 def hf_name(name: str, layer: int | None = None) -> str:
     """Hugging Face's name of a tensor: of a layer's (``mlp.up_proj.weight``), or of one outside the layers."""
@@ -51,10 +77,39 @@ def hf_name(name: str, layer: int | None = None) -> str:
     return name if name.startswith("lm_head") else f"model.{name}"
 
 
+def grown_config(config: LlamaConfig, plan: Plan) -> LlamaConfig:
+    """What a plan makes of a model of that configuration.
+
+    Raises:
+        UsageError: it makes experts, and there are some already, or the feed-forward cannot be cut as it says.
+    """
+    grown, experts = config.with_layers(len(plan)), plan.experts
+    if experts is None:
+        return grown
+    if config.num_experts:
+        raise UsageError(
+            f"{plan.method}: the base has {config.num_experts} experts a layer: only a dense one gets some"
+        )
+    if config.intermediate_size % experts.granularity:
+        raise UsageError(
+            f"granularity {experts.granularity} does not divide the feed-forward size {config.intermediate_size}"
+        )
+    return dataclasses.replace(
+        grown,
+        num_experts=experts.total,
+        experts_per_token=experts.top_k,
+        intermediate_size=config.intermediate_size // experts.granularity,
+    )
+
+
 def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Hugging Face name → shape of every tensor that such a model stores."""
     shapes = {hf_name(name): config.shape(dims) for name, dims in config.outer_tensors.items()}
-    layer = {name: config.shape(dims) for name, dims in LAYER_TENSORS.items()}
+    layer = {
+        stored: config.shape(dims[-2:])  # without the dim of experts, each of which is stored by itself
+        for name, dims in config.layer_tensors.items()
+        for stored in config.stored_tensors(name)
+    }
     return shapes | {hf_name(n, i): shape for i in range(config.num_hidden_layers) for n, shape in layer.items()}
 
 
@@ -181,45 +236,46 @@ def load_hf(
 
     checkpoint = open_checkpoint(hub.resolve(model, revision))
     config, layers = checkpoint.config, range(checkpoint.config.num_hidden_layers)
-    flat: dict[str, list[Tensor]] = {name: [checkpoint.tensors[hf_name(name)]] for name in config.outer_tensors}
-    flat |= {f"layers.{n}": [checkpoint.tensors[hf_name(n, i)] for i in layers] for n in LAYER_TENSORS}
+    flat = {name: checkpoint.stored(name) for name in config.outer_tensors}
+    flat |= {f"layers.{name}": checkpoint.stored(name, layers) for name in config.layer_tensors}
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, nest(dict.fromkeys(flat, 0)))
 
-    leaves = {name: load_array(tensors, name, pick(shardings, name), dtype) for name, tensors in flat.items()}
+    leaves = {name: load_array(stored, name, pick(shardings, name), dtype) for name, stored in flat.items()}
     if dtype is not None:
         config = dataclasses.replace(config, dtype=np.dtype(dtype).name)
     return config, nest(leaves)
 
 
 def load_array(
-    tensors: Sequence[Tensor], name: str, sharding: "jax.sharding.Sharding | None", dtype: Any = None
+    stored: Stored, name: str, sharding: "jax.sharding.Sharding | None" = None, dtype: Any = None
 ) -> "jax.Array":
-    """One array from the tensors of some layers, stacked if ``name`` begins with ``layers.``, else from a single one.
+    """One array from its tensors.
 
     Each device's share is read from disk by itself: nothing is whole anywhere that is not meant to be.
 
     Raises:
-        DataError: the layers differ in dtype, or a file has become shorter.
+        DataError: the tensors differ in dtype, or a file has become shorter.
     """
     import jax
 
-    dtypes = {tensor.dtype for tensor in tensors}
+    dtypes = {tensor.dtype for tensor in stored.tensors}
     if len(dtypes) > 1:
         raise DataError(
-            f"{tensors[0].file.parent}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers,"
+            f"{stored.tensors[0].file.parent}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers,"
             " one is needed to stack"
         )
-    is_stacked = name.startswith("layers.")
-    shape = (len(tensors), *tensors[0].shape) if is_stacked else tensors[0].shape
-    target = np.dtype(dtype) if dtype is not None else DTYPES[tensors[0].dtype]
+    lead, shape = stored.lead, stored.shape
+    target = np.dtype(dtype) if dtype is not None else stored.dtype
 
     def read(index: Any) -> np.ndarray:
-        if not is_stacked:
-            return read_tensor(tensors[0], index[0])[:, *index[1:]].astype(target, copy=False)
+        rows, *rest = index[len(lead) :]
+        whole = [range(*part.indices(n)) for part, n in zip(index, lead, strict=False)]
         out = np.empty([len(range(*part.indices(n))) for part, n in zip(index, shape, strict=True)], target)
-        for i, tensor in enumerate(tensors[index[0]]):
-            out[i] = read_tensor(tensor, index[1])[:, *index[2:]]
+        places = itertools.product(*whole)
+        for at, place in zip(np.ndindex(*map(len, whole)), places, strict=True):
+            number = int(np.ravel_multi_index(place, lead)) if lead else 0
+            out[at] = read_tensor(stored.tensors[number], rows)[:, *rest]
         return out
 
     if sharding is None:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_tensor
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.checkpoint.hf import Checkpoint, load_array, read_tensor
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Block, RMSNorm, make_rope
 from tli_jax.models.tree import nest
 
@@ -17,7 +17,10 @@ def read_layer(checkpoint: Checkpoint, layer: int, dtype: Any = None) -> dict[st
     """The params of one layer, as stored or in another dtype."""
     # Moved to the device one by one, so that only one tensor is ever held twice.
     return nest(
-        {name: jnp.asarray(read_tensor(checkpoint.tensors[hf_name(name, layer)]), dtype) for name in LAYER_TENSORS}
+        {
+            name: load_array(checkpoint.stored(name, [layer]), name, dtype=dtype)[0]
+            for name in checkpoint.config.layer_tensors
+        }
     )
 
 

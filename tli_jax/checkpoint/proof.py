@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tli_jax.checkpoint.hf import Checkpoint, hf_name, read_chunks, read_tensor
+from tli_jax.checkpoint.hf import Checkpoint, read_chunks, read_tensor
 from tli_jax.checkpoint.layers import embed, head_name, normalise, read_layer, run_layer
 from tli_jax.checkpoint.tokens import FEWEST
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LAYER_TENSORS
 from tli_jax.models.tree import pick
 
 MAX_TOKENS, WINDOW = 4096, 512
@@ -64,12 +63,13 @@ class Proof:
 def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int:
     """Number of tokens with which the proof takes about ``seconds``, measured on the first layer; 128 to 4096."""
     params = read_layer(base, 0)
-    x = jnp.zeros((1, FEWEST, base.config.hidden_size), params["mlp"]["up_proj"]["weight"].dtype)
+    x = jnp.zeros((1, FEWEST, base.config.hidden_size), params["input_layernorm"]["weight"].dtype)
     run_layer(base.config, params, x).block_until_ready()
     started = time.perf_counter()
     run_layer(base.config, params, x).block_until_ready()
     per_token = (time.perf_counter() - started) / FEWEST
-    layers = layers_to_run(plan)
+    # Every expert runs on every token here.
+    layers = layers_to_run(plan) * (plan.experts.count if plan.experts else 1)
     # The head costs as much as its parameters are layers; both models need it.
     layers += 2 * base.config.vocab_size * base.config.hidden_size / base.config.layer_params
     affordable = int(seconds / (per_token * layers))
@@ -79,7 +79,7 @@ def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int
 def layers_to_run(plan: Plan) -> int:
     """How many layers a proof runs: all of the grown model, and the base's from where the two must part."""
     shared = 0
-    for row in plan.rows:
+    for row in plan.rows if plan.experts is None else ():
         if row.is_base_layer and row.sources[0][0] == shared:
             shared += 1
         elif row.scale != 0:
@@ -142,12 +142,12 @@ def _run_layers(
     next_base = 0
     for number, row in enumerate(plan.rows):
         params = read_layer(grown, number)
-        y = run_layer(config, params, x_grown)
+        y = run_layer(grown.config, params, x_grown)
         if row.injected:
             changes.append(Change(number, *map(float, _change(x_grown, y))))
         if parted_at is None:
             if row.is_base_layer and row.sources[0][0] == next_base:
-                is_same_layer = _holds(base, next_base, params)
+                is_same_layer = plan.experts is None and _holds(base, next_base, params)
                 x_base = y if is_same_layer else run_layer(config, read_layer(base, next_base), x_base)
                 next_base += 1
             if not _same(x_base, y):
@@ -168,13 +168,14 @@ def _holds(checkpoint: Checkpoint, layer: int, params: dict[str, Any]) -> bool:
     def holds(name: str) -> bool:
         bytes_here = np.asarray(pick(params, name)).reshape(-1).view(np.uint8)
         at = 0
-        for chunk in read_chunks(checkpoint.tensors[hf_name(name, layer)]):
-            if not np.array_equal(bytes_here[at : at + len(chunk)], chunk):
-                return False
-            at += len(chunk)
+        for tensor in checkpoint.stored(name, [layer]).tensors:
+            for chunk in read_chunks(tensor):
+                if not np.array_equal(bytes_here[at : at + len(chunk)], chunk):
+                    return False
+                at += len(chunk)
         return True
 
-    return all(holds(name) for name in LAYER_TENSORS)
+    return all(holds(name) for name in checkpoint.config.layer_tensors)
 
 
 def _same(a: Any, b: Any) -> bool:

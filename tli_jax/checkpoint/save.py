@@ -1,5 +1,6 @@
 """Layer-stacked params written back as a Hugging Face folder, a tensor at a time."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from tli_jax.checkpoint.output import check_output, staged
 from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import pick
 
 
@@ -32,7 +33,8 @@ def save_hf(
 
     Args:
         path: folder to write; must not exist, or be empty, unless ``overwrite``, which replaces a model folder only.
-        config: of the model or of the base it was grown from: the depth is that of the params.
+        config: of the model, or of the base where that differs in depth alone: the depth is that of the params. For
+            params with experts ``tli_jax.grown_config`` makes it.
         params: layer-stacked, as ``load_hf`` and ``inject`` give them; dtypes are kept.
         plan: how the params were grown; written as ``growth.json``.
         source: folder of the base, whose tokenizer, generation, licence and notice files are taken along.
@@ -51,7 +53,10 @@ def save_hf(
     with staged(path, sum(piece.nbytes for piece in pieces)) as partial:
         write_safetensors(partial, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
         raw = config.with_layers(depth).to_hf()
-        sidecar.write_json(partial / "config.json", sidecar.grow_config(raw, plan) if plan else raw)
+        if plan is not None:
+            # Params that have experts come with the configuration of those.
+            raw = sidecar.grow_config(raw, config, dataclasses.replace(plan, experts=None))
+        sidecar.write_json(partial / "config.json", raw)
         if plan is not None:
             sidecar.write_json(partial / "growth.json", plan.to_json() | {"digests": None, "proof": None})
         if source is not None:
@@ -63,8 +68,10 @@ def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, 
     first, *rest = config.outer_tensors
     yield hf_name(first), functools.partial(pick, params, first)
     for layer in range(_depth(params)):
-        for name in LAYER_TENSORS:
-            yield hf_name(name, layer), functools.partial(lambda n, i: pick(params, f"layers.{n}")[i], name, layer)
+        for name, dims in config.layer_tensors.items():
+            for expert, stored in enumerate(config.stored_tensors(name)):
+                at = (layer, expert) if len(dims) == 3 else (layer,)
+                yield hf_name(stored, layer), functools.partial(lambda n, at: pick(params, f"layers.{n}")[at], name, at)
     yield from ((hf_name(name), functools.partial(pick, params, name)) for name in rest)
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tli_jax.checkpoint.headers import inside
+from tli_jax.checkpoint.hf import grown_config
 from tli_jax.growth.plan import Plan
+from tli_jax.models.config import LlamaConfig
 
 # Nothing else is ever taken along: no code, no pickles, no sub-folders.
 ALLOWED = (
@@ -49,8 +51,9 @@ def copy_allowed(source: Path, target: Path) -> None:
         shutil.copyfile(file, target / file.name)
 
 
-def grow_config(raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
-    """``config.json`` of the grown model: all of the base's, the depth and every per-layer list rewritten.
+def grow_config(raw: Mapping[str, Any], config: LlamaConfig, plan: Plan) -> dict[str, Any]:
+    """``config.json`` of the grown model: all of the base's, the depth and every per-layer list rewritten, and what
+    experts need.
 
     A per-layer list is one whose key speaks of layers and that is as long as the base is deep.
     """
@@ -60,7 +63,8 @@ def grow_config(raw: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
             return [value[row.sources[0][0]] for row in plan.rows]
         return value
 
-    return {key: grow(key, value) for key, value in raw.items()} | {"num_hidden_layers": len(plan)}
+    grown = {key: grow(key, value) for key, value in raw.items()} | {"num_hidden_layers": len(plan)}
+    return grown if plan.experts is None else grown_config(config, plan).as_mixtral(grown)
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from tli_jax.checkpoint.headers import DTYPES, INDEX, SINGLE, Tensor
-from tli_jax.checkpoint.hf import CHUNK, Checkpoint, hf_name, read_chunks, read_tensor
+from tli_jax.checkpoint.hf import CHUNK, Checkpoint, grown_config, hf_name, read_chunks, read_tensor
 from tli_jax.errors import DataError, UsageError
+from tli_jax.growth.experts import Experts
 from tli_jax.growth.plan import HOST_INITS, Plan, is_residual_output
-from tli_jax.models.config import LAYER_TENSORS
 
 Progress = Callable[[int], None]
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -40,6 +40,13 @@ class Piece:
     nbytes: int
     kept: Tensor | None = None
     make: Callable[[], Iterator[Any]] | None = None
+
+    def chunks(self) -> Iterator[Any]:
+        """Its bytes in order; a chunk may be overwritten by the next."""
+        if self.kept is not None:
+            return read_chunks(self.kept)
+        assert self.make is not None
+        return self.make()
 
 
 def parse_size(text: str) -> int:
@@ -84,32 +91,82 @@ def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = No
 
     Args:
         facts: filled, as pieces are made, by what initialisers find that work on the host.
+
+    Raises:
+        DataError: layers that a row mixes differ in dtype.
+        UsageError: the plan is not for such a base.
     """
     tensors = base.tensors
+    grown_config(base.config, plan)  # refuses experts of what has some
+    if base.config.num_experts and any(row.init in HOST_INITS for row in plan.rows):
+        raise UsageError(f"{plan.method}: init transport and predictor make dense layers, the base has experts")
     pieces = [_keep(tensors["model.embed_tokens.weight"], "model.embed_tokens.weight")]
     on_host = _OnHost(base, plan, {} if facts is None else facts)
-    order = [(number, name) for number in range(len(plan)) for name in LAYER_TENSORS]
+    layer_tensors = [(name, part) for name in base.config.layer_tensors for part in base.config.stored_tensors(name)]
+    order = [(number, *names) for number in range(len(plan)) for names in layer_tensors]
     if plan.is_by_kind:
-        order = [(number, name) for name in LAYER_TENSORS for number in range(len(plan))]
-    for number, name in order:
+        order = [(number, *names) for names in layer_tensors for number in range(len(plan))]
+    for number, name, part in order:
         row, is_output = plan.rows[number], is_residual_output(name)
-        sources = [tensors[hf_name(name, layer)] for layer, _ in row.sources]
+        sources = [tensors[hf_name(part, layer)] for layer, _ in row.sources]
         if len({source.dtype for source in sources}) > 1:
             raise DataError(f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype")
-        target = hf_name(name, number)
+        target = hf_name(part, number)
         action = row.action(is_output)
         if action == "copy":
-            pieces.append(_keep(sources[0], target))
-            continue
-        if action == "compute" and row.init in HOST_INITS:
-            make = on_host.maker(number, name, is_output)
+            piece = _keep(sources[0], target)
         else:
-            maker = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
-            make = maker(plan, number, name, sources, is_output)
-        like = sources[0]
-        pieces.append(Piece(target, like.dtype, like.shape, like.nbytes, make=make))
+            if action == "compute" and row.init in HOST_INITS:
+                make = on_host.maker(number, name, is_output)
+            else:
+                maker = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
+                # An expert's tensor is drawn by its own name.
+                expert = "" if part == name else f".{base.config.stored_tensors(name).index(part)}"
+                make = maker(plan, number, name + expert, sources, is_output)
+            like = sources[0]
+            piece = Piece(target, like.dtype, like.shape, like.nbytes, make=make)
+        if plan.experts is not None and name.startswith("mlp."):
+            pieces += _expert_pieces(plan.experts, number, name.split(".")[1], piece)
+        else:
+            pieces.append(piece)
     pieces += [_keep(tensors[hf_name(n)], hf_name(n)) for n in base.config.outer_tensors if n != "embed_tokens.weight"]
     return pieces
+
+
+def _expert_pieces(experts: Experts, number: int, name: str, dense: Piece) -> Iterator[Piece]:
+    """What comes of one matrix of a dense feed-forward; with the first of them the router."""
+    shape = list(dense.shape)
+    shape[name == "down_proj"] //= experts.granularity  # F, the last dim of down alone
+    dtype = DTYPES[dense.dtype]
+    prefix = f"model.layers.{number}.block_sparse_moe"
+
+    def router() -> Iterator[Any]:
+        from tli_jax.growth.upcycle import make_router
+
+        yield np.asarray(make_router(experts, dense.shape[1], dtype, number)).reshape(-1).view(np.uint8).data
+
+    def expert_maker(expert: int) -> Callable[[], Iterator[Any]]:
+        def make() -> Iterator[Any]:
+            from tli_jax.growth.upcycle import make_expert
+
+            whole = np.frombuffer(b"".join(map(bytes, dense.chunks())), dtype).reshape(dense.shape)
+            made = np.asarray(make_expert(experts, name, whole, number, expert))
+            yield np.ascontiguousarray(made).reshape(-1).view(np.uint8).data
+
+        return make
+
+    if name == "gate_proj":
+        router_shape = (experts.total, dense.shape[1])
+        nbytes = router_shape[0] * router_shape[1] * dtype.itemsize
+        yield Piece(f"{prefix}.gate.weight", dense.dtype, router_shape, nbytes, make=router)
+    stored = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[name]
+    for expert in range(experts.total):
+        target = f"{prefix}.experts.{expert}.{stored}.weight"
+        if experts.upcycle == "copy":
+            yield dataclasses.replace(dense, name=target)
+        else:
+            nbytes = dense.nbytes // experts.granularity
+            yield Piece(target, dense.dtype, tuple(shape), nbytes, make=expert_maker(expert))
 
 
 def _keep(tensor: Tensor, name: str) -> Piece:
@@ -219,9 +276,8 @@ def write_safetensors(
                     _copy(piece.kept, out, progress)
                     written[piece.name] = digests[piece.kept.name]
                     continue
-                assert piece.make is not None
                 digest = hashlib.sha256()
-                for chunk in piece.make():
+                for chunk in piece.chunks():
                     _write_all(out, chunk)
                     started = time.perf_counter()
                     digest.update(chunk)

@@ -45,7 +45,7 @@ COMPUTED: dict[str, Callable[[jax.Array, jax.Array, str, Mapping[str, Any]], jax
 
 
 def compute(init: str, source: Any, row: int, name: str, scale: float, options: Mapping[str, Any]) -> jax.Array:
-    """One tensor of one injected layer by an initialiser that computes.
+    """One tensor of one injected layer by an initialiser that draws; of a layer's experts, each by itself.
 
     Args:
         source: the tensor of the layer before, without the layer dim.
@@ -54,6 +54,9 @@ def compute(init: str, source: Any, row: int, name: str, scale: float, options: 
         scale: factor on the result.
         options: the plan's: ``seed``, ``noise_ratio``, ``std``.
     """
+    if source.ndim == 3:
+        each = [compute(init, one, row, f"{name}.{expert}", scale, options) for expert, one in enumerate(source)]
+        return jnp.stack(each)
     needed = tuple((key, options[key]) for key in ("seed", "noise_ratio", "std") if key in options)
     return _compute(init, source, np.uint32(row), name, np.float32(scale), needed)
 

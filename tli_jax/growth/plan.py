@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 from tli_jax.errors import DataError, UsageError
+from tli_jax.growth.experts import Experts
 
 VERSION = 1
 INITS = (
@@ -28,8 +29,8 @@ INITS = (
 RANDOM_INITS, HOST_INITS = ("noise", "random"), ("transport", "predictor")
 COMPUTED_INITS = (*RANDOM_INITS, *HOST_INITS)
 KEEP = "keep"
-# The only tensors through which a layer reaches the residual stream.
-RESIDUAL_OUTPUTS = ("o_proj", "down_proj")
+# The only tensors through which a layer reaches the residual stream; w2 is an expert's down projection.
+RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "w2")
 
 Exactness = Literal["bit", "arithmetic", "none"]
 Action = Literal["copy", "zero", "combine", "compute"]
@@ -86,6 +87,10 @@ class Row:
 class Plan:
     """What growth does to a base of ``base_layers`` layers. Validated when made; plain data, to and from JSON.
 
+    Args:
+        rows: how each layer is made.
+        experts: what is made of the feed-forwards of those layers; None leaves them as they are.
+
     Raises:
         UsageError: a row names a layer that the base does not have, or there are no rows.
     """
@@ -97,6 +102,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     layer_map: tuple[tuple[int, ...], ...] = ()
     history: tuple[Mapping[str, Any], ...] = ()
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -118,7 +124,7 @@ class Plan:
 
     def __hash__(self) -> int:
         # By hand because options are a mapping: a plan can be a static argument under jit.
-        return hash((self.method, self.base_layers, self.rows))
+        return hash((self.method, self.base_layers, self.rows, self.experts))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -130,10 +136,13 @@ class Plan:
 
     @property
     def exactness(self) -> Exactness:
-        """What the plan promises. ``bit``: every base layer exactly once and in order, all others add nothing."""
+        """What the plan promises. ``bit``: every base layer exactly once and in order, all others add nothing.
+        ``arithmetic``: and experts are made that come to the same but for rounding."""
         through = [row for row in self.rows if row.scale != 0]
         in_order = [row.sources[0][0] for row in through if row.is_base_layer] == list(range(self.base_layers))
-        return "bit" if in_order and all(row.is_base_layer for row in through) else "none"
+        if not (in_order and all(row.is_base_layer for row in through)):
+            return "none"
+        return "bit" if self.experts is None else "arithmetic" if self.experts.is_exact else "none"
 
     @property
     def is_by_kind(self) -> bool:
@@ -187,6 +196,8 @@ class Plan:
                 residual outputs were scaled differently; then only ``continues`` can keep track.
         """
         both = self.continues(earlier)
+        if self.experts or earlier.experts:
+            raise UsageError(f"{self.method}: a growth that makes experts cannot be written as one step with another")
         rows = []
         for number, row in enumerate(both.rows):
             parents = [(earlier.rows[layer], weight) for layer, weight in row.sources]
@@ -211,7 +222,7 @@ class Plan:
             "layer_map": [list(layers) for layers in self.layer_map],
             "injected": list(self.injected),
             "trainable": list(self.injected),
-            "experts": None,
+            "experts": self.experts and self.experts.to_json(),
             "exactness": self.exactness,
             "notes": list(self.notes),
             "history": list(self.history),
@@ -247,6 +258,7 @@ class Plan:
                 notes=tuple(record.get("notes", ())),
                 layer_map=tuple(tuple(layers) for layers in record["layer_map"]),
                 history=tuple(record["history"]),
+                experts=None if record.get("experts") is None else Experts.from_json(record["experts"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(

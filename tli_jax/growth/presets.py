@@ -201,6 +201,11 @@ def adept(
     return _inject_after("adept", layers, positions, "identity", options)
 
 
+def moe(layers: int) -> Plan:
+    """The layers as they are: for a growth that makes experts of their feed-forwards, and no more."""
+    return _from_order("moe", layers, range(layers), {})
+
+
 _ITEM = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?(\*(?P<scale>\d+\.?\d*(e-?\d+)?|\.\d+))?(?P<mark>[ik])?")
 
 
@@ -236,7 +241,7 @@ def custom(layers: int, spec: str) -> Plan:
 PRESETS: dict[str, Callable[..., Plan]] = {
     preset.__name__: preset
     for preset in (
-        *(tli, dus, llama_pro, stack, interpose, slayer, average, opt_deus, lesa, midas, lidas, adept, custom),
+        *(tli, dus, llama_pro, stack, interpose, slayer, average, opt_deus, lesa, midas, lidas, adept, moe, custom),
     )
 }
 

@@ -1,7 +1,8 @@
-"""What a Llama is: its sizes, and one table of its tensors from which everything else is derived.
+"""What a Llama is, or a mixture of experts made of one (Mixtral): its sizes, and one table of its tensors from which
+everything else is derived.
 
 Dims, by letter: B batch, T time, D model, H query heads, K key/value heads, h head size, F feed-forward,
-V vocabulary, L layers. A tensor is stored as Hugging Face stores it, ``[out, in]``.
+V vocabulary, L layers, E experts. A tensor is stored as Hugging Face stores it, ``[out, in]``.
 """
 
 import dataclasses
@@ -13,16 +14,25 @@ from typing import Any, Literal
 from tli_jax.errors import DataError, nearest
 
 # Name within a layer -> dims. In the layer-stacked tree each leaf has the dim L in front.
-LAYER_TENSORS: dict[str, tuple[str, ...]] = {
+_ATTENTION: dict[str, tuple[str, ...]] = {
     "input_layernorm.weight": ("D",),
     "self_attn.q_proj.weight": ("Hh", "D"),
     "self_attn.k_proj.weight": ("Kh", "D"),
     "self_attn.v_proj.weight": ("Kh", "D"),
     "self_attn.o_proj.weight": ("D", "Hh"),
     "post_attention_layernorm.weight": ("D",),
+}
+_DENSE: dict[str, tuple[str, ...]] = _ATTENTION | {
     "mlp.gate_proj.weight": ("F", "D"),
     "mlp.up_proj.weight": ("F", "D"),
     "mlp.down_proj.weight": ("D", "F"),
+}
+# w1 is the gate, w3 up, w2 down. Each expert's is stored by itself: ``block_sparse_moe.experts.7.w1.weight``.
+_EXPERTS: dict[str, tuple[str, ...]] = _ATTENTION | {
+    "block_sparse_moe.gate.weight": ("E", "D"),
+    "block_sparse_moe.experts.w1.weight": ("E", "F", "D"),
+    "block_sparse_moe.experts.w2.weight": ("E", "D", "F"),
+    "block_sparse_moe.experts.w3.weight": ("E", "F", "D"),
 }
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -46,6 +56,7 @@ _MUST_BE = {
     "logit_scale": None,
     "use_qk_norm": False,
     "qk_layernorm": False,
+    "router_jitter_noise": 0.0,
     "tie_encoder_decoder": False,
     "is_encoder_decoder": False,
     "add_cross_attention": False,
@@ -55,6 +66,9 @@ _MUST_BE = {
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
     """Sizes and constants of a Llama, hashable, so that it can be a static argument under ``jit``.
+
+    With ``num_experts`` it is a Mixtral: that many experts in each layer, of ``intermediate_size``, of which a token's
+    router chooses ``experts_per_token``. 0 is a dense model.
 
     ``source`` keeps the whole ``config.json`` as text, so that what is not understood here survives growth.
     """
@@ -76,6 +90,8 @@ class LlamaConfig:
     dtype: DType = "float32"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    num_experts: int = 0
+    experts_per_token: int = 0
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     @property
@@ -88,10 +104,23 @@ class LlamaConfig:
             "F": self.intermediate_size,
             "Hh": self.num_attention_heads * h,
             "Kh": self.num_key_value_heads * h,
+            "E": self.num_experts,
         }
 
     def shape(self, dims: tuple[str, ...]) -> tuple[int, ...]:
         return tuple(self.sizes[d] for d in dims)
+
+    @property
+    def layer_tensors(self) -> dict[str, tuple[str, ...]]:
+        """Name within a layer -> dims."""
+        return _EXPERTS if self.num_experts else _DENSE
+
+    def stored_tensors(self, name: str) -> list[str]:
+        """The names under which a layer's tensor is stored: its own, or one for each expert."""
+        if len(self.layer_tensors[name]) < 3:
+            return [name]
+        before, _, after = name.rpartition("experts.")
+        return [f"{before}experts.{expert}.{after}" for expert in range(self.num_experts)]
 
     @property
     def outer_tensors(self) -> dict[str, tuple[str, ...]]:
@@ -102,18 +131,29 @@ class LlamaConfig:
     @property
     def layer_params(self) -> int:
         """Parameters of one layer."""
-        return sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values())
+        return sum(math.prod(self.shape(dims)) for dims in self.layer_tensors.values())
 
     @property
     def layer_matrix_params(self) -> int:
-        """Parameters of one layer's matrices, which is what its matrix products cost."""
-        return sum(math.prod(self.shape(dims)) for dims in LAYER_TENSORS.values() if len(dims) == 2)
+        """Parameters of one layer's matrices that a token goes through, which is what its matrix products cost."""
+        return sum(self._active(dims) for dims in self.layer_tensors.values() if len(dims) > 1)
+
+    def _active(self, dims: tuple[str, ...]) -> int:
+        """Parameters of a tensor that one token goes through: of the chosen experts alone."""
+        sizes = self.sizes | ({"E": self.experts_per_token} if len(dims) == 3 else {})
+        return math.prod(sizes[dim] for dim in dims)
 
     @property
     def num_params(self) -> int:
         """Parameters of the whole model, a tied embedding counted once."""
         outer = sum(math.prod(self.shape(dims)) for dims in self.outer_tensors.values())
         return outer + self.num_hidden_layers * self.layer_params
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token goes through, the whole embedding counted."""
+        idle = self.layer_params - sum(self._active(dims) for dims in self.layer_tensors.values())
+        return self.num_params - self.num_hidden_layers * idle
 
     @property
     def kv_cache_bytes_per_token(self) -> int:
@@ -136,15 +176,20 @@ class LlamaConfig:
     def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> "LlamaConfig":
         """Read a ``config.json``, of old or new transformers.
 
-        Keys that transformers' ``LlamaConfig`` defaults get that default; all else that is needed must be there.
+        Keys that transformers' ``LlamaConfig`` or ``MixtralConfig`` defaults get that default; all else that is needed
+        must be there.
 
         Raises:
             DataError: a key is missing, has the wrong type, or asks for something that is not plain Llama.
         """
-        _refuse_other_architectures(raw, where)
+        is_mixtral = _refuse_other_architectures(raw, where)
         read = _Reader(raw, where)
+        experts = read.integer("num_local_experts", 8) if is_mixtral else 0
+        chosen = read.integer("num_experts_per_tok", 2) if is_mixtral else 0
+        if chosen > experts:
+            raise DataError(f"{where}: num_experts_per_tok {chosen} is more than num_local_experts {experts}: mend one")
         heads = read.integer("num_attention_heads", 32)
-        kv_heads = read.integer("num_key_value_heads", heads)
+        kv_heads = read.integer("num_key_value_heads", 8 if is_mixtral else heads)
         hidden = read.integer("hidden_size", 4096)
         if raw.get("head_dim") is None and hidden % heads:
             raise DataError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}: mend one")
@@ -155,7 +200,7 @@ class LlamaConfig:
             )
         if head_dim % 2:
             raise DataError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs an even one")
-        rope_theta, rope_type, rope_factors = _read_rope(raw, where)
+        rope_theta, rope_type, rope_factors = _read_rope(raw, where, 1e6 if is_mixtral else 1e4)
         dtype_key = "dtype" if raw.get("dtype") else "torch_dtype"
         dtype = raw.get(dtype_key) or "float32"
         if dtype not in DTYPES:
@@ -166,13 +211,13 @@ class LlamaConfig:
         return cls(
             vocab_size=read.integer("vocab_size", 32000),
             hidden_size=hidden,
-            intermediate_size=read.integer("intermediate_size", 11008),
+            intermediate_size=read.integer("intermediate_size", 14336 if is_mixtral else 11008),
             num_hidden_layers=read.integer("num_hidden_layers", None),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=read.integer("max_position_embeddings", 2048),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
+            max_position_embeddings=read.integer("max_position_embeddings", 131072 if is_mixtral else 2048),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-5 if is_mixtral else 1e-6),
             initializer_range=read.number("initializer_range", 0.02),
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             rope_theta=rope_theta,
@@ -181,6 +226,8 @@ class LlamaConfig:
             dtype=dtype,
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=read.token_ids("eos_token_id", 2),
+            num_experts=experts,
+            experts_per_token=chosen,
             source=json.dumps(raw),
         )
 
@@ -218,23 +265,58 @@ class LlamaConfig:
         if raw.get("layer_types"):
             # One entry a layer, and all the same, or it would not have been read.
             raw["layer_types"] = raw["layer_types"][:1] * self.num_hidden_layers
-        return raw | {"num_hidden_layers": self.num_hidden_layers}
+        return self.as_mixtral(raw) | {"num_hidden_layers": self.num_hidden_layers}
+
+    def as_mixtral(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """A ``config.json`` as one of a model with these experts; unchanged where there are none."""
+        if not self.num_experts:
+            return dict(raw)
+        dense = ("attention_bias", "mlp_bias", "pretraining_tp")
+        return (
+            {key: value for key, value in raw.items() if key not in dense}
+            | {
+                "architectures": ["MixtralForCausalLM"],
+                "model_type": "mixtral",
+                "intermediate_size": self.intermediate_size,
+                # Mixtral's defaults are others than Llama's, so all that may have been left out is said.
+                "head_dim": self.head_dim,
+                "num_key_value_heads": self.num_key_value_heads,
+                "max_position_embeddings": self.max_position_embeddings,
+                "rms_norm_eps": self.rms_norm_eps,
+                "vocab_size": self.vocab_size,
+                "hidden_size": self.hidden_size,
+                "num_attention_heads": self.num_attention_heads,
+                "num_local_experts": self.num_experts,
+                "num_experts_per_tok": self.experts_per_token,
+                "sliding_window": None,
+            }
+            | ({"rope_theta": self.rope_theta} if "rope_parameters" not in raw else {})
+        )
 
 
-def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> None:
-    architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-    if architectures != ["LlamaForCausalLM"] or raw.get("model_type") != "llama":
-        found = f"architectures {architectures}, model_type {raw.get('model_type')!r}"
-        raise DataError(f"{where}: {found} is not supported, only LlamaForCausalLM of model_type 'llama' is")
+_SUPPORTED = {"llama": "LlamaForCausalLM", "mixtral": "MixtralForCausalLM"}
+
+
+def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> bool:
+    """Whether it is a Mixtral."""
+    kind = raw.get("model_type")
+    architectures = raw.get("architectures") or [_SUPPORTED.get(str(kind))]
+    if architectures != [_SUPPORTED.get(str(kind))]:
+        found = f"architectures {architectures}, model_type {kind!r}"
+        known = " and ".join(f"{name} of model_type {kind!r}" for kind, name in _SUPPORTED.items())
+        raise DataError(f"{where}: {found} is not supported, only {known} are")
     for key, only in _MUST_BE.items():
         if raw.get(key, only) not in (only, None):
             raise DataError(f"{where}: {key} = {raw[key]!r} is not supported, only {only!r} is")
-    for kind in raw.get("layer_types") or []:
-        if kind != "full_attention":
-            raise DataError(f"{where}: layer_types has {kind!r}, only 'full_attention' is supported")
+    for layer_type in raw.get("layer_types") or []:
+        if layer_type != "full_attention":
+            raise DataError(f"{where}: layer_types has {layer_type!r}, only 'full_attention' is supported")
+    return kind == "mixtral"
 
 
-def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tuple[str, float], ...]]:
+def _read_rope(
+    raw: Mapping[str, Any], where: str, default_theta: float
+) -> tuple[float, str, tuple[tuple[str, float], ...]]:
     """Rotary parameters, from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
     # With both, transformers goes by the old one.
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
@@ -250,7 +332,9 @@ def _read_rope(raw: Mapping[str, Any], where: str) -> tuple[float, str, tuple[tu
             f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported"
         )
     theta = (
-        read.number("rope_theta", None) if "rope_theta" in rope else _Reader(raw, where).number("rope_theta", 10000.0)
+        read.number("rope_theta", None)
+        if "rope_theta" in rope
+        else _Reader(raw, where).number("rope_theta", default_theta)
     )
     factors = {name: read.number(name, None) for name in _ROPE_FACTORS[kind]}
     if kind == "llama3" and factors["high_freq_factor"] <= factors["low_freq_factor"]:

@@ -73,7 +73,7 @@ def _generate(
 
     def from_cache(carry, i):
         cache, last_B, done_B = carry
-        x_B1D, cache = model.hidden(last_B[:, None], cache)
+        x_B1D, cache, _ = model.hidden(last_B[:, None], cache)
         next_B, done_B = choose(i, x_B1D[:, 0], last_B, done_B)
         return (cache, next_B, done_B), next_B
 
@@ -81,7 +81,7 @@ def _generate(
         tokens_BS, done_B = carry
         last = T - 1 + i
         # What stands after `last` is padding, which the causal mask hides.
-        x_BSD, _ = model.hidden(tokens_BS)
+        x_BSD, _, _ = model.hidden(tokens_BS)
         next_B, done_B = choose(i, x_BSD[:, last], tokens_BS[:, last], done_B)
         return (tokens_BS.at[:, last + 1].set(next_B), done_B), None
 
@@ -90,7 +90,7 @@ def _generate(
         padded_BS = jnp.pad(prompt_BT, ((0, 0), (0, new)))
         return jax.lax.scan(anew, (padded_BS, done_B), jnp.arange(new))[0][0]
     # The last token is never fed back, so it needs no slot.
-    x_BTD, cache = model.hidden(prompt_BT, make_cache(config, params, B, T + new - 1))
+    x_BTD, cache, _ = model.hidden(prompt_BT, make_cache(config, params, B, T + new - 1))
     first_B, done_B = choose(0, x_BTD[:, -1], prompt_BT[:, -1], done_B)
     _, rest_NB = jax.lax.scan(from_cache, (cache, first_B, done_B), jnp.arange(1, new))
     return jnp.concatenate([prompt_BT, first_B[:, None], rest_NB.T], axis=1)

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tli_jax.models.attention import Attend, Kernel, attention, causal, rotary_tables, rotate
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
+from tli_jax.models.moe import Experts, Mix, every_expert
 from tli_jax.models.tree import nest
 
 Params = dict[str, Any]
@@ -48,12 +49,14 @@ class Run(NamedTuple):
         dtype: of activations and matrix products; that of the embedding by default. Norms, softmax and loss are fp32.
         remat: what the backward pass computes again: nothing, all but the products with weights, or all of a layer.
         kernel: the attention kernel.
+        mix: how experts are run.
         place: pins an array, whose dims are spelled by letters, to its place on a mesh.
     """
 
     dtype: Any = None
     remat: Remat = "none"
     kernel: Kernel = causal
+    mix: Mix = every_expert
     place: Callable[[jax.Array, str], jax.Array] = lambda x, dims: x
 
 
@@ -134,18 +137,26 @@ class Block(nnx.Module):
         self.input_layernorm = RMSNorm(params["input_layernorm"]["weight"], config.rms_norm_eps)
         self.self_attn = Attention(config, params["self_attn"])
         self.post_attention_layernorm = RMSNorm(params["post_attention_layernorm"]["weight"], config.rms_norm_eps)
-        self.mlp = MLP(params["mlp"])
+        if config.num_experts:
+            self.block_sparse_moe = Experts(config.experts_per_token, params["block_sparse_moe"])
+        else:
+            self.mlp = MLP(params["mlp"])
+        self.has_experts = config.num_experts > 0
 
     def __call__(
-        self, x_BTD: jax.Array, rope: Rope, cache: Cache | None = None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        self, x_BTD: jax.Array, rope: Rope, cache: Cache | None = None, mix: Mix = every_expert
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
+        """What leaves the layer, its keys and values, and how unevenly its experts were used, if it has any."""
         attended, kv = self.self_attn(self.input_layernorm(x_BTD), rope, cache)
         x_BTD = x_BTD + attended
-        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD)), kv
+        inside = self.post_attention_layernorm(x_BTD)
+        out, balance = self.block_sparse_moe(inside, mix) if self.has_experts else (self.mlp(inside), None)
+        return x_BTD + out, kv, balance
 
 
 class Llama(nnx.Module):
-    """The whole model over layer-stacked params. ``lm_head`` is None when the head is tied to the embedding."""
+    """The whole model, dense or with experts, over layer-stacked params. ``lm_head`` is None when the head is tied to
+    the embedding."""
 
     def __init__(self, config: LlamaConfig, params: Mapping[str, Any]):
         self.config = config
@@ -164,8 +175,9 @@ class Llama(nnx.Module):
         cache: Cache | None = None,
         segments_BT: jax.Array | None = None,
         run: Run = Run(),  # noqa: B008
-    ) -> tuple[jax.Array, Cache | None]:
-        """Hidden states after the final norm, ``[B, T, D]``, and the cache with these tokens in it."""
+    ) -> tuple[jax.Array, Cache | None, jax.Array]:
+        """Hidden states after the final norm, ``[B, T, D]``; the cache with these tokens in it; and how unevenly the
+        experts were used, the mean over the layers, 0 without experts or with a cache."""
         T = tokens_BT.shape[1]
         embedding_VD = self.embed_tokens.weight[...]
         # Placed as it is used, not as it is stored: the compiler would bring the looked-up rows together instead.
@@ -173,32 +185,42 @@ class Llama(nnx.Module):
         x_BTD = run.place(embedding_VD[tokens_BT], "BTD")
         rope = make_rope(self.config, T, x_BTD.dtype, cache)
         if cache is None:
-            x_BTD = self._through(x_BTD, rope._replace(attend=run.kernel(T, segments_BT)), run)
-            return self.norm(x_BTD), None
+            x_BTD, balance = self._through(x_BTD, rope._replace(attend=run.kernel(T, segments_BT)), run)
+            return self.norm(x_BTD), None, balance
 
         def body(x: jax.Array, layer: tuple[Block, Any]) -> tuple[jax.Array, Any]:
             block, (k, v) = layer
-            return block(x, rope, Cache(k, v, cache.length))
+            return block(x, rope, Cache(k, v, cache.length))[:2]
 
         layers: Any = self.layers
         x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, (cache.k, cache.v)))
-        return self.norm(x_BTD), Cache(k, v, cache.length + T)
+        return self.norm(x_BTD), Cache(k, v, cache.length + T), jnp.zeros(())
 
-    def _through(self, x_BTD: jax.Array, rope: Rope, run: Run) -> jax.Array:
-        def layer(x: jax.Array, block: Block) -> tuple[jax.Array, None]:
-            return run.place(block(x, rope)[0], "BTD"), None
+    def _through(self, x_BTD: jax.Array, rope: Rope, run: Run) -> tuple[jax.Array, jax.Array]:
+        def layer(x: jax.Array, block: Block) -> tuple[jax.Array, jax.Array | None]:
+            x, _, balance = block(x, rope, mix=run.mix)
+            return run.place(x, "BTD"), balance
 
-        def stack(x: jax.Array, blocks: Block) -> jax.Array:
-            return jax.lax.scan(_REMAT[run.remat](layer), x, blocks)[0]
+        def stack(x: jax.Array, blocks: Block) -> tuple[jax.Array, jax.Array | None]:
+            return jax.lax.scan(_REMAT[run.remat](layer), x, blocks)
 
-        def period(x: jax.Array, stacks: list[Block]) -> tuple[jax.Array, None]:
-            return functools.reduce(stack, stacks, x), None
+        def period(x: jax.Array, stacks: list[Block]) -> tuple[jax.Array, list[jax.Array | None]]:
+            found = []
+            for blocks in stacks:
+                x, balance = stack(x, blocks)
+                found.append(balance)
+            return x, found
 
+        found: list[Any] = []
         if isinstance(self.layers, Block):
-            return stack(x_BTD, self.layers)
-        for segment in self.layers:
-            x_BTD, _ = jax.lax.scan(period, x_BTD, segment)
-        return x_BTD
+            x_BTD, balance = stack(x_BTD, self.layers)
+            found.append(balance)
+        else:
+            for segment in self.layers:
+                x_BTD, balances = jax.lax.scan(period, x_BTD, segment)
+                found.append(balances)
+        values = [value.ravel() for value in jax.tree.leaves(found)]
+        return x_BTD, jnp.concatenate(values).mean() if values else jnp.zeros(())
 
     @property
     def head(self) -> Linear:
@@ -206,7 +228,7 @@ class Llama(nnx.Module):
         return self.embed_tokens if self.lm_head is None else self.lm_head
 
     def __call__(self, tokens_BT: jax.Array, cache: Cache | None = None) -> tuple[jax.Array, Cache | None]:
-        x_BTD, cache = self.hidden(tokens_BT, cache)
+        x_BTD, cache, _ = self.hidden(tokens_BT, cache)
         return self.head(x_BTD), cache
 
 
@@ -235,7 +257,7 @@ def forward(config: LlamaConfig, params: Params, tokens_BT: jax.Array) -> jax.Ar
 def init_params(config: LlamaConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
     """Fresh layer-stacked params: matrices from N(0, initializer_range), norms one. Made for ``jit``/``eval_shape``."""
     tensors = {name: config.shape(dims) for name, dims in config.outer_tensors.items()}
-    tensors |= {f"layers.{n}": (config.num_hidden_layers, *config.shape(d)) for n, d in LAYER_TENSORS.items()}
+    tensors |= {f"layers.{n}": (config.num_hidden_layers, *config.shape(d)) for n, d in config.layer_tensors.items()}
     vectors = {name for name in tensors if "norm" in name}
     flat = {
         name: jnp.ones(shape, dtype)

@@ -18,9 +18,10 @@ def token_losses(
     chunk: int | None = None,
     segments_BT: jax.Array | None = None,
     run: Run = Run(),  # noqa: B008
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of each token after the first, given those before it, in nats, fp32 ``[B, T-1]``; and the log of
-    the softmax's denominator, likewise, for a z-loss. Both are 0 where the token to predict is -1.
+    the softmax's denominator, likewise, for a z-loss. Both are 0 where the token to predict is -1. And how unevenly
+    experts were used, see ``Llama.hidden``.
 
     Args:
         chunk: positions that the head runs over at a time, counted over the whole batch; by default as many as keep
@@ -28,7 +29,7 @@ def token_losses(
         segments_BT: the document of each token, which attention does not leave; None for one document.
     """
     inputs_BT, targets_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
-    x_BTD, _ = model.hidden(inputs_BT, None, None if segments_BT is None else segments_BT[:, :-1], run)
+    x_BTD, _, balance = model.hidden(inputs_BT, None, None if segments_BT is None else segments_BT[:, :-1], run)
     B, T, D = x_BTD.shape
     # Cut along T, so that every device has a share of every chunk.
     C = min(T, max(1, (chunk or LOGITS // model.config.vocab_size) // B))
@@ -50,7 +51,8 @@ def token_losses(
         return jnp.where(is_counted, log_z_BC - picked_BC, 0.0), jnp.where(is_counted, log_z_BC, 0.0)
 
     losses_NBC, log_z_NBC = jax.lax.map(one, (x_NBCD, targets_NBC))
-    return tuple(y.swapaxes(0, 1).reshape(B, -1)[:, :T] for y in (losses_NBC, log_z_NBC))  # type: ignore[return-value]
+    losses_BT, log_z_BT = (y.swapaxes(0, 1).reshape(B, -1)[:, :T] for y in (losses_NBC, log_z_NBC))
+    return losses_BT, log_z_BT, balance
 
 
 @functools.partial(jax.jit, static_argnums=0)

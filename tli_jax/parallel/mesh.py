@@ -10,23 +10,26 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tli_jax.errors import UsageError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 # Dim, by its letters in models.config -> mesh axes. What is not here lies whole on every device. T is left whole until
 # there is an axis for it. As D is cut over fsdp in parameters and B in activations, a layer's weights are brought
 # together when it runs (ZeRO, arXiv 1910.02054); heads, F and V are cut over tensor (Megatron, arXiv 1909.08053).
-PARAM_RULES: dict[str, tuple[str, ...]] = {"D": ("fsdp",), "Hh": ("tensor",), "Kh": ("tensor",), "F": ("tensor",)}
-PARAM_RULES |= {"V": ("tensor",)}
-ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"B": ("data", "fsdp"), "V": ("tensor",), "H": ("tensor",)}
+# Over expert lie the experts of each layer; what has none is cut over it as over fsdp. An axis cuts the first dim of an
+# array that it can.
+PARAM_RULES: dict[str, tuple[str, ...]] = {"E": ("expert",), "D": ("fsdp", "expert"), "F": ("tensor",)}
+PARAM_RULES |= {"Hh": ("tensor",), "Kh": ("tensor",), "V": ("tensor",)}
+BATCH = ("data", "fsdp", "expert")
+ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"B": BATCH, "V": ("tensor",), "H": ("tensor",)}
 
 
 def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the axes ``data``, ``fsdp`` and ``tensor``, whose order suits the links between the devices.
+    """A mesh with the axes ``data``, ``fsdp``, ``expert`` and ``tensor``, whose order suits the links between devices.
 
     Over several slices (or other groups of devices with slow links between), ``data`` spans the slices.
 
     Args:
-        degrees: devices along an axis; -1 takes what is left. By default ``fsdp`` does, ``tensor`` is 1, and
-            ``data`` the number of slices.
+        degrees: devices along an axis; -1 takes what is left. By default ``fsdp`` does, ``expert`` and ``tensor`` are
+            1, and ``data`` the number of slices.
 
     Raises:
         UsageError: the degrees do not multiply to the number of devices.
@@ -35,7 +38,7 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
 
     devices = list(jax.devices()) if devices is None else list(devices)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    asked = {"data": slices, "fsdp": -1, "tensor": 1} | dict(degrees)
+    asked = {"data": slices, "fsdp": -1, "expert": 1, "tensor": 1} | dict(degrees)
     if "fsdp" not in degrees and -1 in degrees.values():
         asked["fsdp"] = 1
     product = " × ".join(f"{axis} {asked[axis]}" for axis in AXES)
@@ -51,7 +54,7 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
         if shape[0] % slices:
             raise UsageError(f"mesh: data is {shape[0]}, must be a multiple of the {slices} slices")
         inner = [shape[0] // slices, *shape[1:]]
-        grid = mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1], devices=devices, **split)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1, 1], devices=devices, **split)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices=devices, **split)
     # Auto axes: the compiler propagates places from those that are pinned.
@@ -62,36 +65,53 @@ def check_fits(mesh: Mesh, sizes: Mapping[str, int], batch: int) -> None:
     """Refuse sizes that an axis of the mesh cannot cut evenly.
 
     Args:
-        sizes: of the dims of the parameters, by letter, and ``H`` and ``K`` heads.
+        sizes: of the dims of the parameters, by letter, and ``H`` and ``K`` heads; ``E`` is 0 without experts.
         batch: sequences that run at a time.
 
     Raises:
         UsageError: names the dim, its size and the axis.
     """
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    wanted = [("hidden size", sizes["D"], "fsdp", fsdp)]
+    tensor, expert = mesh.shape["tensor"], mesh.shape["expert"]
+    if expert > 1 and not sizes["E"]:
+        raise UsageError(f"mesh: expert is {expert}, but the model has no experts: change mesh")
+
+    def named(axes: Sequence[str]) -> str:
+        return " × ".join(axis for axis in axes if mesh.shape[axis] > 1)
+
+    wanted = [("hidden size", sizes["D"], named(("fsdp", "expert")), mesh.shape["fsdp"] * expert)]
+    wanted += [("number of experts", sizes["E"], "expert", expert)]
     wanted += [
         (name, sizes[dim], "tensor", tensor)
         for name, dim in (("heads", "H"), ("key/value heads", "K"), ("feed-forward size", "F"), ("vocabulary", "V"))
     ]
-    wanted += [("batch size / accumulation", batch, "data × fsdp", mesh.shape["data"] * fsdp)]
+    wanted += [("batch size / accumulation", batch, named(BATCH), batch_degree(mesh))]
     for name, size, axis, degree in wanted:
         if size % degree:
             raise UsageError(f"mesh: {name} {size} cannot be cut over {axis} = {degree}: change mesh or {name}")
 
 
-def _spec(dims: Sequence[str], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
-    return PartitionSpec(*(rules.get(dim) for dim in dims))
+def batch_degree(mesh: Mesh) -> int:
+    """Parts into which a batch is cut."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def _spec(mesh: Mesh, dims: Sequence[str], rules: Mapping[str, tuple[str, ...]]) -> PartitionSpec:
+    free, parts = {axis for axis in AXES if mesh.shape[axis] > 1}, []
+    for dim in dims:
+        axes = tuple(axis for axis in rules.get(dim, ()) if axis in free)
+        free -= set(axes)
+        parts.append(axes or None)
+    return PartitionSpec(*parts)
 
 
 def param_sharding(mesh: Mesh, dims: Sequence[str]) -> NamedSharding:
     """Where a parameter lies, or a moment of it: ``("L", "Hh", "D")`` is L whole, Hh over tensor, D over fsdp."""
-    return NamedSharding(mesh, _spec(dims, PARAM_RULES))
+    return NamedSharding(mesh, _spec(mesh, dims, PARAM_RULES))
 
 
 def batch_sharding(mesh: Mesh, dims: Sequence[str]) -> NamedSharding:
     """Where an activation lies, or input: ``("A", "B", "T")`` is B over data and fsdp."""
-    return NamedSharding(mesh, _spec(dims, ACTIVATION_RULES))
+    return NamedSharding(mesh, _spec(mesh, dims, ACTIVATION_RULES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ import rich.box
 import rich.console
 import rich.table
 
-from tli_jax.checkpoint.hf import Checkpoint
+from tli_jax.checkpoint.hf import Checkpoint, grown_config
 from tli_jax.checkpoint.stream import Piece
 from tli_jax.growth.plan import Plan, draw_layer_map
 from tli_jax.models.config import LlamaConfig
@@ -22,13 +22,14 @@ PROMISES = {
 
 def describe(base: Checkpoint, plan: Plan, pieces: Sequence[Piece], files: Mapping[str, int]) -> dict[str, Any]:
     """The plan and its cost as plain data. Bytes are of tensors; FLOPs are of the forward pass, see ``LlamaConfig``."""
-    grown = base.config.with_layers(len(plan))
+    grown = grown_config(base.config, plan)
     context = min(base.config.max_position_embeddings, 8192)
 
     def costs(config: LlamaConfig, nbytes: int) -> dict[str, Any]:
         return {
             "layers": config.num_hidden_layers,
             "parameters": config.num_params,
+            "active_parameters": config.num_active_params,
             "bytes": nbytes,
             "kv_cache_bytes_per_token": config.kv_cache_bytes_per_token,
             "flops_per_token": config.flops_per_token(context),
@@ -47,7 +48,11 @@ def describe(base: Checkpoint, plan: Plan, pieces: Sequence[Piece], files: Mappi
 
 def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[str, Any]) -> None:
     """The layer map and a table of what growth costs."""
-    options = ", ".join(f"{key} {value}" for key, value in plan.options.items())
+    made = {} if plan.experts is None else {"experts": plan.experts.total} | plan.experts.to_json()
+    told = {
+        key: value for key, value in {**plan.options, **made}.items() if key not in ("count", "ratio", "importance")
+    }
+    options = ", ".join(f"{key} {value}" for key, value in told.items())
     screen.print(f"[bold]{plan.method}[/bold] ({options}): {plan.base_layers} → {len(plan)} layers")
     screen.print(
         "layers of the grown model; 3 is base layer 3 kept, \\[3·0] injected, made of 3, residual outputs × 0:"
@@ -60,12 +65,17 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
     labels = {
         "layers": "layers",
         "parameters": "parameters",
+        "active_parameters": "parameters that a token goes through",
         "bytes": "bytes of weights",
         "kv_cache_bytes_per_token": "KV cache, bytes a token",
         "flops_per_token": f"forward FLOPs a token (at {description['context']:,} tokens)",
     }
     for key, label in labels.items():
         before, after = description["before"][key], description["after"][key]
+        if key == "active_parameters" and (before, after) == tuple(
+            description[when]["parameters"] for when in ("before", "after")
+        ):
+            continue
         table.add_row(label, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}")
     screen.print(table)
     screen.print(f"promise: {PROMISES[plan.exactness]}")
@@ -91,6 +101,8 @@ def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:
         screen.print("  hidden states are bit-equal after every layer")
         return
     screen.print(f"  hidden states part after layer {proof['parted_at']} of the grown model")
+    if not proof["changes"]:
+        return
     table = rich.table.Table("injected layer", "relative change of the hidden state", "cosine", box=rich.box.SIMPLE)
     for change in proof["changes"]:
         table.add_row(str(change["layer"]), f"{change['relative_change']:.4f}", f"{change['cosine']:.4f}")

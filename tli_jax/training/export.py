@@ -14,7 +14,6 @@ from tli_jax.checkpoint.headers import CODES, read_json
 from tli_jax.checkpoint.hf import hf_name
 from tli_jax.checkpoint.output import check_output, staged
 from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
-from tli_jax.models.config import LAYER_TENSORS
 from tli_jax.parallel.mesh import replicated
 from tli_jax.parallel.processes import barrier, is_first
 from tli_jax.training.freezing import Arrays, Leaf
@@ -84,27 +83,26 @@ def _pieces(trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str]) -> Iter
     outside = {leaf.tensor: leaf for leaf in trainer.leaves if not leaf.layers}
     first, *rest = trainer.model.outer_tensors
 
-    def piece(name: str, leaf: Leaf, row: int | None) -> Piece:
+    def piece(name: str, leaf: Leaf, *at: int) -> Piece:
         array, dtype = arrays[leaf.name], np.dtype(dtypes[leaf.name])
-        shape = array.shape if row is None else array.shape[1:]
+        shape = array.shape[len(at) :]
 
         def make() -> Iterator[Any]:
-            gather = _gather(replicated(trainer.mesh), dtype.name, row is not None)
-            whole = gather(array) if row is None else gather(array, row)
+            whole = _gather(replicated(trainer.mesh), dtype.name)(array, at)
             yield np.ascontiguousarray(whole.addressable_data(0)).reshape(-1).view(np.uint8).data
 
         return Piece(name, CODES[dtype], shape, int(np.prod(shape)) * dtype.itemsize, make=make)
 
-    yield piece(hf_name(first), outside[first], None)
+    yield piece(hf_name(first), outside[first])
     for layer in range(trainer.model.num_hidden_layers):
-        for tensor in LAYER_TENSORS:
-            yield piece(hf_name(tensor, layer), *in_layers[layer, tensor])
-    yield from (piece(hf_name(name), outside[name], None) for name in rest)
+        for tensor, dims in trainer.model.layer_tensors.items():
+            leaf, row = in_layers[layer, tensor]
+            for expert, stored in enumerate(trainer.model.stored_tensors(tensor)):
+                yield piece(hf_name(stored, layer), leaf, row, *([expert] if len(dims) == 3 else []))
+    yield from (piece(hf_name(name), outside[name]) for name in rest)
 
 
 @functools.cache  # or every tensor would be compiled for anew
-def _gather(everywhere: Any, dtype: str, is_stacked: bool) -> Any:
-    """Jitted: one layer of a stack, or a whole array, of that dtype on every device."""
-    if is_stacked:
-        return jax.jit(lambda array, row: array[row].astype(dtype), out_shardings=everywhere)
-    return jax.jit(lambda array: array.astype(dtype), out_shardings=everywhere)
+def _gather(everywhere: Any, dtype: str) -> Any:
+    """Jitted: what lies at a place in an array, one layer of a stack, say, of that dtype on every device."""
+    return jax.jit(lambda array, at: array[at].astype(dtype), out_shardings=everywhere)

@@ -12,13 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tli_jax.checkpoint.hf import grown_config
 from tli_jax.growth.inject import inject
 from tli_jax.growth.plan import Plan
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.growth.upcycle import upcycle
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Remat
 from tli_jax.models.loss import LOGITS
 from tli_jax.models.tree import nest
-from tli_jax.parallel.mesh import param_sharding
+from tli_jax.parallel.mesh import batch_degree, param_sharding
 from tli_jax.training.step import Trainer
 
 _COLLECTIVES = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -67,19 +69,26 @@ def compile_step(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> Fit:
 
 
 def compile_growth(base: LlamaConfig, plan: Plan, mesh: jax.sharding.Mesh) -> Fit:
-    """``inject`` over params that lie on the mesh, in their stored dtype: base and grown model are there at once."""
-    tensors = {f"layers.{name}": ("L", *dims) for name, dims in LAYER_TENSORS.items()} | base.outer_tensors
-    sizes = base.sizes | {"L": base.num_hidden_layers}
-    params = nest(
-        {
-            name: jax.ShapeDtypeStruct(
-                tuple(sizes[dim] for dim in dims), base.dtype, sharding=param_sharding(mesh, dims)
-            )
-            for name, dims in tensors.items()
-        }
-    )
-    places = jax.tree.map(lambda leaf: leaf.sharding, params)
-    return _compile(jax.jit(lambda params: inject(params, plan), out_shardings=places), params)
+    """``inject``, and ``upcycle`` where the plan has experts, over params that lie on the mesh, in their stored dtype:
+    base and grown model are there at once."""
+
+    def abstract(config: LlamaConfig) -> Any:
+        tensors = {f"layers.{name}": ("L", *dims) for name, dims in config.layer_tensors.items()} | config.outer_tensors
+        sizes = config.sizes | {"L": config.num_hidden_layers}
+        shapes = {name: tuple(sizes[dim] for dim in dims) for name, dims in tensors.items()}
+        return nest(
+            {
+                name: jax.ShapeDtypeStruct(shapes[name], config.dtype, sharding=param_sharding(mesh, dims))
+                for name, dims in tensors.items()
+            }
+        )
+
+    def grow(params: Any) -> Any:
+        grown = inject(params, plan)
+        return grown if plan.experts is None else upcycle(grown, plan.experts)
+
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract(grown_config(base, plan)))
+    return _compile(jax.jit(grow, out_shardings=places), abstract(base))
 
 
 def _compile(program: Any, *arguments: Any) -> Fit:
@@ -136,10 +145,10 @@ def on_paper(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> dict[str
     frozen = [leaf for leaf in trainer.leaves if not leaf.trains]
     held = trainer.abstract_params(dtypes)
     compute = np.dtype(config.compute_dtype).itemsize
-    tensor = mesh.shape["tensor"]
-    B = config.batch_size // config.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+    tensor, chosen = mesh.shape["tensor"], max(model.experts_per_token, 1)
+    B = config.batch_size // config.accumulation // batch_degree(mesh)
     sizes = model.sizes
-    heads, wide = (sizes["Hh"] + 2 * sizes["Kh"]) / tensor, sizes["F"] / tensor
+    heads, wide = (sizes["Hh"] + 2 * sizes["Kh"]) / tensor, sizes["F"] * chosen / tensor
     inside = 4 * model.hidden_size + 2 * heads + 3 * wide
     kept = {"full": model.hidden_size, "dots": 3 * model.hidden_size + heads + 2 * wide, "none": inside}[config.remat]
     trained = sum(map(_local_bytes, state.trained.values()))
@@ -151,7 +160,7 @@ def on_paper(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> dict[str
         "gradients": trained * (2 if config.accumulation > 1 else 1),
         "activations": (model.num_hidden_layers - trainer.lowest) * B * T * kept * compute,
         # Weights of the layer that runs and of the next one, brought together over fsdp; and what is computed again.
-        "layer": 2 * model.layer_matrix_params / tensor * compute + 2 * B * T * inside * compute,
+        "layer": 2 * model.layer_params / (tensor * mesh.shape["expert"]) * compute + 2 * B * T * inside * compute,
         # Brought together too, with its gradient where it has one; logits and their gradient, of one chunk.
         "head": (1 + trainer.is_head_trained) * outside + 2 * LOGITS * 4,
     }
@@ -170,7 +179,7 @@ def search(
         limit: bytes that a device has.
         report: told of each try, which may take minutes.
     """
-    whole = trainer.config.batch_size // (trainer.mesh.shape["data"] * trainer.mesh.shape["fsdp"])
+    whole = trainer.config.batch_size // batch_degree(trainer.mesh)
     sizes = [size for size in range(1, whole + 1) if whole % size == 0]
     best: dict[str, int] = {}
     least = 0
@@ -191,7 +200,7 @@ def search(
 def hints(trainer: Trainer, T: int) -> str:
     """What a run that does not fit could do with less."""
     config, mesh = trainer.config, trainer.mesh
-    rows = config.batch_size // config.accumulation // (mesh.shape["data"] * mesh.shape["fsdp"])
+    rows = config.batch_size // config.accumulation // batch_degree(mesh)
     found = ["--train.remat full"] * (config.remat != "full")
     found += ["--train.accumulation 0"] * (rows > 1)
     found += [f"--train.batch-size {config.batch_size // config.accumulation}"] * (config.accumulation > 1)

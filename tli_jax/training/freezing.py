@@ -17,7 +17,7 @@ import numpy as np
 
 from tli_jax.config import Group
 from tli_jax.errors import UsageError
-from tli_jax.models.config import LAYER_TENSORS, LlamaConfig
+from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import nest, pick
 
 
@@ -87,7 +87,7 @@ class Layout:
                 start = first + sum(sizes[:stack])
                 layers = tuple(start + period * length + i for period in range(periods) for i in range(size))
                 groups: tuple[Group, ...] = tuple("injected" if self.injected[i] else "kept" for i in layers)
-                for tensor, dims in LAYER_TENSORS.items():
+                for tensor, dims in config.layer_tensors.items():
                     name = f"layers.{number}.{stack}.{tensor}"
                     found.append(Leaf(name, tensor, ("L", *dims), layers, periods, self.trains[start], groups))
             first += periods * length
@@ -160,7 +160,7 @@ def group(params: Mapping[str, Any], leaves: Sequence[Leaf]) -> tuple[Arrays, Ar
 def ungroup(trained: Arrays, frozen: Arrays, leaves: Sequence[Leaf]) -> dict[str, Any]:
     """The inverse of ``group``. Where a tensor trains in some layers only, all become of the dtype that holds both."""
     flat = {leaf.name: (trained | frozen)[leaf.name] for leaf in leaves if not leaf.layers}
-    for tensor in LAYER_TENSORS:
+    for tensor in dict.fromkeys(leaf.tensor for leaf in leaves if leaf.layers):
         parts = [leaf for leaf in leaves if leaf.layers and leaf.tensor == tensor]
         order = np.argsort(np.concatenate([leaf.layers for leaf in parts]))
         flat[f"layers.{tensor}"] = jnp.concatenate([(trained | frozen)[leaf.name] for leaf in parts])[order]

@@ -1,4 +1,5 @@
-"""Which attention kernel a run uses: chosen once, said in its log, behind the one type ``models.attention.Kernel``."""
+"""Which kernels a run uses, for attention and for experts: chosen once, said in its log, each behind the one type that
+the model knows (``models.attention.Kernel``, ``models.moe.Mix``)."""
 
 import functools
 from typing import Any
@@ -9,8 +10,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tli_jax.errors import UsageError
 from tli_jax.models.attention import Attend, Kernel, causal
+from tli_jax.models.moe import Choice, Mix, chosen_experts, every_expert
+from tli_jax.parallel.mesh import BATCH
 
-_QKV = PartitionSpec(("data", "fsdp"), None, "tensor", None)
+_QKV = PartitionSpec(BATCH, None, "tensor", None)
 _PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 _SPLASH_BLOCK = 128  # the lanes of a TPU: T must be a multiple
 
@@ -80,3 +83,28 @@ def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool =
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_QKV, check_vma=False)(q, k, v, ids)
 
     return attend
+
+
+def choose_mix(mesh: Mesh) -> tuple[Mix, str]:
+    """How experts are run on these devices, and a line for the log."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return every_expert, "all run on all tokens, as this is a CPU"
+    return functools.partial(grouped, mesh), "grouped products of the chosen ones (ragged_dot), no token dropped"
+
+
+def grouped(mesh: Mesh, x_BTD: jax.Array, choice: Choice, w1: jax.Array, w2: jax.Array, w3: jax.Array) -> jax.Array:
+    """``chosen_experts`` over a mesh: devices along ``expert`` bring their tokens together, each runs those that chose
+    its experts, and what comes out is summed and given back."""
+
+    def local(
+        x: jax.Array, experts: jax.Array, weights: jax.Array, w1: jax.Array, w2: jax.Array, w3: jax.Array
+    ) -> jax.Array:
+        x, experts, weights = (jax.lax.all_gather(part, "expert", tiled=True) for part in (x, experts, weights))
+        first = jax.lax.axis_index("expert") * w1.shape[0]
+        out = chosen_experts(x, Choice(experts, weights), w1, w2, w3, first)
+        return jax.lax.psum_scatter(jax.lax.psum(out, "tensor"), "expert", tiled=True)
+
+    rows, wide, down = PartitionSpec(BATCH), PartitionSpec("expert", "tensor"), PartitionSpec("expert", None, "tensor")
+    specs = (rows, rows, rows, wide, down, wide)
+    run = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+    return run(x_BTD, *choice, w1, w2, w3)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from tli_jax.checkpoint.hf import Checkpoint, hf_name, load_array
+from tli_jax.checkpoint.hf import Checkpoint, load_array
 from tli_jax.checkpoint.state import Checkpoints
 from tli_jax.command import Advance
 from tli_jax.data.batches import Batch, Data
@@ -51,11 +51,11 @@ def load(trainer: Trainer, weights: Checkpoint) -> tuple[Arrays, Arrays]:
     """
     parts: tuple[Arrays, Arrays] = ({}, {})
     for leaf in trainer.leaves:
-        names = [hf_name(leaf.tensor, layer) for layer in leaf.layers] or [hf_name(leaf.tensor)]
         dtype = trainer.config.param_dtype if leaf.trains else None
         sharding = param_sharding(trainer.mesh, leaf.dims)
-        tensors = [weights.tensors[name] for name in names]
-        parts[not leaf.trains][leaf.name] = load_array(tensors, leaf.name, sharding, dtype)
+        parts[not leaf.trains][leaf.name] = load_array(
+            weights.stored(leaf.tensor, leaf.layers), leaf.name, sharding, dtype
+        )
     return parts
 
 

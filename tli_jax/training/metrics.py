@@ -31,7 +31,7 @@ class Metrics:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._run, self._file = run, file.open("a", encoding="utf-8")
         self._tensorboard = self._wandb = None
-        if config.tensorboard:
+        if "tensorboard" in config.track:
             writer = _need("tensorboardX", "tensorboard").SummaryWriter
             self._tensorboard = writer(str(run.path / "tensorboard"), purge_step=step + 1)
         if config.wandb:

@@ -51,17 +51,21 @@ def scale_by_rates(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.Gradien
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)  # type: ignore[arg-type]
 
 
-def _per_layer(transformation: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same on each layer of a stack by itself, for what looks at a whole array: its two largest dims, its mean."""
-    return optax.GradientTransformation(jax.vmap(transformation.init), jax.vmap(transformation.update))
+def _per_matrix(leaf: Leaf, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same on each layer of a stack by itself, and each expert, for what looks at a whole array: its two largest
+    dims, its mean."""
+    stacked = bool(leaf.layers) + (len(leaf.dims) == 4)
+    for _ in range(stacked):
+        transformation = optax.GradientTransformation(jax.vmap(transformation.init), jax.vmap(transformation.update))
+    return transformation
 
 
 def _adafactor() -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
 
 
-def _as_large_as_adam_s(update_Lxx: jax.Array) -> jax.Array:
-    return 0.2 * max(update_Lxx.shape[1:]) ** 0.5 * update_Lxx
+def _as_large_as_adam_s(update: jax.Array) -> jax.Array:
+    return 0.2 * max(update.shape[-2:]) ** 0.5 * update
 
 
 def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
@@ -71,24 +75,29 @@ def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.Gradien
     for the matrices of the layers, with updates of AdamW's size (arXiv 2502.16982), and AdamW for the rest.
     """
     leaves = [leaf for leaf in leaves if leaf.trains]
-    adam = optax.scale_by_adam(config.b1, config.b2, config.eps, mu_dtype=config.moment_dtype)
-    is_matrix = {leaf.name: bool(leaf.layers) and len(leaf.dims) == 3 for leaf in leaves}
+    b1, b2 = config.adam.get("b1", 0.9), config.adam.get("b2", 0.95)
+    adam = optax.scale_by_adam(b1, b2, config.adam.get("eps", 1e-8), mu_dtype=config.moment_dtype)
+    is_matrix = {leaf.name: bool(leaf.layers) and len(leaf.dims) > 2 for leaf in leaves}
+    # Not the router, whose rows are what it knows of each expert, as an embedding's are of each token.
+    is_muons = {leaf.name: is_matrix[leaf.name] and leaf.dims[-2] != "E" for leaf in leaves}
     if config.optimizer == "adamw":
         direction = adam
     elif config.optimizer == "lion":
-        direction = optax.scale_by_lion(config.b1, config.b2, mu_dtype=config.moment_dtype)
+        direction = optax.scale_by_lion(b1, b2, mu_dtype=config.moment_dtype)
     elif config.optimizer == "muon":
-        # All matrices of layers are [L, out, in]: told, since by rank a stacked norm would pass for one.
-        dims = lambda updates: jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(2, 1), updates)  # noqa: E731
+        # Matrices of layers are [L, out, in] or [L, E, out, in]: told, since by rank a stacked norm would pass for one.
+        def dims(updates: Any) -> Any:
+            return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 1, u.ndim - 2), updates)
+
         muon = optax.chain(
             optax.contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=dims),
             optax.stateless(lambda updates, _: jax.tree.map(_as_large_as_adam_s, updates)),
         )
-        labels = {name: "muon" if matrix else "adam" for name, matrix in is_matrix.items()}
+        labels = {name: "muon" if matrix else "adam" for name, matrix in is_muons.items()}
         direction = optax.partition({"muon": muon, "adam": adam}, labels)
     else:
         direction = optax.partition(
-            {leaf.name: _per_layer(_adafactor()) if leaf.layers else _adafactor() for leaf in leaves},
+            {leaf.name: _per_matrix(leaf, _adafactor()) for leaf in leaves},
             {leaf.name: leaf.name for leaf in leaves},
         )
     decayed = {leaf.name: is_matrix[leaf.name] or leaf.tensor.startswith("lm_head") for leaf in leaves}

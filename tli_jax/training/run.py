@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # What may be another when a run is gone on with: how long, how it is saved and shown, and on what it runs.
 MAY_CHANGE = (
-    *("steps", "save_every", "keep", "validate_every", "validation_batches", "tensorboard", "wandb"),
+    *("steps", "save_every", "keep", "validate_every", "validation_batches", "track"),
     *("run", "mesh", "distributed", "process", "export", "export_only", "max_shard_size", "overwrite"),
 )
 # What may be there of a start that came to nothing.

@@ -15,6 +15,7 @@ from tli_jax.models.attention import Kernel
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Run
 from tli_jax.models.loss import LOGITS, token_losses
+from tli_jax.models.moe import Mix, every_expert
 from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
 from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
 from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
@@ -51,6 +52,7 @@ class Trainer:
     layout: Layout
     mesh: Mesh
     kernel: Kernel
+    mix: Mix = every_expert
 
     @functools.cached_property
     def leaves(self) -> list[Leaf]:
@@ -62,7 +64,8 @@ class Trainer:
 
     @property
     def run(self) -> Run:
-        return Run(self.config.compute_dtype, self.config.remat, self.kernel, functools.partial(place, self.mesh))
+        placed = functools.partial(place, self.mesh)
+        return Run(self.config.compute_dtype, self.config.remat, self.kernel, self.mix, placed)
 
     def abstract_params(self, dtypes: Callable[[Leaf], Any]) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and place of every leaf."""
@@ -101,14 +104,18 @@ class Trainer:
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
 
     def _sums(self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> tuple[Any, Any]:
-        """What is differentiated, summed over tokens; and the cross-entropy alone with the number of tokens."""
+        """What is differentiated, summed over tokens; and its parts: the cross-entropy, the number of tokens, and how
+        unevenly experts are used."""
         model = Llama(self.model, as_model(trained, frozen, self.leaves))
         # A device has its share of the batch and of the vocabulary, so that much more fits at a time.
         shards = self.mesh.size
         chunk = LOGITS * shards // self.model.vocab_size
-        losses_BT, log_z_BT = token_losses(model, tokens, chunk, segments, self.run)
+        losses_BT, log_z_BT, balance = token_losses(model, tokens, chunk, segments, self.run)
         loss, count = losses_BT.sum(), jnp.sum(tokens[:, 1:] >= 0)
-        return loss + self.config.z_loss * jnp.square(log_z_BT).sum(), (loss, count)
+        whole = loss + self.config.z_loss * jnp.square(log_z_BT).sum()
+        if not self.model.num_experts:
+            return whole, (loss, count)
+        return whole + self.config.balance_loss * count * balance, (loss, count, balance)
 
     def _step(
         self, state: State, frozen: Arrays, tokens: jax.Array, segments: jax.Array, stop: jax.Array
@@ -119,11 +126,13 @@ class Trainer:
             (_, aux), gradients = grad(state.trained, frozen, *batch)
             return jax.tree.map(jnp.add, carry, (gradients, aux)), None
 
-        if self.config.accumulation == 1:
-            (_, (loss, count)), gradients = grad(state.trained, frozen, tokens[0], segments[0])
+        parts = self.config.accumulation
+        if parts == 1:
+            (_, (loss, count, *balance)), gradients = grad(state.trained, frozen, tokens[0], segments[0])
         else:
-            zeros = (jax.tree.map(jnp.zeros_like, state.trained), (jnp.zeros(()), jnp.zeros((), jnp.int32)))
-            (gradients, (loss, count)), _ = jax.lax.scan(part, zeros, (tokens, segments))
+            sums = (jnp.zeros(()), jnp.zeros((), jnp.int32), *([jnp.zeros(())] if self.model.num_experts else []))
+            zeros = (jax.tree.map(jnp.zeros_like, state.trained), sums)
+            (gradients, (loss, count, *balance)), _ = jax.lax.scan(part, zeros, (tokens, segments))
         gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
         loss, norm = loss / count, optax.tree.norm(gradients)
 
@@ -140,6 +149,8 @@ class Trainer:
         )
         step, skipped = state.step + 1, jnp.where(is_bad, state.skipped + 1, 0)
         metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped, "stop": stop.max()}
+        if self.model.num_experts:
+            metrics["balance"] = balance[0] / parts
         # Computed here and not where they are logged: there it would wait for the device. In a fixed order, as the
         # programs of all processes must be the same to the last operation, or their collectives deadlock.
         found = {group for leaf in self.leaves if leaf.trains for group in leaf.groups}
@@ -162,7 +173,7 @@ class Trainer:
         """Jitted ``(trained, frozen, tokens [B, T+1], segments [B, T+1]) -> (summed loss in nats, tokens)``."""
 
         def sums(trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> Any:
-            return self._sums(trained, frozen, tokens, segments)[1]
+            return self._sums(trained, frozen, tokens, segments)[1][:2]
 
         return jax.jit(sums, out_shardings=replicated(self.mesh))
 
