@@ -137,7 +137,8 @@ def _run_layers(
 ) -> tuple[jax.Array, jax.Array, int | None, list[Change]]:
     config = base.config
     x_base, x_grown = embed(base, tokens_BT), embed(grown, tokens_BT)
-    parted_at = None if _same(x_base, x_grown) else 0
+    # Experts are another program than the feed-forward that they stand for: from the first layer on nothing is shared.
+    parted_at = None if plan.experts is None and _same(x_base, x_grown) else 0
     changes = []
     next_base = 0
     for number, row in enumerate(plan.rows):
@@ -147,7 +148,7 @@ def _run_layers(
             changes.append(Change(number, *map(float, _change(x_grown, y))))
         if parted_at is None:
             if row.is_base_layer and row.sources[0][0] == next_base:
-                is_same_layer = plan.experts is None and _holds(base, next_base, params)
+                is_same_layer = _holds(base, next_base, params)
                 x_base = y if is_same_layer else run_layer(config, read_layer(base, next_base), x_base)
                 next_base += 1
             if not _same(x_base, y):
