@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [
     (page, number)
-    for page in ("README.md", "docs/api.md")
+    for page in ("README.md", "docs/api.md", "docs/methods.md")
     for number in range(len(re.findall(r"^```python$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)))
 ]
 
@@ -23,10 +23,12 @@ def test_example_runs(page, number, tmp_path):
     subprocess.run([sys.executable, "-W", "error", "-c", example], check=True, cwd=tmp_path, env=dict(os.environ))
 
 
-def test_the_table_of_what_fits_is_the_one_of_the_results():
-    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    inside = re.search(r"<!-- made by python (benchmarks/scaling.py --table) -->\n(.*)<!-- end -->", text, re.DOTALL)
-    assert inside is not None
-    call = [sys.executable, *inside[1].split()]
-    made = subprocess.run(call, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
-    assert inside[2] == made and made.count("\n") > 10
+@pytest.mark.parametrize(("page", "tables"), [("scaling.md", 1), ("methods.md", 2)])
+def test_tables_are_those_of_the_results(page, tables):
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.findall(r"<!-- made by python (benchmarks/.+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert len(found) == tables
+    for call, inside in found:
+        call = [sys.executable, *call.split()]
+        made = subprocess.run(call, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
+        assert inside == made and made.count("\n") > 10

@@ -3,6 +3,7 @@
 Where the end of a process matters, real processes with one device; elsewhere within this one, which has eight.
 """
 
+import dataclasses
 import json
 import os
 import random
@@ -546,6 +547,28 @@ def test_bf16_model_exports_bf16(small):
     old, new = tensors(small / "grown"), tensors(small / "out")
     changed = {name for name in old if old[name] != new[name]}
     assert changed and all(name.startswith("model.layers.1.") for name in changed)
+
+
+def test_experts_train_on_a_mesh_stop_and_come_back_as_a_mixtral(start, tmp_path):
+    config, params = tli_jax.load_hf(start / "base")
+    plan = dataclasses.replace(tli_jax.moe(4), experts=tli_jax.Experts(count=4, router_std=0.1))
+    mixture = tli_jax.upcycle(params, plan.experts)
+    tli_jax.save_hf(tmp_path / "moe", tli_jax.grown_config(config, plan), mixture, plan=plan)
+    options = BASIC | {"model": tmp_path / "moe", "text": start / "ids.npy", "save-every": 4, "validate-every": 8}
+    options |= {"mesh": "fsdp=2,expert=4", "schedule": "constant"}
+    assert here(tmp_path / "one", **options, steps=8, export=tmp_path / "out") == 0
+    assert here(tmp_path / "two", **options, steps=4) == 0
+    assert here(tmp_path / "two", **options, steps=8, export=tmp_path / "again") == 0
+    lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"] and all(1 <= line["balance"] < 2 for line in lines if "loss" in line)
+    one, two = ([line[:2] for line in losses(tmp_path / name)] for name in ("one", "two"))  # without the validation
+    assert one == two
+    assert tensors(tmp_path / "again") == tensors(tmp_path / "out")
+    trained, _ = tli_jax.load_hf(tmp_path / "out")
+    assert (trained.num_experts, trained.experts_per_token) == (4, 2)
+    old = tensors(tmp_path / "moe")
+    assert tensors(tmp_path / "out").keys() == old.keys()
+    assert all(tensors(tmp_path / "out")[name] != old[name] for name in old if "experts" in name)
 
 
 def test_starts_from_another_run(small, start, tmp_path):

@@ -189,6 +189,13 @@ def test_configuration_file_and_flags_over_it(tmp_path, capsys):
         (("--method", "average", "--after", "5"), 13),
         (("--method", "custom", "--layers", "0-3, 3*0, 4-11"), 13),
         (("--init", "noise", "--every", "6", "--scale", "0"), 14),
+        (("--method", "opt_deus", "--after", "9"), 13),
+        (("--method", "lesa", "--after", "9"), 13),
+        (("--method", "midas", "--block", "2"), 14),
+        (("--method", "lidas", "--block", "2"), 14),
+        (("--method", "adept", "--count", "2"), 14),
+        (("--method", "moe", "--experts", "2", "--upcycle", "drop", "--noise-ratio", "0.1"), 12),
+        (("--every", "6", "--experts", "2", "--granularity", "2", "--upcycle", "virtual_groups"), 14),
     ],
 )
 def test_every_method_from_the_command_line(flags, layers, tmp_path):

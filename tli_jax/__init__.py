@@ -7,10 +7,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tli_jax.checkpoint.hf import load_hf
+    from tli_jax.checkpoint.hf import grown_config, load_hf
     from tli_jax.checkpoint.importance import measure_importance
     from tli_jax.checkpoint.save import save_hf
     from tli_jax.errors import TliError
+    from tli_jax.growth.experts import Experts
     from tli_jax.growth.inject import inject
     from tli_jax.growth.plan import Plan, Row
     from tli_jax.growth.presets import (
@@ -23,27 +24,31 @@ if TYPE_CHECKING:
         lidas,
         llama_pro,
         midas,
+        moe,
         opt_deus,
         slayer,
         stack,
         tli,
     )
+    from tli_jax.growth.upcycle import upcycle
     from tli_jax.models.config import LlamaConfig
     from tli_jax.models.generate import generate
     from tli_jax.models.llama import Llama, forward, init_params
     from tli_jax.models.loss import losses
 
 _HOMES = {
-    "tli_jax.checkpoint.hf": ("load_hf",),
+    "tli_jax.checkpoint.hf": ("grown_config", "load_hf"),
     "tli_jax.checkpoint.importance": ("measure_importance",),
     "tli_jax.checkpoint.save": ("save_hf",),
     "tli_jax.errors": ("TliError",),
+    "tli_jax.growth.experts": ("Experts",),
     "tli_jax.growth.inject": ("inject",),
     "tli_jax.growth.plan": ("Plan", "Row"),
     "tli_jax.growth.presets": (
         *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
-        *("opt_deus", "lesa", "midas", "lidas", "adept", "custom"),
+        *("opt_deus", "lesa", "midas", "lidas", "adept", "moe", "custom"),
     ),
+    "tli_jax.growth.upcycle": ("upcycle",),
     "tli_jax.models.config": ("LlamaConfig",),
     "tli_jax.models.generate": ("generate",),
     "tli_jax.models.llama": ("Llama", "forward", "init_params"),
@@ -52,6 +57,7 @@ _HOMES = {
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Experts",
     "Llama",
     "LlamaConfig",
     "Plan",
@@ -63,6 +69,7 @@ __all__ = [
     "dus",
     "forward",
     "generate",
+    "grown_config",
     "init_params",
     "inject",
     "interpose",
@@ -73,11 +80,13 @@ __all__ = [
     "losses",
     "measure_importance",
     "midas",
+    "moe",
     "opt_deus",
     "save_hf",
     "slayer",
     "stack",
     "tli",
+    "upcycle",
 ]
 
 

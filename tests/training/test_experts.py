@@ -158,3 +158,4 @@ def test_an_expert_is_updated_as_if_alone(start, params, optimizer):
 
 def test_what_runs_where():
     assert choose_mix(make_mesh({}, jax.devices()[:1]))[0] is every_expert
+    assert choose_mix(make_mesh({"fsdp": 2, "expert": 4}))[0] is not every_expert

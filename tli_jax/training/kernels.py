@@ -87,7 +87,7 @@ def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool =
 
 def choose_mix(mesh: Mesh) -> tuple[Mix, str]:
     """How experts are run on these devices, and a line for the log."""
-    if mesh.devices.flat[0].platform == "cpu":
+    if mesh.devices.flat[0].platform == "cpu" and mesh.shape["expert"] == 1:
         return every_expert, "all run on all tokens, as this is a CPU"
     return functools.partial(grouped, mesh), "grouped products of the chosen ones (ragged_dot), no token dropped"
 
