@@ -264,7 +264,7 @@ def test_pairs_and_line_breaks() -> None:
     [
         (("--stps", "3"), "--stps is not known, is --steps meant?"),
         (("--mesh", "fsdp"), "must be name=value, separated by commas"),
-        (("--mesh", "fdsp=2"), "mesh is 'fdsp': Input should be 'data', 'fsdp' or 'tensor'"),
+        (("--mesh", "fdsp=2"), "mesh is 'fdsp': Input should be 'data', 'fsdp', 'expert' or 'tensor'"),
         (("--steps", "0"), "steps is '0'"),
         (("--optimizer", "adam"), "optimizer is 'adam'"),
         (("--learning-rate", "-1"), "learning_rate is '-1'"),

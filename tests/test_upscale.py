@@ -199,7 +199,8 @@ def test_configuration_file_and_flags_over_it(tmp_path, capsys):
     ],
 )
 def test_every_method_from_the_command_line(flags, layers, tmp_path):
-    assert run("--model", "embedded", "--output", tmp_path / "out", *flags) == 0
+    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 40)  # a short one, as there are many
+    assert run("--model", "embedded", "--output", tmp_path / "out", "--text", tmp_path / "text", *flags) == 0
     record = json.loads((tmp_path / "out" / "growth.json").read_text())
     assert len(record["rows"]) == layers
     assert open_checkpoint(tmp_path / "out").config.num_hidden_layers == layers
