@@ -22,8 +22,9 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 INJECTED, ALL = [], ["--train.only", "all"]
+_BATCH, _MESH = "--train.batch-size", "--train.mesh"
 # A layer of 405B is 6 GiB even in bfloat16, and a chip has to bring two of them together, unless they stay cut.
-TENSOR = ["--train.mesh", "data=2,fsdp=32,tensor=8", "--train.sequence-length", "2048"]
+TENSOR = [_MESH, "data=2,fsdp=32,tensor=8", "--train.sequence-length", "2048"]
 # Configuration, slice, number of slices, flags.
 ROWS: list[tuple[str, str, int, list[str]]] = [
     ("llama3.2-1b-tli", "v5e-4", 1, INJECTED),
@@ -34,7 +35,7 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
     ("llama3.1-8b-tli", "v5e-8", 1, INJECTED),
     ("llama3.1-8b-tli", "v5e-8", 1, ALL),
     ("llama3.1-8b-tli", "v5e-16", 1, ALL),
-    ("llama3.1-8b-tli", "v5e-16", 1, [*ALL, "--train.batch-size", "16"]),
+    ("llama3.1-8b-tli", "v5e-16", 1, [*ALL, _BATCH, "16"]),
     *(
         ("llama3.1-8b-tli", slice_, 1, flags)
         for slice_ in ("v5e-256", "v5p-16", "v5p-64", "v5p-256", "v6e-64", "v6e-256")
@@ -92,10 +93,13 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             continue
         step, paper = row["step"], row["step"]["on_paper"]["peak"]
         where = f"{slices} × {slice_}" if slices > 1 else slice_
+        trains = "all" if "all" in flags else "injected"
+        trains += f", batch of {flags[flags.index(_BATCH) + 1]}" if _BATCH in flags else ""
+        trains += f", {flags[flags.index(_MESH) + 1]}" if _MESH in flags else ""
         peak = f"{gib(step['peak'])} of {gib(step['limit'])}"
         delta = f"{paper / step['peak'] - 1:+.0%}" if step["fits"] else ""
         lines.append(
-            f"| {config} | {row['parameters'] / 1e9:.2f} | {where} | {'all' if 'all' in flags else 'injected'}"
+            f"| {config} | {row['parameters'] / 1e9:.2f} | {where} | {trains}"
             f" | {row['sequence_length']:,} | {'compiles' if step['fits'] else '**does not fit**'}"
             f" | {peak if step['fits'] else '≥ ' + peak} | {gib(paper)} | {delta} | {step['seconds']:.0f} s |"
         )

@@ -65,7 +65,7 @@ def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[floa
         given["spec"] = given.pop("layers")
     foreign = sorted(name for name in given if name not in known or name == "layers")
     if foreign:
-        own = ", ".join(name for name in known if name in names and name != "layers")
+        own = ", ".join(name for name in known if name in names and name != "layers") or "none"
         raise UsageError(f"{', '.join(foreign)}: not an option of method {config.method}, which has {own}")
     if "std" in known:
         given["std"] = base.config.initializer_range
@@ -139,7 +139,8 @@ def _is_there(config: UpscaleConfig) -> bool:
     there = Plan.from_json(read_json(file), str(file))
     base = open_checkpoint(hub.resolve(config.model, config.revision))
     importance = there.options.get("importance") or [0.0] * base.config.num_hidden_layers
-    return there.rows == make_plan(config, base, importance).rows
+    plan = make_plan(config, base, importance)
+    return (there.rows, there.experts) == (plan.rows, plan.experts)
 
 
 def upscale(config: UpscaleConfig) -> None:

@@ -46,13 +46,18 @@ def describe(base: Checkpoint, plan: Plan, pieces: Sequence[Piece], files: Mappi
     }
 
 
+def _told(plan: Plan) -> dict[str, Any]:
+    """The options of a plan, but for what is too long, and of its experts, but for what was not given."""
+    told = {key: value for key, value in plan.options.items() if key != "importance"}
+    if plan.experts is not None:
+        made = {key: value for key, value in plan.experts.to_json().items() if value is not None and key != "count"}
+        told |= {"experts": plan.experts.total} | made
+    return told
+
+
 def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[str, Any]) -> None:
     """The layer map and a table of what growth costs."""
-    made = {} if plan.experts is None else {"experts": plan.experts.total} | plan.experts.to_json()
-    told = {
-        key: value for key, value in {**plan.options, **made}.items() if key not in ("count", "ratio", "importance")
-    }
-    options = ", ".join(f"{key} {value}" for key, value in told.items())
+    options = ", ".join(f"{key} {value}" for key, value in _told(plan).items())
     screen.print(f"[bold]{plan.method}[/bold] ({options}): {plan.base_layers} → {len(plan)} layers")
     screen.print(
         "layers of the grown model; 3 is base layer 3 kept, \\[3·0] injected, made of 3, residual outputs × 0:"
@@ -161,7 +166,7 @@ def make_card(name: str, record: Mapping[str, Any], plan: Plan, front: Sequence[
             f" method `{plan.method}`, {plan.base_layers} → {len(plan)} layers,"
             f" {record['parameters']:,} parameters. It has not been trained since.",
             "",
-            f"- Options: {', '.join(f'`{key}` {value}' for key, value in plan.options.items())}",
+            f"- Options: {', '.join(f'`{key}` {value}' for key, value in _told(plan).items())}",
             f"- Promise of the plan: {PROMISES[plan.exactness]}.",
             f"- {proved}",
             "- `growth.json` holds the plan row by row, the layer map, the digests of every tensor, and the proof.",
