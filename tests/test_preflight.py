@@ -177,7 +177,7 @@ def test_two_processes_tell_their_versions_and_devices(start, tmp_path):
     out = said[0][0]
     found = {one["name"]: one for one in json.loads(out[out.index("{\n") :])["checks"]}
     assert (found["processes"]["processes"], found["processes"]["devices"]) == (2, 4)
-    assert found["mesh"]["mesh"] == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert found["mesh"]["mesh"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
     assert '"checks"' not in said[1][0]
 
 
@@ -209,7 +209,7 @@ class TestTopologies:
 
     def test_two_slices_have_data_between_them(self, check):
         found, _ = check(**{"topology": "v5e-4", "slices": 2, "train.attention": "xla"})
-        assert found["mesh"]["mesh"] == {"data": 2, "fsdp": 4, "tensor": 1}
+        assert found["mesh"]["mesh"] == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
         assert found["step compiles"]["status"] == "ok"
 
     def test_8b_does_not_fit_eight_chips_when_all_of_it_trains(self, check):

@@ -672,12 +672,12 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "code", "said"),
     [
-        ({"mesh": "data=3,fsdp=2"}, 2, "data 3 × fsdp 2 × tensor 1 does not give the 8 devices"),
-        ({"mesh": "data=-1,tensor=3"}, 2, "data -1 × fsdp 1 × tensor 3 does not give the 8 devices"),
+        ({"mesh": "data=3,fsdp=2"}, 2, "data 3 × fsdp 2 × expert 1 × tensor 1 does not give the 8 devices"),
+        ({"mesh": "data=-1,tensor=3"}, 2, "data -1 × fsdp 1 × expert 1 × tensor 3 does not give the 8 devices"),
         ({"mesh": "fsdp=-1,tensor=-1"}, 2, "one at most -1"),
         ({"mesh": "tensr=2"}, 2, "mesh"),
         ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 cannot be cut over tensor = 4"),
-        ({"batch-size": 12}, 2, "batch size / accumulation 12 cannot be cut over data × fsdp = 8"),
+        ({"batch-size": 12}, 2, "batch size / accumulation 12 cannot be cut over fsdp = 8"),
         ({"accumulation": 3}, 2, "batch_size 8 is not a multiple of accumulation 3"),
         ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
         ({"steps": "many"}, 2, "steps is 'many'"),

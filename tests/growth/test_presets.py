@@ -239,7 +239,7 @@ def test_notes():
         (lambda: tli(5, 2, remainder="error"), "every 2 does not divide 5 layers"),
         (lambda: tli(5, 2, remainder="eror"), "remainder 'eror' is not known, use allow or error"),
         (lambda: tli(5, 2, "idntity"), "init 'idntity' is not known, is identity meant?"),
-        (lambda: tli(5, 2, "scaled"), "'scaled' needs one"),
+        (lambda: tli(5, 2, "scaled"), "'scaled' needs a scale"),
         (lambda: tli(5, 2, "copy", scale=0.5), "only noise, random, transport, predictor take one besides"),
         (lambda: tli(5, 2, "identity", scale=0.0), "only noise, random, transport, predictor take one besides"),
         (lambda: tli(5, 2, "scaled", scale=float("nan")), "scale of nan"),

@@ -50,9 +50,8 @@ def tli(
     if init not in INITS:
         raise UsageError(f"init {init!r} is not known{nearest(init, INITS)}; there are {', '.join(INITS)}")
     if (init == "scaled") != (scale is not None) and init not in COMPUTED_INITS:
-        raise UsageError(
-            f"init {init!r} and scale {scale}: 'scaled' needs one, only {', '.join(COMPUTED_INITS)} take one besides"
-        )
+        others = ", ".join(COMPUTED_INITS)
+        raise UsageError(f"init {init!r} and scale {scale}: 'scaled' needs a scale, only {others} take one besides")
     if after is None:
         _check_range("every", every, 1, layers)
         if remainder not in ("allow", "error"):
