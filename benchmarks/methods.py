@@ -15,6 +15,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -50,10 +51,6 @@ def methods(layers: int) -> list[str]:
     return [*rows, "--method tli --every 2 --experts 8"]
 
 
-def losses(base: Checkpoint, grown: Checkpoint, plan: Plan, texts: list[np.ndarray]) -> list[proof.Proof]:
-    return [proof.prove(base, grown, plan, tokens_BT, "", lambda: None) for tokens_BT in texts]
-
-
 def loss_of_transformers(folder: Path, tokens_BT: np.ndarray) -> float:
     """Mean loss of each window's tokens but the first, in fp32."""
     import torch
@@ -69,8 +66,6 @@ def loss_of_transformers(folder: Path, tokens_BT: np.ndarray) -> float:
 
 
 def grow(base: Checkpoint, flags: str, texts: list[np.ndarray], folder: Path) -> dict[str, Any]:
-    import shlex
-
     common = ["--model", str(base.folder), "--output", str(folder), "--json", "--no-proof"]
     started, printed = time.perf_counter(), io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -80,7 +75,7 @@ def grow(base: Checkpoint, flags: str, texts: list[np.ndarray], folder: Path) ->
     seconds = time.perf_counter() - started
     record = json.loads(printed.getvalue())
     grown, plan = open_checkpoint(folder), Plan.from_json(record["plan"])
-    found = losses(base, grown, plan, texts)
+    found = [proof.prove(base, grown, plan, tokens_BT, "", lambda: None) for tokens_BT in texts]
     row = {
         "layers": f"{plan.base_layers} → {len(plan)}",
         **{key: record["after"][key] for key in ("parameters", "active_parameters", "flops_per_token")},
@@ -147,7 +142,8 @@ def main() -> None:
             print(flags, file=sys.stderr)
             rows[flags] = grow(base, flags, texts, Path(temporary) / str(number))
     result = {
-        "command": f"python {' '.join(sys.argv)}",
+        # Where things lie on this machine is nobody's business.
+        "command": " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]),
         "rows": rows,
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "system": platform.platform()},
     }

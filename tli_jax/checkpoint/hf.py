@@ -90,15 +90,11 @@ def grown_config(config: LlamaConfig, plan: Plan) -> LlamaConfig:
         raise UsageError(
             f"{plan.method}: the base has {config.num_experts} experts a layer: only a dense one gets some"
         )
-    if config.intermediate_size % experts.granularity:
-        raise UsageError(
-            f"granularity {experts.granularity} does not divide the feed-forward size {config.intermediate_size}"
-        )
     return dataclasses.replace(
         grown,
         num_experts=experts.total,
         experts_per_token=experts.top_k,
-        intermediate_size=config.intermediate_size // experts.granularity,
+        intermediate_size=experts.cut(config.intermediate_size),
     )
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from tli_jax.checkpoint.headers import DTYPES, INDEX, SINGLE, Tensor
 from tli_jax.checkpoint.hf import CHUNK, Checkpoint, grown_config, hf_name, read_chunks, read_tensor
 from tli_jax.errors import DataError, UsageError
-from tli_jax.growth.experts import Experts
+from tli_jax.growth.experts import MATRICES, Experts
 from tli_jax.growth.plan import HOST_INITS, Plan, is_residual_output
 
 Progress = Callable[[int], None]
@@ -117,7 +117,7 @@ def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = No
             piece = _keep(sources[0], target)
         else:
             if action == "compute" and row.init in HOST_INITS:
-                make = on_host.maker(number, name, is_output)
+                make = on_host.maker(number, name, is_output, DTYPES[sources[0].dtype])
             else:
                 maker = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
                 # An expert's tensor is drawn by its own name.
@@ -136,7 +136,7 @@ def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = No
 def _expert_pieces(experts: Experts, number: int, name: str, dense: Piece) -> Iterator[Piece]:
     """What comes of one matrix of a dense feed-forward; with the first of them the router."""
     shape = list(dense.shape)
-    shape[name == "down_proj"] //= experts.granularity  # F, the last dim of down alone
+    shape[name == "down_proj"] = experts.cut(shape[name == "down_proj"])  # F, the last dim of down alone
     dtype = DTYPES[dense.dtype]
     prefix = f"model.layers.{number}.block_sparse_moe"
 
@@ -159,9 +159,8 @@ def _expert_pieces(experts: Experts, number: int, name: str, dense: Piece) -> It
         router_shape = (experts.total, dense.shape[1])
         nbytes = router_shape[0] * router_shape[1] * dtype.itemsize
         yield Piece(f"{prefix}.gate.weight", dense.dtype, router_shape, nbytes, make=router)
-    stored = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}[name]
     for expert in range(experts.total):
-        target = f"{prefix}.experts.{expert}.{stored}.weight"
+        target = f"{prefix}.experts.{expert}.{MATRICES[name]}.weight"
         if experts.upcycle == "copy":
             yield dataclasses.replace(dense, name=target)
         else:
@@ -224,14 +223,14 @@ class _OnHost:
         self.base, self.plan, self.facts = base, plan, facts
         self._hosts: Any = None
 
-    def maker(self, number: int, name: str, is_output: bool) -> Callable[[], Iterator[Any]]:
+    def maker(self, number: int, name: str, is_output: bool, dtype: np.dtype) -> Callable[[], Iterator[Any]]:
         def make() -> Iterator[Any]:
             from tli_jax.growth.initialisers import Hosts
 
             if self._hosts is None:
                 read = lambda layer, name: read_tensor(self.base.tensors[hf_name(name, layer)])  # noqa: E731
                 self._hosts = Hosts(self.plan, read)
-            tensor = np.ascontiguousarray(self._hosts.tensor(number, name, is_output))
+            tensor = np.ascontiguousarray(self._hosts.tensor(number, name, is_output, dtype))
             self.facts.update(self._hosts.facts)
             yield tensor.reshape(-1).view(np.uint8).data
 

@@ -7,6 +7,8 @@ from typing import Any
 from tli_jax.errors import UsageError, nearest
 
 UPCYCLES = ("copy", "noise", "drop", "virtual_groups", "virtual_groups_published")
+# Of a dense layer -> of each expert, by Mixtral's name.
+MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
 _RATIOS = {"noise": 0.01, "drop": 0.5}
 
 
@@ -64,6 +66,16 @@ class Experts:
     def total(self) -> int:
         """Experts of a layer."""
         return self.count * self.granularity
+
+    def cut(self, F: int) -> int:
+        """Feed-forward size of one expert.
+
+        Raises:
+            UsageError: ``granularity`` does not divide that of the dense layer.
+        """
+        if F % self.granularity:
+            raise UsageError(f"granularity {self.granularity} does not divide the feed-forward size {F}: use a divisor")
+        return F // self.granularity
 
     @property
     def share(self) -> float:

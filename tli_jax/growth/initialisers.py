@@ -91,8 +91,8 @@ class Hosts:
         self.plan, self.read = plan, read
         self._made: dict[str, Host] = {}
 
-    def tensor(self, number: int, name: str, is_output: bool) -> np.ndarray:
-        """Of grown layer ``number``, scaled, in the dtype of the layer before.
+    def tensor(self, number: int, name: str, is_output: bool, dtype: Any) -> np.ndarray:
+        """Of grown layer ``number``, scaled, rounded once to ``dtype``.
 
         Raises:
             UsageError: what the initialiser needs is not installed, or the base is not as it needs it.
@@ -100,7 +100,6 @@ class Hosts:
         row = self.plan.rows[number]
         if row.init not in self._made:
             self._made[row.init] = _open_host(row.init)(self.plan, self.read)
-        dtype = self.read(row.sources[0][0], name).dtype
         return (self._made[row.init](number, name) * row.factor(is_output)).astype(dtype)
 
     @property

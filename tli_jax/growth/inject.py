@@ -77,7 +77,7 @@ def _make_on_host(leaves: dict[str, Any], plan: Plan, outputs: Collection[str]) 
         leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
         hosts = Hosts(plan, lambda layer, name: leaves[name][layer])
         order = wanted if plan.is_by_kind else sorted(wanted, key=lambda one: one[0])
-        tensors = {one: hosts.tensor(*one, is_residual_output(one[1], outputs)) for one in order}
+        tensors = {one: hosts.tensor(*one, is_residual_output(one[1], outputs), leaves[one[1]].dtype) for one in order}
         return [tensors[one] for one in wanted]
 
     if not any(isinstance(leaf, Tracer) for leaf in leaves.values()):

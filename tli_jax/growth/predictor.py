@@ -52,6 +52,8 @@ class Predictor:
 
     def __call__(self, number: int, name: str) -> np.ndarray:
         """The tensor of that name in grown layer ``number``, fp32 or fp64, its row's scale not yet applied."""
+        if name == self._kind:
+            return self._made[number]
         neighbours = [layer for layer, _ in self.plan.rows[number].sources]
         first = np.asarray(self.read(neighbours[0], name))
         if first.ndim > 2:
@@ -59,8 +61,7 @@ class Predictor:
         if first.ndim < 2:
             layers = neighbours if self.plan.options.get("norms", "mean") == "mean" else [0]
             return np.mean([np.asarray(self.read(layer, name)).astype(np.float64) for layer in layers], axis=0)
-        if self._kind != name:
-            self._kind, self._made = name, self._predict(name)
+        self._kind, self._made = name, self._predict(name)
         return self._made[number]
 
     def _predict(self, name: str) -> dict[int, np.ndarray]:

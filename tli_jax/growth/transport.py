@@ -52,8 +52,7 @@ class Transport:
         Rows of ``gate_proj`` and ``up_proj``, and the norm before them, see what ``o_proj`` gives: what it moves is
         moved on their input side first. The input norm is the plain mean.
         """
-        (before, _), (after, _) = self.plan.rows[number].sources
-        a, b = (np.asarray(self.read(layer, name)).astype(np.float64) for layer in (before, after))
+        a, b = self._neighbours(number, name)
         if a.ndim > 2:
             raise UsageError(f"init transport fuses dense layers, {name} has {a.ndim} dims: use another init")
         if name.startswith(_MIDDLE_NORM):
@@ -62,15 +61,19 @@ class Transport:
         elif a.ndim == 2:
             if any(part in _FED_BY_IT for part in name.split(".")):
                 a = a @ self._residual(number)
-            a = self._move(a, b, f"layer {number}: {name}").T @ a
+            moved = self._residual(number) if name == _RESIDUAL else self._move(a, b, f"layer {number}: {name}")
+            a = moved.T @ a
         return (a + b) / 2
 
+    def _neighbours(self, number: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        before, after = (layer for layer, _ in self.plan.rows[number].sources)
+        a, b = (np.asarray(self.read(layer, name)).astype(np.float64) for layer in (before, after))
+        return a, b
+
     def _residual(self, number: int) -> np.ndarray:
-        """How ``o_proj`` moves the residual stream; needed three times a layer, and kept for that long."""
+        """How ``o_proj`` moves the residual stream; needed three or four times a layer, and kept for that long."""
         if self._kept is None or self._kept[0] != number:
-            (before, _), (after, _) = self.plan.rows[number].sources
-            a, b = (np.asarray(self.read(layer, _RESIDUAL)).astype(np.float64) for layer in (before, after))
-            self._kept = number, self._move(a, b, f"layer {number}: {_RESIDUAL}")
+            self._kept = number, self._move(*self._neighbours(number, _RESIDUAL), f"layer {number}: {_RESIDUAL}")
         return self._kept[1]
 
     def _move(self, a: np.ndarray, b: np.ndarray, what: str) -> np.ndarray:

@@ -13,10 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tli_jax.errors import UsageError
-from tli_jax.growth.experts import Experts
-
-# Of a dense layer -> of each expert, which is Mixtral's name, and whether F is the last dim.
-MATRICES = {"gate_proj": ("w1", False), "down_proj": ("w2", True), "up_proj": ("w3", False)}
+from tli_jax.growth.experts import MATRICES, Experts
 
 
 def upcycle(params: Any, experts: Experts, layers: str = "layers") -> Any:
@@ -38,7 +35,7 @@ def upcycle(params: Any, experts: Experts, layers: str = "layers") -> Any:
     dense = {name: tree["mlp"][name]["weight"] for name in MATRICES}
     del tree["mlp"]
     L, F, D = dense["gate_proj"].shape
-    check_divides(experts, F)
+    experts.cut(F)  # refuses what cannot be
     rows, numbers = jnp.arange(L, dtype=jnp.uint32), jnp.arange(experts.total, dtype=jnp.uint32)
 
     def of_all(name: str) -> jax.Array:
@@ -50,15 +47,9 @@ def upcycle(params: Any, experts: Experts, layers: str = "layers") -> Any:
     router = jax.vmap(lambda row: _make_router(experts, D, like, row))(rows)
     tree["block_sparse_moe"] = {
         "gate": {"weight": router},
-        "experts": {target: {"weight": of_all(name)} for name, (target, _) in MATRICES.items()},
+        "experts": {target: {"weight": of_all(name)} for name, target in MATRICES.items()},
     }
     return {**params, layers: tree}
-
-
-def check_divides(experts: Experts, F: int) -> None:
-    """Raises UsageError: the feed-forward cannot be cut in equal parts."""
-    if F % experts.granularity:
-        raise UsageError(f"granularity {experts.granularity} does not divide the feed-forward size {F}: use a divisor")
 
 
 def make_expert(experts: Experts, name: str, dense: Any, row: int, expert: int) -> jax.Array:
@@ -85,7 +76,7 @@ def _key(experts: Experts, row: jax.Array, what: str) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _make_expert(experts: Experts, name: str, dense: jax.Array, row: jax.Array, expert: jax.Array) -> jax.Array:
     how, G = experts.upcycle, experts.granularity
-    is_last = MATRICES[name][1]
+    is_last = name == "down_proj"  # where F is
     if how == "copy":
         return dense
     wide = dense.astype(jnp.float32)
