@@ -11,7 +11,6 @@ import hashlib
 import inspect
 import json
 import platform
-import sysconfig
 import time
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from tli_jax.checkpoint.output import check_output
 from tli_jax.checkpoint.save import save_hf
-from tli_jax.checkpoint.tokens import topics
+from tli_jax.checkpoint.tokens import library_files, topics
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Params, Run, init_params
 from tli_jax.models.loss import losses, token_losses
@@ -32,21 +31,15 @@ from tli_jax.models.loss import losses, token_losses
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
-def standard_library(left_out: list[str], held_out_every: int) -> tuple[list[str], list[str]]:
-    """Documents to train on and documents held out: each source file, and its docstrings as one document."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    train: list[str] = []
-    held_out: list[str] = []
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if set(name.parts) & set(left_out) or name.name.startswith("_sysconfigdata"):
-            continue
+def read_documents(files: list[Path]) -> list[str]:
+    """Of each source file itself, and its docstrings as one more document."""
+    found: list[str] = []
+    for path in files:
         source = path.read_text(encoding="utf-8", errors="ignore")
         nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         docstrings = "\n\n".join(inspect.cleandoc(doc) for node in nodes if (doc := ast.get_docstring(node)))
-        chosen = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % held_out_every == 0
-        (held_out if chosen else train).extend(text for text in (source, docstrings) if text)
-    return train, held_out
+        found += [text for text in (source, docstrings) if text]
+    return found
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
@@ -114,7 +107,7 @@ def main() -> None:
     config = LlamaConfig(**recipe["model"] | {"eos_token_ids": tuple(recipe["model"]["eos_token_ids"])})
     check_output(args.output, None, overwrite=True)  # now, not after an hour of training
 
-    documents, held_out_documents = standard_library(**recipe["text"])
+    documents, held_out_documents = map(read_documents, library_files())
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     tokenizer = train_tokenizer(documents, config.vocab_size)
     stream, held_out = encode(tokenizer, documents), encode(tokenizer, held_out_documents)

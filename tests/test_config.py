@@ -8,8 +8,9 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from tli_jax.config import Source, TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
+from tli_jax.config import TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
 from tli_jax.errors import MissingInputError, UsageError
+from tli_jax.values import Source
 
 # The section is tested by itself, below.
 FIELDS = {field.name: field for field in dataclasses.fields(UpscaleConfig) if field.name != "train"}

@@ -1,6 +1,7 @@
 """The frame that every command runs in: errors become one line and an exit code, signals unwind, progress is shown."""
 
 import contextlib
+import contextvars
 import os
 import signal
 import sys
@@ -8,7 +9,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import rich.console
 import rich.progress
@@ -63,8 +64,23 @@ def _say(message: str, code: int) -> int:
     return code
 
 
+_log: contextvars.ContextVar[TextIO | None] = contextvars.ContextVar("log", default=None)
+
+
+@contextlib.contextmanager
+def logging_to(file: TextIO) -> Iterator[None]:
+    """Whatever is printed within, progress too, goes to a file: of one piece of work of many."""
+    token = _log.set(file)
+    try:
+        yield
+    finally:
+        _log.reset(token)
+
+
 def console(is_stderr: bool = False) -> rich.console.Console:
     """Where to print: as wide as the terminal, 120 characters elsewhere."""
+    if (log := _log.get()) is not None:
+        return rich.console.Console(file=log, highlight=False, width=120)
     made = rich.console.Console(stderr=is_stderr, highlight=False)
     return made if made.is_terminal else rich.console.Console(stderr=is_stderr, highlight=False, width=120)
 

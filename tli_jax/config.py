@@ -9,13 +9,37 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
 from pydantic.dataclasses import dataclass
 
 from tli_jax.errors import MissingInputError, UsageError, nearest
+from tli_jax.values import (
+    Adam,
+    Amount,
+    Auxiliary,
+    Contenders,
+    Degrees,
+    FloatType,
+    FloatTypes,
+    Layers,
+    NotNegative,
+    Number,
+    Only,
+    Positive,
+    Rates,
+    Separator,
+    Shape,
+    Share,
+    Sources,
+    Steps,
+    Text,
+    Tracked,
+    Whole,
+    option,
+)
 
 Method = Literal[
     "tli",
@@ -40,112 +64,16 @@ Init = Literal[
 Upcycle = Literal["copy", "noise", "drop", "virtual_groups", "virtual_groups_published"]
 
 
-def _split(value: Any) -> Any:
-    """``"3,7,11"`` from the command line is a list."""
-    return [part for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _refuse_bool(value: Any) -> Any:
-    """``every: yes`` is a slip, not the number 1."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not yes or no")
-    return value
-
-
-def _text(value: Any) -> Any:
-    """``layers: 0`` in YAML is a number, and meant as text."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-def _pairs(value: Any) -> Any:
-    """``"data=2,fsdp=4"`` from the command line is a mapping."""
-    if not isinstance(value, str):
-        return value
-    parts = [part.partition("=") for part in value.split(",") if part.strip()]
-    if not all(sign for _, sign, _ in parts):
-        raise ValueError("must be name=value, separated by commas")
-    return {name.strip(): amount.strip() for name, _, amount in parts}
-
-
-def _by_group(value: Any) -> Any:
-    """``1e-4``, or ``"1e-4,injected=1e-3"``, or a mapping with ``all`` in it."""
-    if isinstance(value, str):
-        first, comma, others = value.partition(",")
-        value = _pairs(value) if "=" in first else {"all": first.strip()} | _pairs(others if comma else "")
-    value = value if isinstance(value, dict) else {"all": value}
-    if "all" not in value:
-        raise ValueError("must have a value for all, beside those of some groups")
-    return value
-
-
-def _sources(value: Any) -> Any:
-    """A path, paths with commas between, or a list of paths and of sources."""
-    listed = _split(value)
-    if not isinstance(listed, list | tuple):
-        listed = [listed]
-    return [{"path": one} if isinstance(one, str) else one for one in listed]
-
-
-def _line_breaks(value: Any) -> Any:
-    r"""``\n`` typed on a command line is a line break."""
-    return value.replace("\\n", "\n") if isinstance(value, str) else value
-
-
-Whole = Annotated[int, pydantic.BeforeValidator(_refuse_bool)]
-Number = Annotated[float, pydantic.BeforeValidator(_refuse_bool)]
-Layers = Annotated[tuple[Whole, ...], pydantic.BeforeValidator(_split)]
-Text = Annotated[str, pydantic.BeforeValidator(_text)]
-
-
-Positive = Annotated[Whole, pydantic.Field(ge=1)]
-NotNegative = Annotated[Whole, pydantic.Field(ge=0)]
-Share = Annotated[Number, pydantic.Field(ge=0, le=1)]
-Amount = Annotated[Number, pydantic.Field(ge=0, allow_inf_nan=False)]
-Group = Literal["kept", "injected", "outer"]
-Groups = Literal["all", "kept", "injected", "outer"]
-Part = Literal["param", "moment", "compute"]
-Adam = Literal["b1", "b2", "eps"]
-Auxiliary = Literal["z", "balance"]
-Tracked = Annotated[
-    tuple[Annotated[str, pydantic.Field(pattern=r"^(tensorboard|wandb:.+)$")], ...], pydantic.BeforeValidator(_split)
-]
-Axis = Literal["data", "fsdp", "expert", "tensor"]
-FloatType = Literal["float32", "bfloat16"]
-
-
-def option(default: Any, text: str) -> Any:
-    """A key with its default and its line of help."""
-    if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class Source:
-    """Something to read documents from, and its share in the mixture."""
+class Recipe:
+    """How a model is trained on, whichever it is: on what, how long, by what optimizer, on which devices."""
 
-    path: Text
-    weight: Annotated[Number, pydantic.Field(gt=0, allow_inf_nan=False)] = 1.0
-
-
-Sources = Annotated[tuple[Source, ...], pydantic.BeforeValidator(_sources)]
-
-
-@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class TrainConfig:
-    """What ``python -m tli_jax.train`` is to do: continued pretraining."""
-
-    model: str = option("", "what to start from: folder (grown or not), run folder, hub id or 'embedded'")
-    revision: str | None = option(None, "branch, tag or commit of a hub id")
-    run: str = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
-    export: str | None = option(None, "Hugging Face folder to write at the end")
-    export_only: bool = option(False, "do not train: export the newest checkpoint of the run")
     text: Sources = option(
         (), "files or folders to train on, separated by commas, in YAML {path, weight}; or 'embedded'"
     )
     validation_text: Sources = option((), "the same, for validation; by default the end of each source is kept out")
     validation_share: Share = option(0.05, "how much of each source is kept out, without validation_text")
-    separator: Annotated[str | None, pydantic.BeforeValidator(_line_breaks)] = option(
+    separator: Separator = option(
         None, r"plain text: what stands between documents, e.g. '\n'; by default a file is one document"
     )
     field: str = option("text", "JSONL, Parquet, datasets folders: the field that holds the text")
@@ -157,26 +85,21 @@ class TrainConfig:
     batch_size: Positive = option(8, "sequences a step, over all devices")
     sequence_length: Positive | None = option(None, "tokens a sequence (default: the model's context, 2048 at most)")
     seed: NotNegative = option(0, "seed of the order of the data")
-    only: str = option("all", "layers that train: all, injected, last_n(N) or layers(0,3,7-9)")
     outer: str | None = option(
         None, "tensors outside the layers that train: all, none, or of embed_tokens,norm,lm_head (default as only all)"
     )
-    learning_rate: Annotated[dict[Groups, Amount], pydantic.BeforeValidator(_by_group)] = option(
+    learning_rate: Rates = option(
         {"all": 1e-4}, "peak learning rate, and another one for some groups: 1e-4,injected=1e-3,kept=1e-5,outer=0"
     )
-    warmup: Annotated[dict[Groups, NotNegative], pydantic.BeforeValidator(_by_group)] = option(
-        {"all": 0}, "steps from 0 to the peak, and others for some groups: 100,kept=500"
-    )
+    warmup: Steps = option({"all": 0}, "steps from 0 to the peak, and others for some groups: 100,kept=500")
     schedule: Literal["cosine", "wsd", "constant"] = option("cosine", "how the rate falls: cosine, wsd or constant")
     decay_share: Share = option(0.2, "wsd: the last share of all steps, over which the rate falls in a line")
     final_share: Share = option(0.1, "what is left of the peak at the end, with cosine and wsd")
     optimizer: Literal["adamw", "adafactor", "lion", "muon"] = option("adamw", "adamw, adafactor, lion or muon")
-    adam: Annotated[dict[Adam, Share], pydantic.BeforeValidator(_pairs)] = option(
-        {}, "decays of the moments, and what is added to the denominator: b1=0.9,b2=0.95,eps=1e-8"
-    )
+    adam: Adam = option({}, "decays of the moments, and what is added to the denominator: b1=0.9,b2=0.95,eps=1e-8")
     weight_decay: Amount = option(0.1, "decoupled; of layers' matrices and the head, not of norms and embedding")
     clip: Amount = option(1.0, "largest global norm of the gradient; 0 for none")
-    dtypes: Annotated[dict[Part, FloatType], pydantic.BeforeValidator(_pairs)] = option(
+    dtypes: FloatTypes = option(
         {}, "of what trains, its first moment, and of activations: param=float32,moment=float32,compute=bfloat16"
     )
     remat: Literal["none", "dots", "full"] = option(
@@ -186,24 +109,18 @@ class TrainConfig:
         1, "parts into which a step's batch is cut, one after the other; 0: so many that a device has one sequence"
     )
     attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "auto, xla, cudnn (GPU) or splash (TPU)")
-    auxiliary: Annotated[dict[Auxiliary, Amount], pydantic.BeforeValidator(_pairs)] = option(
+    auxiliary: Auxiliary = option(
         {},
         "weights of what is added to the loss: z=0 (squared log of the softmax's denominator), balance=0.01 (experts)",
     )
     skip_limit: Positive = option(10, "bad steps in a row (loss not finite, a spike) that are skipped before it stops")
     spike: Amount = option(50.0, "a gradient this many times its running mean is a spike; 0 for none")
-    mesh: Annotated[dict[Axis, Whole], pydantic.BeforeValidator(_pairs)] = option(
+    mesh: Degrees = option(
         {}, "devices an axis, e.g. data=2,fsdp=4,expert=1,tensor=1; -1 takes the rest (default fsdp=-1)"
     )
-    distributed: bool = option(False, "several processes, which find each other on Cloud TPU, GKE and Slurm")
-    process: str | None = option(None, "this process of several, elsewhere: INDEX/COUNT@HOST:PORT of process 0")
     save_every: Positive = option(500, "steps between checkpoints; the last step is always saved")
-    keep: Positive = option(3, "checkpoints that are kept")
     validate_every: Positive = option(100, "steps between validations; also before the first step and after the last")
     validation_batches: Positive = option(20, "batches a validation, at most")
-    track: Tracked = option((), "where metrics go too: tensorboard (in the run folder), wandb:PROJECT")
-    max_shard_size: Text = option("5GB", "largest safetensors file of the export")
-    overwrite: bool = option(False, "replace an export that exists, once the new one is complete")
 
     @property
     def param_dtype(self) -> FloatType:
@@ -229,6 +146,24 @@ class TrainConfig:
     def balance_loss(self) -> float:
         """Weight of how unevenly experts are used."""
         return self.auxiliary.get("balance", 0.01)
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class TrainConfig(Recipe):
+    """What ``python -m tli_jax.train`` is to do: continued pretraining."""
+
+    model: str = option("", "what to start from: folder (grown or not), run folder, hub id or 'embedded'")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    run: str = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
+    export: str | None = option(None, "Hugging Face folder to write at the end")
+    export_only: bool = option(False, "do not train: export the newest checkpoint of the run")
+    only: str = option("all", "layers that train: all, injected, last_n(N) or layers(0,3,7-9)")
+    distributed: bool = option(False, "several processes, which find each other on Cloud TPU, GKE and Slurm")
+    process: str | None = option(None, "this process of several, elsewhere: INDEX/COUNT@HOST:PORT of process 0")
+    keep: Positive = option(3, "checkpoints that are kept")
+    track: Tracked = option((), "where metrics go too: tensorboard (in the run folder), wandb:PROJECT")
+    max_shard_size: Text = option("5GB", "largest safetensors file of the export")
+    overwrite: bool = option(False, "replace an export that exists, once the new one is complete")
 
     @property
     def wandb(self) -> str | None:
@@ -280,7 +215,7 @@ class UpscaleConfig:
     overwrite: bool = option(False, "replace an output that exists, once the new one is complete")
     max_shard_size: Text = option("5GB", "largest safetensors file")
     allow_nonfinite: bool = option(False, "go on when weights are NaN or Inf")
-    shape: Annotated[str | dict[str, Any] | None, pydantic.BeforeValidator(_text)] = option(
+    shape: Shape = option(
         None, "what the model is, e.g. llama3.1-8b, in YAML also the keys of a config.json; must be so where it is here"
     )
     train: TrainConfig | None = option(None, "section: continued pretraining of what was grown, see tli_jax.train")
@@ -296,6 +231,31 @@ class PreflightConfig(UpscaleConfig):
     slices: Positive = option(1, "how many such slices")
     search: bool = option(False, "find the largest batch a device and the cheapest remat that fit")
     strict: bool = option(False, "what cannot be checked here is an error")
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class CompareConfig(Recipe):
+    """What ``python -m tli_jax.compare`` is to do: several growths of one base, trained alike."""
+
+    model: str = option("", "the base: folder, hub id, or 'embedded'")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    output: str = option("", "folder for results, models and runs; what is there is gone on with")
+    methods: Contenders = option(
+        (),
+        "ways to grow, METHOD or METHOD:INIT (moe:UPCYCLE) with commas between; in YAML also {method, name, …} with any"
+        " option of the method",
+    )
+    every: Positive = option(4, "K: all are grown to the size of tli with this K, or to the next below that they reach")
+    seeds: Positive = option(3, "runs of each, on data in another order and with other draws, from seed on")
+    only: Only = option(("all", "injected"), "what trains: all, injected, or all,injected for one run of each")
+    steps: NotNegative = option(1000, "optimizer steps of each run; 0 for the losses before any training alone")
+    baselines: bool = option(
+        True, "train three others too: the base, as many of its old layers alone, the grown size from random weights"
+    )
+    old_text: Sources = option(
+        (),
+        "text of the domain that the base comes from, for forgetting; or 'embedded': modules held out of its training",
+    )
 
 
 Config = TypeVar("Config")
@@ -354,6 +314,15 @@ def from_yaml(kind: type[Config], path: Path) -> Config:
     return _validate(kind, _read_yaml(path), {}, str(path))
 
 
+def growth_config(values: dict[str, Any], where: str) -> UpscaleConfig:
+    """A growth from keys and values.
+
+    Raises:
+        UsageError: an unknown key, or a wrong value; says ``where``.
+    """
+    return _validate(UpscaleConfig, values, {}, where)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
@@ -371,9 +340,10 @@ def _sections(kind: Any) -> dict[str, Any]:
 
 
 def _flat_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
-    """Every key, those of a section by a dotted name."""
+    """Every key, those of a section by a dotted name; first a configuration's own, then those that it shares."""
     sections = _sections(kind)
-    flat = {field.name: field for field in dataclasses.fields(kind) if field.name not in sections}
+    fields = sorted(dataclasses.fields(kind), key=lambda field: field.name not in vars(kind)["__annotations__"])
+    flat = {field.name: field for field in fields if field.name not in sections}
     for name, part in sections.items():
         flat |= {f"{name}.{key}": field for key, field in _flat_fields(part).items()}
     return flat

@@ -11,21 +11,23 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tli_jax import command
 from tli_jax.checkpoint import hub, tokens
 from tli_jax.checkpoint.headers import read_json
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from tli_jax.config import Source, TrainConfig, parse
+from tli_jax.config import Recipe, TrainConfig, parse
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.run import RunFolder, model_digest, replacing, tokenizer_digest
+from tli_jax.values import Source
 
 if TYPE_CHECKING:
+    from tli_jax.data.batches import Data
     from tli_jax.training.step import Trainer
 
 PROGRAM = "python -m tli_jax.train"
@@ -50,8 +52,21 @@ def read_config(arguments: Sequence[str]) -> TrainConfig:
     return config
 
 
-def train(config: TrainConfig) -> None:
+class Trained(NamedTuple):
+    """A run at its last step: its programs, its parameters and its data."""
+
+    trainer: "Trainer"
+    trained: dict[str, Any]
+    frozen: dict[str, Any]
+    data: "Data"
+
+
+def train(config: TrainConfig, cache: Path | None = None, advance: command.Advance | None = None) -> Trained:
     """Start a run, or go on with it, up to its last step, and export it.
+
+    Args:
+        cache: folder of tokenised text, which runs may share; by default the run has its own.
+        advance: told of each step; by default a bar shows them.
 
     Raises:
         TliError: a wrong option, damaged input, a run that was started otherwise; or what ends a run early.
@@ -67,7 +82,7 @@ def train(config: TrainConfig) -> None:
     with processes.lock(run.path):
         if run.remote is not None:
             _say(f"run {run}: object storage has no lock: see to it that only one job writes to it")
-        _train(config, run)
+        return _train(config, run, cache or run.data, advance)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +95,7 @@ class Start:
     weights: Checkpoint | None
 
 
-def _train(config: TrainConfig, run: RunFolder) -> None:
+def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Advance | None) -> Trained:
     has_begun = run.is_begun  # asked once: the first process may begin it before another one asks again
     start = _open_model(config, run)
     tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model)
@@ -88,14 +103,12 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         _say(f"warning: {warning}")
 
     from tli_jax.checkpoint.state import Checkpoints
-    from tli_jax.data.batches import open_data
     from tli_jax.training.export import check_export, export
     from tli_jax.training.loop import Loop, load, restore
 
     trainer, T, notes = make_trainer(config, start.model, start.plan)
     with processes.first("data"):
-        read = _with_embedded_text(config, run)
-        data = open_data(read, start.model, tokenizer, tokenizer_digest(start.folder), T, run.data)
+        data = open_text(config, start.model, start.folder, tokenizer, T, cache)
     data.check_enough(config.batch_size)
     facts: dict[str, Any] = run.check_facts({"data": data.digest}) if has_begun else {"id": ""}
     if config.export:
@@ -121,15 +134,16 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
     state, frozen = restored
     done = int(state.step)
     if done < config.steps and not config.export_only:
-        metrics, shown = None, contextlib.nullcontext(lambda amount, note="", /: None)
+        metrics, shown = None, contextlib.nullcontext(advance or (lambda amount, note="", /: None))
         if processes.is_first():
             run.write_config(config)
             metrics = Metrics(run, config, done, facts["id"])
-            shown = command.progress("train", config.steps, "steps", done)
+            if advance is None:
+                shown = command.progress("train", config.steps, "steps", done)
         loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest})
         try:
-            with shown as advance:
-                state = loop.train(state, frozen, advance)
+            with shown as told:
+                state = loop.train(state, frozen, told)
         finally:
             if metrics is not None:
                 metrics.close()
@@ -142,6 +156,7 @@ def _train(config: TrainConfig, run: RunFolder) -> None:
         record |= {"only": config.only, "outer": sorted(trainer.layout.outer), "versions": facts["versions"]}
         export(trainer, state.trained | frozen, facts["dtypes"], run, Path(config.export), record)
         _say(f"written to {config.export}")
+    return Trained(trainer, state.trained, frozen, data)
 
 
 def _open_model(config: TrainConfig, run: RunFolder) -> Start:
@@ -174,23 +189,38 @@ def _open_model(config: TrainConfig, run: RunFolder) -> Start:
     return Start(LlamaConfig.from_hf(read_json(file), str(file)), _plan(run.growth), run.model, weights)
 
 
-def _with_embedded_text(config: TrainConfig, run: RunFolder) -> TrainConfig:
-    """The word ``embedded`` among the sources is the text kept out of the embedded base's training, as a file."""
+def open_text(
+    config: Recipe, model: LlamaConfig, folder: Path, tokenizer: tokens.Tokenizer | None, T: int, cache: Path
+) -> "Data":
+    """What a recipe trains on, tokenised for a model.
+
+    The word ``embedded`` among the sources is the text kept out of the embedded base's training.
+
+    Args:
+        folder: of the model, with its tokenizer.
+        T: tokens a sequence.
+        cache: folder of tokenised text.
+
+    Raises:
+        TliError: see ``open_data``.
+    """
+    from tli_jax.data.batches import open_data
 
     def find(source: Source) -> Source:
         if source.path != hub.EMBEDDED or Path(source.path).exists():
             return source
-        file = run.data / "topics.jsonl"
+        file = cache / "topics.jsonl"
         if processes.is_first() or not file.is_file():  # each machine has its own, where the run is in object storage
-            run.data.mkdir(exist_ok=True)
+            cache.mkdir(exist_ok=True)
             with replacing(file) as temporary:
                 lines = [json.dumps({config.field: topic}) for topic in tokens.topics()]
                 temporary.write_text("\n".join(lines), encoding="utf-8")
         return dataclasses.replace(source, path=str(file))
 
-    return dataclasses.replace(
+    config = dataclasses.replace(
         config, text=tuple(map(find, config.text)), validation_text=tuple(map(find, config.validation_text))
     )
+    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache)
 
 
 def _plan(growth: dict[str, Any] | None) -> Plan | None:

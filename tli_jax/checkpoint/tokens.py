@@ -1,6 +1,8 @@
 """Token ids for a model from text, with the model's own tokenizer."""
 
+import hashlib
 import importlib.util
+import sysconfig
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +13,10 @@ from tli_jax.errors import DataError, MissingInputError
 from tli_jax.models.config import LlamaConfig
 
 FEWEST = 128  # tokens that a proof needs at least
+_HELD_OUT_EVERY = 40
+_LEFT_OUT = frozenset(
+    ["test", "tests", "pydoc_data", "encodings", "idlelib", "turtledemo", "lib2to3", "site-packages", "ensurepip"]
+)
 
 
 class Tokenizer(Protocol):
@@ -100,6 +106,19 @@ def topics() -> list[str]:
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
+
+
+def library_files() -> tuple[list[Path], list[Path]]:
+    """Sources of the standard library of the Python that runs this: those that the embedded base was trained on, and
+    those held out, one in forty, chosen by the digest of its name."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    parts: tuple[list[Path], list[Path]] = ([], [])
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if _LEFT_OUT.isdisjoint(name.parts) and not name.name.startswith("_sysconfigdata"):
+            is_held_out = int(hashlib.sha256(name.as_posix().encode()).hexdigest(), 16) % _HELD_OUT_EVERY == 0
+            parts[is_held_out].append(path)
+    return parts
 
 
 def read_text(file: Path) -> str:

@@ -12,11 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from tli_jax.checkpoint.tokens import Tokenizer
-from tli_jax.config import Source, TrainConfig
+from tli_jax.config import Recipe
 from tli_jax.data.documents import need
 from tli_jax.data.stream import Rules, Stream, open_stream
 from tli_jax.errors import DataError, UsageError
 from tli_jax.models.config import LlamaConfig
+from tli_jax.values import Source
 
 
 class Batch(NamedTuple):
@@ -172,7 +173,7 @@ class _Order:
 
 
 def open_data(
-    config: TrainConfig, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str, T: int, cache: Path
+    config: Recipe, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str, T: int, cache: Path
 ) -> Data:
     """Open all sources of a run, and tokenise what is not in the cache yet.
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tli_jax.config import TrainConfig
+from tli_jax.config import Recipe
 from tli_jax.errors import DataError, MissingInputError, TliError, UsageError, nearest
 
 CHUNK = 2**20  # bytes that are read at a time
@@ -37,7 +37,7 @@ class Documents:
         UsageError: a library is missing that the format needs.
     """
 
-    def __init__(self, path: Path, config: TrainConfig):
+    def __init__(self, path: Path, config: Recipe):
         self.path, self.config = path, config
         self.files = list_files(path)
         self.nbytes = sum(file.stat().st_size for file in self.files)
@@ -261,7 +261,7 @@ def _list_dataset(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_arrow(file: Path, kind: str, config: TrainConfig) -> Iterator[tuple[float, bytes | None]]:
+def _read_arrow(file: Path, kind: str, config: Recipe) -> Iterator[tuple[float, bytes | None]]:
     """The share of the file that has been read, and the text of a row."""
     pyarrow = need("pyarrow")
     with pyarrow.memory_map(str(file)) as mapped:

@@ -17,7 +17,7 @@ import numpy as np
 
 from tli_jax.checkpoint.tokens import Tokenizer
 from tli_jax.command import progress
-from tli_jax.config import TrainConfig
+from tli_jax.config import Recipe
 from tli_jax.data.documents import CHUNK, Documents, list_files
 from tli_jax.errors import DataError
 
@@ -52,7 +52,7 @@ class Rules:
         tokenizer_digest: of the files that the tokenizer was made of.
     """
 
-    config: TrainConfig
+    config: Recipe
     tokenizer: Tokenizer | None
     tokenizer_digest: str
     vocab_size: int

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tli_jax.config import Group
 from tli_jax.errors import UsageError
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import nest, pick
+from tli_jax.values import Group
 
 
 @dataclasses.dataclass(frozen=True)

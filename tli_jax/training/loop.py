@@ -15,6 +15,7 @@ from tli_jax.checkpoint.state import Checkpoints
 from tli_jax.command import Advance
 from tli_jax.data.batches import Batch, Data
 from tli_jax.errors import DataError, DivergedError, StoppedError
+from tli_jax.growth.plan import is_residual_output
 from tli_jax.parallel.mesh import batch_sharding, local_rows, param_sharding
 from tli_jax.parallel.processes import StopSignal, flag_array
 from tli_jax.training.freezing import Arrays
@@ -81,26 +82,16 @@ def restore(
     return newest[1], frozen
 
 
-@dataclasses.dataclass
-class Loop:
-    """All that a run works with. ``metrics`` is None in every process but the first."""
+class Feed:
+    """The batches of a run as they go to the mesh: each process has its rows of them."""
 
-    trainer: Trainer
-    data: Data
-    checkpoints: Checkpoints
-    metrics: Metrics | None
-    facts: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        config, mesh = self.trainer.config, self.trainer.mesh
+    def __init__(self, trainer: Trainer, data: Data):
+        config, mesh = trainer.config, trainer.mesh
+        self.trainer, self.data = trainer, data
         self.part = config.batch_size // config.accumulation
         # Rows of one part that this process holds, and the same in every part of the whole batch.
         self.local = local_rows(batch_sharding(mesh, ("B",)), self.part)
         self.rows = [part * self.part + row for part in range(config.accumulation) for row in self.local]
-        self.tokens = config.batch_size * self.data.T
-        peaks = [peak_flops(device) for device in mesh.devices.flat]
-        self.peak = sum(peak for peak in peaks if peak) if all(peaks) else None
-        self.flops = self.trainer.flops_per_token(self.data.T)
 
     def to_mesh(self, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array]:
         """Rows of this process, ``[A * R, T+1]``, as its share of global ``[A, B, T+1]`` arrays."""
@@ -117,14 +108,60 @@ class Loop:
 
         return share(batch.tokens), share(batch.segments)
 
-    def validate(self, state: State, frozen: Arrays) -> float | None:
-        """Loss on what was kept out of training, nats a token; None where nothing was."""
+    def validate(self, trained: Arrays, frozen: Arrays, batches: int | None = None) -> float | None:
+        """Loss on what was kept out of training, nats a token; None where nothing was.
+
+        Args:
+            batches: at most so many; by default as configured.
+        """
         sums = []
-        for batch in self.data.validation(self.part, self.local, self.trainer.config.validation_batches):
+        for batch in self.data.validation(self.part, self.local, batches or self.trainer.config.validation_batches):
             tokens, segments = self.to_mesh(batch, 1)
-            sums.append(self.trainer.validate(state.trained, frozen, tokens[0], segments[0]))
+            sums.append(self.trainer.validate(trained, frozen, tokens[0], segments[0]))
         losses, counts = zip(*jax.device_get(sums), strict=True) if sums else ((), ())
         return float(sum(losses)) / float(sum(counts)) if sums else None
+
+
+def contributions(feed: Feed, trained: Arrays, frozen: Arrays, batches: int) -> dict[str, float]:
+    """How much the loss on what was kept out of training rises when an injected layer is skipped, by its number.
+
+    A layer whose residual outputs are zero is skipped.
+
+    Args:
+        batches: to measure on, at most.
+    """
+    trainer, arrays = feed.trainer, trained | frozen
+    whole = feed.validate(trained, frozen, batches)
+    found = {}
+    for number, is_injected in enumerate(trainer.layout.injected):
+        if not is_injected or whole is None:
+            continue
+        outputs = [leaf for leaf in trainer.leaves if number in leaf.layers and is_residual_output(leaf.tensor)]
+        without = {leaf.name: arrays[leaf.name].at[leaf.layers.index(number)].set(0) for leaf in outputs}
+        some, others = ({n: without.get(n, array) for n, array in part.items()} for part in (trained, frozen))
+        loss = feed.validate(some, others, batches)
+        assert loss is not None, "there was one with the layer"
+        found[str(number)] = loss - whole
+    return found
+
+
+@dataclasses.dataclass
+class Loop:
+    """All that a run works with. ``metrics`` is None in every process but the first."""
+
+    trainer: Trainer
+    data: Data
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        config, mesh = self.trainer.config, self.trainer.mesh
+        self.feed = Feed(self.trainer, self.data)
+        self.tokens = config.batch_size * self.data.T
+        peaks = [peak_flops(device) for device in mesh.devices.flat]
+        self.peak = sum(peak for peak in peaks if peak) if all(peaks) else None
+        self.flops = self.trainer.flops_per_token(self.data.T)
 
     def train(self, state: State, frozen: Arrays, advance: Advance) -> State:
         """Run up to the last step.
@@ -135,14 +172,14 @@ class Loop:
             StorageError: a checkpoint could not be written.
         """
         config, start = self.trainer.config, int(state.step)
-        batches = self.data.batches(start, config.batch_size, self.rows, config.seed)
+        batches = self.data.batches(start, config.batch_size, self.feed.rows, config.seed)
         extra: dict[str, Any] = {}
-        if start == 0 and (loss := self.validate(state, frozen)) is not None:
+        if start == 0 and (loss := self.feed.validate(state.trained, frozen)) is not None:
             extra = {"validation_loss_before": loss}
         reader = _Reader(self, advance)
         with StopSignal() as signal:
             for step in range(start + 1, config.steps + 1):
-                tokens, segments = self.to_mesh(next(batches), config.accumulation)
+                tokens, segments = self.feed.to_mesh(next(batches), config.accumulation)
                 stop = flag_array(self.trainer.mesh, signal.requested)
                 state, measured = self.trainer.step(state, frozen, tokens, segments, stop)
                 is_told = reader.read()
@@ -151,7 +188,7 @@ class Loop:
                 is_last = step == config.steps
                 if step % config.validate_every == 0 or is_last:
                     reader.settle()
-                    loss = self.validate(state, frozen)
+                    loss = self.feed.validate(state.trained, frozen)
                     reader.add({} if loss is None else {"validation_loss": loss})
                     reader.restart()
                 self.checkpoints.check()

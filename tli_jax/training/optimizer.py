@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tli_jax.config import Group, TrainConfig
+from tli_jax.config import TrainConfig
 from tli_jax.training.freezing import Leaf
+from tli_jax.values import Group
 
 GROUPS: tuple[Group, ...] = ("kept", "injected", "outer")
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tli_jax.config import Group, TrainConfig
+from tli_jax.config import TrainConfig
 from tli_jax.models.attention import Kernel
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Run
@@ -19,6 +19,7 @@ from tli_jax.models.moe import Mix, every_expert
 from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
 from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
 from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
+from tli_jax.values import Group
 
 # Steps before which a gradient is not called a spike, and the weight of the newest in the running mean of its norm.
 _SPIKE_AFTER = 20

@@ -1,0 +1,446 @@
+"""``python -m tli_jax.compare``: one base grown in several ways to one size, trained alike, and put side by side.
+
+::
+
+    OUTPUT/config.yaml     the configuration as resolved
+    OUTPUT/grown/          the grown models
+    OUTPUT/runs/           a run folder of tli_jax.train for each contender, what trains in it, and seed
+    OUTPUT/measured/       what was found of each, one file each: what is there is not done again
+    OUTPUT/logs/           what growing and training printed
+    OUTPUT/data/, compiled/   text as token ids, and programs, which the runs share
+    OUTPUT/results.json, results.csv, report.html, *.png
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tli_jax import command, upscale
+from tli_jax import train as training
+from tli_jax.checkpoint import hub, sidecar, tokens
+from tli_jax.checkpoint.headers import read_json
+from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from tli_jax.config import CompareConfig, Recipe, TrainConfig, UpscaleConfig, from_yaml, growth_config, parse, to_yaml
+from tli_jax.errors import DivergedError, OutputError, UsageError
+from tli_jax.growth.sizes import fit
+from tli_jax.models.config import LlamaConfig
+from tli_jax.parallel import processes
+from tli_jax.report import comparison
+from tli_jax.report.page import need_libraries, write_report
+from tli_jax.report.run import validation
+from tli_jax.training.metrics import read_metrics
+from tli_jax.training.run import RunFolder, replacing
+from tli_jax.values import Source
+
+if TYPE_CHECKING:
+    from tli_jax.data.batches import Data
+    from tli_jax.training.step import Trainer
+
+PROGRAM = "python -m tli_jax.compare"
+BASE, OLD_LAYERS, RANDOM = "base", "old_layers", "random"
+# What may be another when a comparison is gone on with: what was measured stays what it is.
+_MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output")
+# Of a growth, what is not the comparison's to say.
+_NOT_A_METHOD = {
+    *("model", "revision", "output", "train", "shape", "sample", "plan_only", "json", "overwrite", "proof"),
+    *("max_shard_size", "seed"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to a model that is trained.
+
+    Args:
+        method: of growth; None for the baselines.
+        growth: the options of the method, by which the model is made from the base.
+        is_drawn: whether the model is another one for each seed.
+        only: for each kind of run that there is, ``all`` and ``injected``, what trains in it.
+    """
+
+    name: str
+    method: str | None
+    growth: dict[str, Any]
+    is_drawn: bool
+    only: dict[str, str]
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse(CompareConfig, PROGRAM, "Grow a base in several ways, train each alike, and compare.", arguments)
+    results = compare(config, shlex.join([*PROGRAM.split(), *arguments]))
+    command.console().print(comparison.tabulate(results))
+    for line in comparison.describe(results):
+        command.console().print(line, markup=False, soft_wrap=True)
+
+
+def compare(config: CompareConfig, call: str) -> dict[str, Any]:
+    """Grow, train and measure what is not there yet, and write the results.
+
+    Args:
+        call: the command, for the record.
+
+    Returns:
+        What ``results.json`` says.
+
+    Raises:
+        TliError: a wrong option, or whatever ends a growth or a run early; but for a run that diverges, which is a
+            result.
+    """
+    for key in ("model", "output", "text", "methods"):
+        if not getattr(config, key):
+            raise UsageError(f"{key} is not set, see --help")
+    need_libraries()
+    output = Path(config.output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output {output}: cannot be created ({error.strerror}): choose another") from error
+    with processes.lock(output):
+        return _Comparison(config, output).finish(call)
+
+
+class _Comparison:
+    """The folder of a comparison, and what is done in it."""
+
+    def __init__(self, config: CompareConfig, output: Path):
+        self.config, self.output = config, output
+        self._check_folder()
+        self.base = open_checkpoint(hub.resolve(config.model, config.revision))
+        self.tokenizer, _ = tokens.open_tokenizer(self.base.folder, self.base.config)
+        for name in ("data", "grown", "runs", "measured", "logs"):
+            (output / name).mkdir(exist_ok=True)
+        self.contenders, self.left_out = make_contenders(config, self.base)
+        recipe: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}
+        recipe["steps"] = max(config.steps, 1)
+        self.recipe = TrainConfig(**recipe)
+        self.old = self._find_old_text()
+
+    def _check_folder(self) -> None:
+        file = self.output / "config.yaml"
+        if file.is_file():
+            earlier, now = dataclasses.asdict(from_yaml(CompareConfig, file)), dataclasses.asdict(self.config)
+            differing = [key for key in now if key not in _MAY_CHANGE and earlier[key] != now[key]]
+            if differing:
+                what = "; ".join(f"{key} was {earlier[key]!r}, is {now[key]!r}" for key in differing)
+                raise UsageError(
+                    f"output {self.output}: was started otherwise: {what}: change it back, or use another output"
+                )
+        elif foreign := sorted(one.name for one in self.output.iterdir() if one.name != "lock"):
+            raise OutputError(f"output {self.output}: is not a comparison and not empty ({foreign[0]}): choose another")
+        with replacing(file) as temporary:
+            temporary.write_text(to_yaml(self.config), encoding="utf-8")
+
+    def _find_old_text(self) -> Recipe | None:
+        """The recipe that reads the old domain, all of it for validation. The word ``embedded`` is the modules held out
+        of the embedded base's training."""
+
+        def find(source: Source) -> Source:
+            if source.path != hub.EMBEDDED or Path(source.path).exists():
+                return source
+            file = self.output / "data" / "modules.jsonl"
+            modules = [module.read_text(encoding="utf-8") for module in tokens.library_files()[1]]
+            with replacing(file) as temporary:
+                lines = [json.dumps({self.config.field: module}) for module in modules]
+                temporary.write_text("\n".join(lines), encoding="utf-8")
+            return dataclasses.replace(source, path=str(file))
+
+        found = tuple(map(find, self.config.old_text))
+        return dataclasses.replace(self.recipe, text=found, validation_text=found) if found else None
+
+    def finish(self, call: str) -> dict[str, Any]:
+        """Do what is not done, and write down all."""
+        import jax
+
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+            # Every seed runs the same programs, and many methods too.
+            jax.config.update("jax_compilation_cache_dir", str((self.output / "compiled").resolve()))
+        starts = [
+            self._start(contender, seed)
+            for contender in self._with_progress("grow", self.contenders)
+            for seed in (self.seeds if contender.is_drawn else self.seeds[:1])
+        ]
+        wanted = [
+            (contender, only, seed)
+            for seed in self.seeds  # outermost: stopped early, it has all contenders with fewer seeds
+            for contender in self.contenders
+            for only in self.config.only
+            if only in contender.only and self.config.steps
+        ]
+        runs = []
+        if wanted:
+            with command.progress("train", len(wanted) * self.config.steps, "steps") as advance:
+                runs = [self._run(*one, advance) for one in wanted]
+        base = next(start for start in starts if start["name"] == BASE)
+        results = {
+            "version": 1,
+            "command": call,
+            "config": _plain(dataclasses.asdict(self.config)),
+            "base": {"layers": self.base.config.num_hidden_layers, "new": base["new"], "old": base["old"]},
+            "size": self._size().num_params,
+            "left_out": self.left_out,
+            "starts": starts,
+            "runs": runs,
+            "machine": _machine(),
+            "versions": _versions(),
+        }
+        results |= comparison.analyse(results)
+        sidecar.write_json(self.output / "results.json", results)
+        write_report(results, to_yaml(self.config), self.output)
+        return results
+
+    @property
+    def seeds(self) -> list[int]:
+        return [self.config.seed + i for i in range(self.config.seeds)]
+
+    def _size(self) -> LlamaConfig:
+        layers = self.base.config.num_hidden_layers
+        return self.base.config.with_layers(layers + layers // self.config.every)
+
+    def _with_progress(self, title: str, items: Sequence[Contender]) -> Iterator[Contender]:
+        with command.progress(title, len(items), "models") as advance:
+            for item in items:
+                advance(0, item.name)
+                yield item
+                advance(1, item.name)
+
+    def _folder(self, contender: Contender, seed: int) -> Path | str:
+        """Where the model of a contender is; for the base, what it goes by."""
+        if contender.name in (BASE, OLD_LAYERS):
+            return self.config.model
+        name = _file_name(contender.name)
+        return self.output / "grown" / (f"{name}-{seed}" if contender.is_drawn else name)
+
+    def _start(self, contender: Contender, seed: int) -> dict[str, Any]:
+        """A model before any training: made, proved, and its losses."""
+        file = self.output / "measured" / f"start-{_file_name(contender.name)}-{seed}.json"
+        if file.is_file():
+            found = read_json(file)
+            if found["growth"] != contender.growth:
+                raise UsageError(
+                    f"methods: {contender.name} was {found['growth']} in {self.output}, is {contender.growth}:"
+                    " give it another name, or use another output"
+                )
+            return found
+        with (self.output / "logs" / f"{file.stem}.txt").open("w", encoding="utf-8") as log, command.logging_to(log):
+            made = self._make(contender, seed)
+            folder = Path(hub.resolve(self._folder(contender, seed), self.config.revision))
+            new, old = self._losses(folder)
+        found = {"name": contender.name, "seed": seed, "method": contender.method, "growth": contender.growth}
+        found |= {"is_drawn": contender.is_drawn, **made, "new": new, "old": old}
+        sidecar.write_json(file, found)
+        return found
+
+    def _make(self, contender: Contender, seed: int) -> dict[str, Any]:
+        """Grow, or draw, the model, and say what it is."""
+        folder = self._folder(contender, seed)
+        if contender.method is None:
+            config = self._size() if contender.name == RANDOM else self.base.config
+            if contender.name == RANDOM:
+                self._draw(config, seed, Path(folder))
+            return _sizes(config) | {"plan": None, "proof": None, "seconds": 0.0}
+        growth = self._growth_of(contender, seed)
+        job = upscale.prepare(growth)
+        seconds: dict[str, float] = {}
+        record = upscale.grow(job, command.console(), seconds)
+        return {
+            **_sizes(open_checkpoint(folder).config),
+            "plan": job.plan.to_json(),
+            "proof": record["proof"],
+            "seconds": sum(value for name, value in seconds.items() if name != "proof"),
+        }
+
+    def _growth_of(self, contender: Contender, seed: int) -> UpscaleConfig:
+        values = contender.growth | {"model": self.config.model, "revision": self.config.revision}
+        values |= {"output": str(self._folder(contender, seed)), "overwrite": True}
+        values |= {"seed": seed} if contender.is_drawn else {}
+        return growth_config(values, f"methods: {contender.name}")
+
+    def _draw(self, config: LlamaConfig, seed: int, folder: Path) -> None:
+        """A model from random weights, in the dtype of the base."""
+        import jax
+        import jax.numpy as jnp
+
+        from tli_jax.checkpoint.save import save_hf
+        from tli_jax.models.llama import init_params
+
+        params = jax.jit(lambda key: init_params(config, key, jnp.dtype(config.dtype)))(jax.random.key(seed))
+        save_hf(folder, config, params, source=self.base.folder, overwrite=True)
+
+    def _losses(self, folder: Path) -> tuple[float | None, float | None]:
+        """Of a model as it is: on the new text, on the old one."""
+        from tli_jax.training.loop import Feed, load
+
+        weights = open_checkpoint(folder)
+        trainer, T, _ = training.make_trainer(self.recipe, weights.config, None)
+        arrays = load(trainer, weights)
+        new = self._read(self.recipe, weights.config, T)
+        return Feed(trainer, new).validate(*arrays), self._old_loss(trainer, *arrays)
+
+    def _old_loss(self, trainer: "Trainer", trained: Any, frozen: Any) -> float | None:
+        from tli_jax.training.loop import Feed
+
+        if self.old is None:
+            return None
+        T = self.recipe.sequence_length or min(trainer.model.max_position_embeddings, 2048)
+        return Feed(trainer, self._read(self.old, trainer.model, T)).validate(trained, frozen)
+
+    def _read(self, recipe: Recipe, model: LlamaConfig, T: int) -> "Data":
+        return training.open_text(recipe, model, self.base.folder, self.tokenizer, T, self.output / "data")
+
+    def _run(self, contender: Contender, only: str, seed: int, advance: command.Advance) -> dict[str, Any]:
+        """Train one, and measure what came of it."""
+        name = f"{_file_name(contender.name)}-{only}-{seed}"
+        shown = f"{contender.name}, {only}, seed {seed}"
+        file, steps = self.output / "measured" / f"{name}.json", self.config.steps
+        if file.is_file():
+            advance(steps, shown)
+            return read_json(file)
+        run = RunFolder(self.output / "runs" / name)
+        model = str(self._folder(contender, seed))
+        config = dataclasses.replace(
+            self.recipe, model=model, run=str(run), only=contender.only[only], seed=seed, keep=1
+        )
+        done = len(read_metrics(run))
+        advance(done, shown)
+        found: dict[str, Any] = {"name": contender.name, "only": only, "seed": seed}
+        with (self.output / "logs" / f"{name}.txt").open("a", encoding="utf-8") as log, command.logging_to(log):
+            try:
+                trained = training.train(
+                    config, self.output / "data", lambda n, note="", /: advance(n, f"{shown} · {note}")
+                )
+            except DivergedError as error:
+                found |= {"diverged": str(error)}
+            else:
+                found |= {"diverged": None} | self._measure(trained, run)
+        sidecar.write_json(file, found)
+        return found
+
+    def _measure(self, run: "training.Trained", folder: RunFolder) -> dict[str, Any]:
+        """What is known of a run that is done."""
+        import jax
+
+        from tli_jax.training.fit import compile_step
+        from tli_jax.training.loop import Feed, contributions
+
+        trainer, trained, frozen, data = run
+        lines, held = read_metrics(folder), trained | frozen
+        feed = Feed(trainer, data)
+        batches = max(1, self.recipe.validation_batches // 4)
+        found = {
+            "curve": validation(lines),
+            "old": self._old_loss(trainer, trained, frozen),
+            "contributions": contributions(feed, trained, frozen, batches),
+            "seconds": sum(self.recipe.batch_size * data.T / line["tokens_per_second"] for line in lines),
+            "trained_parameters": sum(array.size for array in trained.values()),
+            "flops_per_token": trainer.flops_per_token(data.T),
+            "memory": compile_step(trainer, data.T, lambda leaf: held[leaf.name].dtype).peak,
+        }
+        jax.clear_caches()  # of this run's programs, or hundreds of runs would hold all of theirs
+        return found
+
+
+def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Contender], dict[str, str]]:
+    """The baselines and the methods, each with the options that bring it to the common size; and, by name, why some
+    are left out.
+
+    Raises:
+        UsageError: an option is wrong, or two are called the same.
+    """
+    layers = base.config.num_hidden_layers
+    every = config.every
+    if every > layers:
+        raise UsageError(f"every is {every}, must be 1…{layers}")
+    found = [Contender(BASE, None, {}, False, {"all": "all"} if config.baselines else {})]
+    if config.baselines:
+        old = ",".join(str(layer) for layer in range(every - 1, layers, every))
+        found.append(Contender(OLD_LAYERS, None, {}, False, {"injected": f"layers({old})"}))
+        found.append(Contender(RANDOM, None, {}, True, {"all": "all"}))
+    left_out, plans = {}, {}
+    for given in config.methods:
+        growth = {key: value for key, value in given.items() if key != "name"}
+        start = growth.get("init") or growth.get("upcycle")
+        name = str(given.get("name") or f"{growth.get('method')}" + (f":{start}" if start else ""))
+        where = f"methods: {name}"
+        if not re.fullmatch(r"[\w.:+-]+", name) or any(_file_name(name) == _file_name(one.name) for one in found):
+            raise UsageError(f"{where}: must be a name of its own, of letters, digits and . : + - _")
+        if foreign := sorted(_NOT_A_METHOD & growth.keys()):
+            raise UsageError(f"{where}: {', '.join(foreign)} is not for a method to say: leave it out")
+        read = dataclasses.asdict(growth_config(growth, where))
+        growth = {key: read[key] for key in growth}
+        method = growth["method"]
+        options = fit(method, layers, every, growth)
+        if options is None:
+            left_out[name] = f"the smallest that {method} makes has more than {layers + layers // every} layers"
+            continue
+        growth |= options
+        if "experts" in growth or method == "moe":
+            growth |= _fit_experts(growth, base.config, every)
+        plan = upscale.make_plan(growth_config(growth, where), base, [0.0] * layers)
+        twin = next((one for one, rows in plans.items() if rows == (plan.rows, plan.experts)), None)
+        if twin is not None:
+            left_out[name] = f"it is {twin}, layer by layer"
+            continue
+        plans[name] = plan.rows, plan.experts
+        is_drawn = "seed" in plan.options or plan.experts is not None
+        only = {"all": "all"} | ({"injected": "injected"} if any(plan.injected) else {})
+        found.append(Contender(name, method, _plain(growth), is_drawn, only))
+    return found, left_out
+
+
+def _fit_experts(growth: dict[str, Any], base: LlamaConfig, every: int) -> dict[str, Any]:
+    """How many experts a token goes through, so that it meets about as many parameters as in the deeper model.
+
+    Two at least: the weight of a single one is always 1, and the router would have no gradient.
+    """
+    if growth.get("top_k") or growth["method"] != "moe":
+        return {}
+    layers = base.num_hidden_layers
+    in_feed_forward = 3 * base.hidden_size * base.intermediate_size
+    more = layers // every * base.layer_params / (layers * in_feed_forward)
+    return {"top_k": max(2, round(1 + more)) * growth.get("granularity", 1)}
+
+
+def _sizes(config: LlamaConfig) -> dict[str, Any]:
+    return {
+        "layers": config.num_hidden_layers,
+        "parameters": config.num_params,
+        "active_parameters": config.num_active_params,
+        "forward_flops_per_token": config.flops_per_token(min(config.max_position_embeddings, 2048)),
+    }
+
+
+def _file_name(name: str) -> str:
+    return name.replace(":", "-")
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value))
+
+
+def _machine() -> dict[str, Any]:
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "system": platform.platform(),
+        "cores": os.cpu_count(),
+        "devices": f"{jax.device_count()} × {device.device_kind}",
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+
+
+if __name__ == "__main__":
+    processes.leave(command.run(main, sys.argv[1:]))
