@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import rich.box
+import rich.console
 import rich.table
 
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "not measured"
@@ -262,25 +263,30 @@ def _signed(difference: Mapping[str, Any]) -> str:
 
 
 def _tokens(value: Mapping[str, Any] | None) -> str:
-    return "–" if value is None else f"{value['mean'] / 1000:,.0f}k"
+    return "–" if value is None else f"{value['mean'] / 1000:,.0f}k" if value["mean"] else "0"
 
 
 HEADINGS = {
     "name": "contender",
     "layers": "layers",
     "parameters": "parameters",
-    "size": "of a token, ± size",
-    "flops": "FLOPs a token",
-    "exactness": "promise",
+    "size": "± size",
+    "flops": "FLOPs",
     "initial": "initial loss",
     "change": "Δ base",
     "final": "final loss",
-    "to_base": "tokens to base's start",
+    "to_base": "to base's start",
     "to_rival": "to base's end",
-    "old": "old text",
+    "old": "loss on old text",
     "seconds": "s",
     "memory": "MB",
 }
+# What a heading is short for.
+LEGEND = (
+    "± size: parameters that a token goes through, against the common size; FLOPs: of a token, forward, in millions;"
+    " to base's start, end: tokens, in thousands, after which the loss is that of the base before, and that of the base"
+    " trained likewise; s and MB: of a run, memory by the compiler"
+)
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -289,13 +295,13 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     marks = {"best": " *", "alike": " ≈"}
     tail = {key: marks.get(mark, "") for key, mark in row.get("marks", {}).items()}
     old = _number(row["old_before"])
+    parameters = [row["parameters"], *([row["active_parameters"]] * (row["active_parameters"] != row["parameters"]))]
     found = {
         "name": row["name"],
         "layers": str(row["layers"]),
-        "parameters": f"{row['parameters'] / 1e6:,.2f}M",
-        "size": f"{row['active_parameters'] / 1e6:,.2f}M, {row['size_difference']:+.1%}",
+        "parameters": ", a token ".join(f"{number / 1e6:,.2f}M" for number in parameters),
+        "size": f"{row['size_difference']:+.1%}" if round(row["size_difference"], 3) else "=",
         "flops": f"{row['forward_flops_per_token'] / 1e6:,.2f}M",
-        "exactness": row["exactness"] or "–",
         "initial": _number(row["initial"]) + tail.get("initial", ""),
         "change": "–" if row["change"] is None else f"{row['change']:+.4f}",
     }
@@ -312,34 +318,41 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def tabulate(results: Mapping[str, Any]) -> rich.table.Table:
-    """The summary for a terminal: no more columns than fit, the rest is in the report."""
-    table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
-    is_trained = bool(results["runs"])
-    headings = ["contender", "layers", "parameters", "promise", "initial loss", "Δ base"]
-    for heading in [*headings, *(["final loss", "to base's end"] if is_trained else []), "Δ old text"]:
-        table.add_column(heading, justify="left" if heading in ("contender", "promise") else "right", no_wrap=True)
-    only = None
-    for row in results["summary"]:
-        if row["only"] != only:
-            only = row["only"]
-            table.add_row(f"[bold]{ONLY[only]}[/bold]")
-        text = cells(row)
-        known = [text[key] for key in ("name", "layers", "parameters", "exactness", "initial", "change")]
-        known += [text["final"], text["to_rival"]] if is_trained else []
-        old = row["old_after"] if is_trained else row["old_before"]
-        base = results["base"]["old"]
-        table.add_row(*known, "–" if old is None or base is None else f"{old['mean'] - base:+.4f}")
-    return table
+def tabulate(results: Mapping[str, Any]) -> rich.console.Group:
+    """The summary for a terminal, a table for each kind of run; no more columns than fit, the rest is in the report."""
+    tables = []
+    for only in dict.fromkeys(row["only"] for row in results["summary"]):
+        title = "before any training" if only is None else ONLY[only]
+        table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0), title=title, title_justify="left")
+        keys = ["name", "layers", "size", "initial", "change", *(["final", "to_rival"] if only else [])]
+        for heading in [*(HEADINGS[key] for key in keys), "Δ old text"]:
+            table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
+        for row in results["summary"]:
+            if row["only"] == only:
+                text, old = cells(row), row["old_after"] if only else row["old_before"]
+                forgot = "–" if old is None else f"{old['mean'] - results['base']['old']:+.4f}"
+                table.add_row(*(text[key] for key in keys), forgot)
+        tables.append(table)
+    return rich.console.Group(*tables)
+
+
+def claims_by_kind(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
+    """The claims, of all contenders together."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for claim in results["claims"]:
+        kind = f", {ONLY[claim['only']]}" if claim["only"] else ""
+        found.setdefault(claim["claim"] + kind, []).append(claim)
+    return found
 
 
 def describe(results: Mapping[str, Any]) -> list[str]:
     """What stands below the table: its signs, the claims, who was left out."""
     lines = ["* lowest, ≈ not to be told from it by these seeds; losses in nats a token, ± over seeds"]
-    for claim in results["claims"]:
-        kind = f" ({claim['only']})" if claim["only"] else ""
-        numbers = f": {claim['numbers']}" if claim["numbers"] else ""
-        lines.append(f"{claim['tli']}, {claim['claim']}{kind}: {claim['verdict']}{numbers}")
+    for claim, rows in claims_by_kind(results).items():
+        said = {
+            verdict: [row["tli"] for row in rows if row["verdict"] == verdict] for verdict in (HOLDS, FAILS, UNKNOWN)
+        }
+        lines.append(f"{claim}: " + "; ".join(f"{v}: {', '.join(names)}" for v, names in said.items() if names))
     lines += [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
     return [*lines, f"written to {results['config']['output']}: results.json, results.csv, report.html and pictures"]
 

@@ -71,6 +71,8 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
     return environment.from_string(template).render(
         results=results,
         headings=comparison.HEADINGS,
+        legend=comparison.LEGEND,
+        claims=comparison.claims_by_kind(results),
         tables=tables,
         figures=figures,
         proofs=proofs,
@@ -87,7 +89,7 @@ def _html(figure: "Figure") -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"color": _GREY, "size": 12},
-        margin={"l": 60, "r": 20, "t": 20, "b": 50},
+        margin={"l": 60, "r": 20, "t": 34, "b": 50},
         height=460,
     )
     figure.update_xaxes(gridcolor=_GRID, zeroline=False)
