@@ -19,12 +19,10 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-12s %s\n", $$1, $$2 }'
 
 demo: .venv/.runtime  ## grow the base model that the package carries and show what growth kept (under 3 minutes)
+	rm -rf out/demo
 	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml
-	@echo; echo "Two other ways to the same size, not exact (their output is in out/demo/*.txt):"
-	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml --init copy --output out/demo/tli-copy >out/demo/tli-copy.txt
-	$(BIN)/python -m tli_jax.upscale --model embedded --method dus --drop 3 --overwrite --output out/demo/dus >out/demo/dus.txt
-	@echo; echo "Before any training, at equal size:"
-	@$(BIN)/python -m tli_jax.report out/demo/tli-identity out/demo/tli-copy out/demo/dus
+	@echo; echo "That and other ways to the same size, before any training:"
+	@$(BIN)/python -m tli_jax.compare --config configs/compare_demo.yaml --steps 0 --output out/demo/compare
 
 demo-train: .venv/.runtime  ## grow that model and train its injected layers on new text (about two minutes)
 	rm -rf out/demo_train
@@ -64,7 +62,7 @@ clean:  ## remove the environments and every cache
 	@touch $@
 
 .venv/.runtime: .venv/.made pyproject.toml
-	$(BIN)/python $(PIP_INSTALL) -e .
+	$(BIN)/python $(PIP_INSTALL) -e ".[plot]"
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml

@@ -36,8 +36,11 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 
 
 def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row a contender."""
-    return list({row["name"]: row for row in reversed(results["summary"])}.values())[::-1]
+    """The first row of each contender."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in results["summary"]:
+        found.setdefault(row["name"], row)
+    return list(found.values())
 
 
 def _initial(results: Mapping[str, Any]) -> Figure:
@@ -76,8 +79,9 @@ def _draw_curves(axes: Axes, results: Mapping[str, Any], only: str, names: Seque
         if not curve:
             continue
         tokens, means, spreads = (list(column) for column in zip(*curve, strict=True))
-        is_baseline = name in ("base", "old_layers", "random")
-        axes.plot(tokens, means, color=colour[name], lw=1.5, ls="--" if is_baseline else "-", label=name)
+        label = f"{name}, ends at {means[-1]:.2f}" if name == "random" else name
+        style = "--" if name in ("base", "old_layers", "random") else "-"
+        axes.plot(tokens, means, color=colour[name], lw=1.5, ls=style, label=label)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(tokens, low, high, color=colour[name], alpha=0.15, lw=0)
     # From random weights a model begins so high that nothing else could be told apart.

@@ -1,0 +1,177 @@
+"""What follows from runs: spreads, who is better, tokens to a loss, claims; and the page and pictures of it."""
+
+import csv
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tli_jax.growth.presets import dus, tli
+from tli_jax.report import comparison
+from tli_jax.report.comparison import FAILS, HOLDS, UNKNOWN, reached
+from tli_jax.report.page import write_report
+
+PROOF = {"max_abs_logit_difference": 0.5, "kl": 0.01, "top1": 0.9, "tokens": 512}
+TOKENS = 1000
+
+
+def start(name: str, method: str | None, new: float, old: float, plan: Any = None, seed: int = 0) -> dict[str, Any]:
+    sizes = {"layers": 6 if plan else 4, "parameters": 6000, "active_parameters": 6000, "forward_flops_per_token": 1e6}
+    found = {"name": name, "method": method, "seed": seed, "new": new, "old": old, "seconds": 1.0, **sizes}
+    return found | {"plan": plan and plan.to_json(), "proof": plan and PROOF, "growth": {}, "is_drawn": seed > 0}
+
+
+def run(name: str, only: str, seed: int, losses: list[float], old: float, **other: Any) -> dict[str, Any]:
+    curve = [[i * TOKENS, loss] for i, loss in enumerate(losses)]
+    found = {"name": name, "only": only, "seed": seed, "diverged": None, "curve": curve, "old": old, "seconds": 2.0}
+    measured = {"memory": 1e6, "trained_parameters": 10, "flops_per_token": 3e6, "contributions": {"2": 0.1, "5": -0.1}}
+    return found | measured | other
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> dict[str, Any]:
+    """A base of 4 layers, tli and dus of 6, a mixture of experts that is not trained; three seeds."""
+    config = {"only": ["all"], "seed": 0, "seeds": 3, "baselines": True, "output": str(tmp_path), "steps": 2}
+    starts = [start("base", None, 3.0, 2.0), start("tli:identity", "tli", 3.0, 2.0, tli(4, every=2))]
+    starts += [
+        start("dus", "dus", 3.5, 2.6, dus(4, 1)),
+        start("moe", "moe", 3.1, 2.1),
+        start("moe", "moe", 2.9, 2.1, seed=1),
+    ]
+    starts += [start("moe", "moe", 3.0, 2.0, seed=2)]
+    runs = []
+    for seed in range(3):
+        runs.append(run("base", "all", seed, [3.0, 2.6, 2.50 + seed / 100], 2.3))
+        runs.append(run("tli:identity", "all", seed, [3.0, 2.5, 2.40 + seed / 100], 2.2))
+        runs.append(run("dus", "all", seed, [3.5, 2.8, 2.45 + seed / 50], 2.5))
+    config |= {"model": "embedded", "methods": [1, 2, 3]}
+    found = {
+        "config": config,
+        "base": {"layers": 4, "new": 3.0, "old": 2.0},
+        "size": 6000,
+        "starts": starts,
+        "runs": runs,
+    }
+    found |= {"left_out": {"stack": "too large"}, "command": "python -m x --text '<b>&'", "versions": {"jax": "1"}}
+    found |= {"machine": {"system": "s", "cores": 2, "devices": "1 × cpu"}}
+    return found | comparison.analyse(found)
+
+
+def row(results: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in results["summary"] if row["name"] == name)
+
+
+def test_tokens_to_a_loss() -> None:
+    curve = [[0, 3.0], [100, 2.0], [200, 2.5], [300, 1.5]]
+    assert reached(curve, 3.0) == 0
+    assert reached(curve, 2.25) == pytest.approx(75)
+    assert reached(curve, 1.75) == pytest.approx(275)
+    assert reached(curve, 1.0) is None
+
+
+def test_means_and_spreads(results) -> None:
+    ours = row(results, "tli:identity")
+    assert ours["final"] == {"mean": pytest.approx(2.41), "sd": pytest.approx(0.01)}
+    assert (ours["initial"], ours["change"]) == ({"mean": 3.0, "sd": 0.0}, 0.0)
+    assert row(results, "dus")["change"] == pytest.approx(0.5)
+    # To the loss at which the base ends, 2.51: all of the way to 2.5 after the first thousand but a hundredth.
+    assert ours["to_rival"]["mean"] == pytest.approx(980)
+    assert row(results, "dus")["to_base"]["mean"] == pytest.approx(714.3, abs=0.1)
+    assert ours["contributions"] == pytest.approx({"2": 0.1, "5": -0.1})
+    assert ours["flops"] == 3e6 * 2 * TOKENS
+
+
+def test_best_is_marked_and_what_cannot_be_told_from_it(results) -> None:
+    marks = {name: row(results, name)["marks"] for name in ("base", "tli:identity", "dus")}
+    assert [marks[name]["final"] for name in marks] == ["", "best", ""]
+    assert [marks[name]["initial"] for name in marks] == ["best", "alike", ""]
+    # Lower by more than twice the standard error in the mean, but not in every seed.
+    for one, loss in zip([r for r in results["runs"] if r["name"] == "dus"], (2.39, 2.42, 2.43), strict=True):
+        one["curve"][-1][1] = loss
+    results |= comparison.analyse(results)
+    assert row(results, "dus")["marks"]["final"] == "alike"
+
+
+def test_claims(results) -> None:
+    said = {claim["claim"]: claim for claim in results["claims"]}
+    assert said["lower initial loss than dus"]["verdict"] == HOLDS
+    assert said["lower initial loss than moe"]["verdict"] == FAILS  # its seeds spread to both sides
+    assert said["fewer steps than dus"]["verdict"] == HOLDS
+    assert said["fewer steps than moe"]["verdict"] == UNKNOWN  # was not trained
+    assert said["better without any training than base"]["verdict"] == FAILS  # equal is not better
+    assert said["better without any training than dus"]["verdict"] == HOLDS
+    assert "3.0000 against 3.5000" in said["lower initial loss than dus"]["numbers"]
+    assert len(results["claims"]) == 7
+
+
+def test_one_seed_says_nothing_of_training(results) -> None:
+    results["runs"] = [one for one in results["runs"] if one["seed"] == 0]
+    results["config"]["seeds"] = 1
+    results |= comparison.analyse(results)
+    said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
+    assert said["fewer steps than dus"] == UNKNOWN
+    assert said["lower initial loss than dus"] == HOLDS  # neither model is drawn
+    assert row(results, "dus")["final"]["sd"] is None
+
+
+def test_diverged_is_not_averaged(results) -> None:
+    bad = next(one for one in results["runs"] if one["name"] == "dus")
+    bad["diverged"] = "step 3"
+    results |= comparison.analyse(results)
+    assert row(results, "dus")["final"] is None and row(results, "dus")["diverged"] == 1
+    assert comparison.cells(row(results, "dus"))["final"] == "diverged"
+    said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
+    assert said["fewer steps than dus"] == UNKNOWN
+
+
+def test_written(results, tmp_path) -> None:
+    write_report(results, "model: embedded\n", tmp_path)
+    with (tmp_path / "results.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and rows[1]["name"] == "tli:identity" and float(rows[1]["final_loss"]) == 2.4
+    for name in ("initial_loss.png", "loss_curves.png", "forgetting.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
+    assert "stack is left out: too large" in page
+    for outside in ("src=", "href=", "@import"):
+        assert outside not in page.split("</style>")[0] + page.split("</script>")[-1]
+
+
+@pytest.fixture
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    return found or pytest.skip("no Chromium here")
+
+
+def test_page_in_a_browser(results, tmp_path, browser) -> None:
+    from matplotlib.image import imread
+
+    write_report(results, "model: embedded\n", tmp_path)
+    page = tmp_path / "report.html"
+    # What the browser made of it, and how wide it then is.
+    told = "<script>addEventListener('load', () => document.title = document.documentElement.scrollWidth)</script>"
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", told + "</body>"), encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
+    flags += ["--hide-scrollbars", "--virtual-time-budget=4000"]
+
+    def call(*more: str) -> str:
+        command = [browser, *flags, *more, page.as_uri()]
+        return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+    for width in (500, 1500):
+        seen = call("--dump-dom", f"--window-size={width},900")
+        assert f"<title>{width}</title>" in seen  # wide tables scroll by themselves, the page does not
+        assert seen.count('class="main-svg"') >= 4 and seen.count("<tr>") > 15  # two figures, drawn
+    shades = []
+    for name, scheme in (("light", 1), ("dark", 0)):
+        call(
+            f"--screenshot={tmp_path / name}.png",
+            "--window-size=900,600",
+            f"--blink-settings=preferredColorScheme={scheme}",
+        )
+        shades.append(float(imread(tmp_path / f"{name}.png")[:40, :40, :3].mean()))
+    assert shades[0] > 0.9 > 0.2 > shades[1]

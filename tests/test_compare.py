@@ -1,0 +1,203 @@
+"""The command that grows one base in several ways and trains each alike."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tli_jax import command, compare
+
+pytestmark = pytest.mark.usefixtures("_compile_once")
+METHODS = "tli:identity,tli:half,stack,llama_pro,dus,moe"
+
+
+def call(start: Path, output: Path, *more: str) -> list[str]:
+    flags = ["--model", str(start / "base"), "--text", str(start / "ids.npy"), "--output", str(output)]
+    flags += [
+        "--methods",
+        METHODS,
+        "--every",
+        "2",
+        "--steps",
+        "4",
+        "--seeds",
+        "2",
+        "--batch-size",
+        "8",
+        "--warmup",
+        "2",
+    ]
+    flags += ["--sequence-length", "16", "--learning-rate", "3e-3", "--validate-every", "2", "--remat", "none"]
+    flags += ["--no-isolate", "--save-every", "2"]
+    return [*flags, "--dtypes", "compute=float32", "--validation-batches", "4", *more]
+
+
+def read(output: Path) -> dict[str, Any]:
+    return json.loads((output / "results.json").read_text(encoding="utf-8"))
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    """All of a run that does not depend on the clock, or on where it lies."""
+    starts = [{k: v for k, v in start.items() if k not in ("seconds", "proof")} for start in results["starts"]]
+    runs = [{key: value for key, value in run.items() if key != "seconds"} for run in results["runs"]]
+    return {"starts": starts, "runs": runs, "claims": results["claims"], "reach": results["reach"]}
+
+
+def begin(arguments: list[str], compiled: dict[str, str]) -> subprocess.Popen:
+    """The command as a process with one device."""
+    line = [sys.executable, "-m", "tli_jax.compare", *arguments]
+    environment = os.environ | compiled | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="module")
+def done(start, once, compiled) -> Path:
+    """A comparison of everything."""
+
+    def make(folder: Path) -> None:
+        assert begin(call(start, folder / "out", "--old-text", str(start / "ids.npy")), compiled).wait() == 0
+
+    return once("compared", make) / "out"
+
+
+def test_everything_is_compared(done) -> None:
+    results = read(done)
+    assert results["left_out"].keys() == {"stack", "llama_pro"}
+    assert "tli:identity" in results["left_out"]["llama_pro"]  # with K = 2 it is that
+    trained = {(run["name"], run["only"]) for run in results["runs"]}
+    both = {(name, only) for name in ("tli:identity", "tli:half", "dus") for only in ("all", "injected")}
+    assert trained == both | {("base", "all"), ("random", "all"), ("moe", "all"), ("old_layers", "injected")}
+    assert len(results["runs"]) == 2 * len(trained)
+    for run in results["runs"]:
+        assert [tokens for tokens, _ in run["curve"]] == [0, 256, 512] and run["diverged"] is None
+        assert run["memory"] > 0 and run["seconds"] > 0 and run["old"] > 0
+    layers = {start["name"]: start["layers"] for start in results["starts"]}
+    assert layers == {"base": 4, "old_layers": 4, "random": 6, "tli:identity": 6, "tli:half": 6, "dus": 6, "moe": 4}
+    for name in ("results.csv", "report.html", "initial_loss.png", "loss_curves.png", "forgetting.png"):
+        assert (done / name).stat().st_size > 0
+
+
+def test_models_begin_where_their_promise_says(done) -> None:
+    results = read(done)
+    new = {(start["name"], start["seed"]): start["new"] for start in results["starts"]}
+    assert new["tli:identity", 0] == new["base", 0] == results["base"]["new"]
+    assert new["moe", 0] == pytest.approx(new["base", 0], abs=1e-5)
+    assert new["random", 0] != new["random", 1]
+    # The first point of a curve is that of the model before training, by another program.
+    for run in results["runs"]:
+        found = new.get((run["name"], run["seed"]), new[run["name"], 0])
+        assert run["curve"][0][1] == pytest.approx(found, abs=1e-5)
+
+
+def test_contribution_is_what_skipping_costs(done) -> None:
+    """By hand: the trained model, exported, with the residual outputs of one layer set to zero."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    import tli_jax
+    from tli_jax import train
+
+    run = done / "runs" / "tli-half-injected-0"
+    export = done.parent / "export"
+    flags = ["--run", str(run), "--export", str(export), "--export-only", "--overwrite"]
+    assert command.run(train.main, flags) == 0
+    config, params = tli_jax.load_hf(export)
+    found = next(r for r in read(done)["runs"] if (r["name"], r["only"], r["seed"]) == ("tli:half", "injected", 0))
+    assert found["contributions"].keys() == {"2", "5"}
+    ids = np.load(read(done)["config"]["text"][0]["path"])
+    windows = (len(ids) - 1) // 16
+    held_out = round(windows * 0.05)
+    rows = np.stack([ids[i * 16 : i * 16 + 17] for i in range(windows - held_out, windows)]).astype(np.int32)
+    count = min(held_out, 8)  # a batch: a quarter of the four that a validation has
+    rows = rows[[i * held_out // count for i in range(count)]]
+
+    def loss(skipped: int | None) -> float:
+        layers = {part: dict(params["layers"][part]) for part in params["layers"]}
+        for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            weight = layers[part][name]["weight"]
+            weight = weight if skipped is None else weight.at[skipped].set(0)
+            layers[part][name] = {"weight": weight}
+        return float(tli_jax.losses(config, params | {"layers": layers}, jnp.asarray(rows)).mean())
+
+    for layer in (2, 5):
+        assert found["contributions"][str(layer)] == pytest.approx(loss(layer) - loss(None), abs=2e-5)
+
+
+def test_what_is_there_is_not_done_again(done, start) -> None:
+    before, stamps = read(done), {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
+    assert command.run(compare.main, call(start, done, "--old-text", str(start / "ids.npy"))) == 0
+    assert numbers(read(done)) == numbers(before)
+    assert stamps == {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
+
+
+def test_other_settings_are_refused(done, start, capsys) -> None:
+    old = ["--old-text", str(start / "ids.npy")]
+    assert command.run(compare.main, call(start, done, *old, "--learning-rate", "1e-2")) == 2
+    assert "learning_rate was" in capsys.readouterr().err
+    changed = call(start, done, *old)
+    changed[changed.index(METHODS)] = "tli:identity,tli:half,dus"
+    fewer = [*changed, "--config", str(done.parent / "dus.yaml")]
+    (done.parent / "dus.yaml").write_text("methods: [{method: dus, drop: 2}]\n", encoding="utf-8")
+    del fewer[fewer.index("--methods") : fewer.index("--methods") + 2]
+    assert command.run(compare.main, fewer) == 2
+    assert "dus was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--methods", "tli:identity,tli:identity"], 2, "a name of its own"),
+        (["--methods", "tly"], 2, "tly"),
+        (["--methods", "tli:identity", "--every", "9"], 2, "must be 1…4"),
+        (["--only", "some"], 2, "only"),
+        (["--text", ""], 2, "text is not set"),
+        (["--model", "nowhere/at/all"], 66, "nowhere"),
+    ],
+)
+def test_refused(start, tmp_path, capsys, flags, code, message) -> None:
+    assert command.run(compare.main, call(start, tmp_path / "out", *flags)) == code
+    assert message in capsys.readouterr().err
+
+
+def test_foreign_folder_is_refused(start, tmp_path, capsys) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    assert command.run(compare.main, call(start, tmp_path)) == 73
+    assert "mine.txt" in capsys.readouterr().err
+
+
+def test_without_training(start, tmp_path, capsys) -> None:
+    flags = ["--methods", "tli:copy,dus", "--steps", "0", "--no-baselines"]
+    assert command.run(compare.main, call(start, tmp_path / "out", *flags)) == 0
+    results = read(tmp_path / "out")
+    assert results["runs"] == [] and [row["name"] for row in results["summary"]] == ["base", "tli:copy", "dus"]
+    assert results["summary"][1]["change"] > 0
+    assert "before any training" in capsys.readouterr().out
+
+
+def test_killed_and_started_again(start, tmp_path, compiled, done) -> None:
+    """kill -9 at three moments, then to the end: the numbers of one that nothing happened to."""
+    assert done, "has compiled these programs"
+    flags = ["--methods", "tli:half,dus", "--no-baselines", "--only", "injected", "--seeds", "1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert begin(call(start, whole, *flags), compiled).wait() == 0
+    # After so many are measured; with none, within the first growth.
+    moments = [
+        killed / "grown",
+        killed / "runs" / "tli-half-injected-0" / "metrics.jsonl",
+        killed / "runs" / "dus-injected-0",
+    ]
+    for there in moments:
+        process = begin(call(start, killed, *flags), compiled)
+        while process.poll() is None and not there.exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        assert not (killed / "results.json").exists()
+    assert begin(call(start, killed, *flags), compiled).wait() == 0
+    assert numbers(read(killed)) == numbers(read(whole))
