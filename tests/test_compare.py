@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
-from tli_jax import command, compare
+from tli_jax import command, compare, upscale
+from tli_jax.checkpoint import hub
+from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from tli_jax.config import CompareConfig, growth_config, parse
+from tli_jax.models.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
+CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = "tli:identity,tli:half,stack,llama_pro,dus,moe"
 
 
@@ -147,6 +152,30 @@ def test_other_settings_are_refused(done, start, capsys) -> None:
     del fewer[fewer.index("--methods") : fewer.index("--methods") + 2]
     assert command.run(compare.main, fewer) == 2
     assert "dus was" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["demo", "embedded"])
+def test_shipped_configurations(name: str) -> None:
+    config = parse(CompareConfig, "", "", [f"--config={CONFIGS / f'compare_{name}.yaml'}"])
+    base = open_checkpoint(hub.resolve("embedded"))
+    contenders, left_out = compare.make_contenders(config, base)
+    assert len(contenders) + len(left_out) == len(config.methods) + 3
+    plans = {one.name: upscale.make_plan(growth_config(one.growth, ""), base, [0.0] * 12) for one in contenders[3:]}
+    assert {len(plan) for name, plan in plans.items() if not name.startswith("moe")} == {18}
+
+
+def test_at_the_size_of_llama_8b() -> None:
+    """SOLAR's drop of 8 is tli's K = 2: 48 layers; a token meets two experts, 19 % more parameters than in it."""
+    base = Checkpoint(Path("nowhere"), SHAPES["llama3.1-8b"], {})
+    methods = "tli:identity,tli:copy,dus,slayer,opt_deus,midas,adept,stack,moe"
+    config = parse(CompareConfig, "", "", ["--methods", methods, "--every", "2"])
+    contenders, left_out = compare.make_contenders(config, base)
+    growth = {one.name: one.growth for one in contenders}
+    assert growth["dus"] == {"method": "dus", "drop": 8}
+    assert growth["opt_deus"]["after"] == list(range(15, 31))
+    assert growth["moe"] == {"method": "moe", "top_k": 2}
+    assert left_out.keys() == {"stack"}
+    assert {one.name: one.only for one in contenders}["old_layers"]["injected"].startswith("layers(1,3,5,")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from tli_jax.config import TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
+from tli_jax.config import CompareConfig, TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.values import Source
 
@@ -302,3 +302,44 @@ def test_every_key_of_training_is_explained() -> None:
     assert help.returncode == 0 and help.stderr == ""
     for name in TRAIN_FIELDS:
         assert "--" + name.replace("_", "-") in help.stdout
+
+
+def compare(*arguments: str) -> CompareConfig:
+    return parse(CompareConfig, "program", "What it does.", arguments)
+
+
+def test_methods_are_words_or_mappings(tmp_path: Path) -> None:
+    said = ({"method": "tli", "init": "half"}, {"method": "dus"}, {"method": "moe", "upcycle": "drop"})
+    assert compare("--methods", "tli:half, dus,moe:drop").methods == said
+    (tmp_path / "run.yaml").write_text("methods: [tli:half, {method: dus, drop: 1, name: shallow}]\nsteps: 0\n")
+    found = compare("--config", str(tmp_path / "run.yaml"))
+    assert found.methods == (said[0], {"method": "dus", "drop": 1, "name": "shallow"})
+    assert found.steps == 0 and found.only == ("all", "injected") and found.baselines
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--only", "all,some"), "only"),
+        (("--seeds", "0"), "seeds"),
+        (("--run", "folder"), "--run is not known"),  # the runs are the comparison's own
+        (("--method", "dus"), "is --methods meant?"),
+    ],
+)
+def test_wrong_keys_of_a_comparison(flags: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("?", r"\?")):
+        compare(*flags)
+
+
+def test_a_comparison_trains_by_the_keys_of_training() -> None:
+    """Whoever adds a key that says how a model is trained adds it to both."""
+    own = {"model", "revision", "run", "export", "export_only", "only", "distributed", "process", "keep", "track"}
+    own |= {"max_shard_size", "overwrite"}
+    names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (TrainConfig, CompareConfig)}
+    assert names[TrainConfig] - names[CompareConfig] == own - {"model", "revision", "only"}
+
+
+def test_a_comparison_comes_back_as_written(tmp_path: Path) -> None:
+    config = compare("--methods", "tli:half,dus", "--old-text", "a.txt,b.txt", "--learning-rate", "1e-3,injected=2e-3")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert from_yaml(CompareConfig, tmp_path / "config.yaml") == config

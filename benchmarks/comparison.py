@@ -1,0 +1,75 @@
+"""The tables of docs/results.md: what comparisons found, kept in benchmarks/results.
+
+python benchmarks/comparison.py --keep OUTPUT NAME    # what tli_jax.compare wrote to OUTPUT
+python benchmarks/comparison.py NAME                  # its tables
+python benchmarks/comparison.py NAME --claims
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from tli_jax.report import comparison
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "seconds", "memory")
+# One row a claim and a contender would be some hundred: the two readings of the paper's method, and the best start.
+CLAIMANTS = ("tli:identity", "tli:copy", "tli:half")
+
+
+def keep(output: Path, name: str) -> None:
+    """Without plans and proofs, which a growth makes again, and without where things lie on this machine."""
+    results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    for start in results["starts"]:
+        del start["plan"], start["proof"]
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    text = re.sub(r"(?<![\w.])/[\w./-]*/([\w.-]+)", r"\1", text)
+    (RESULTS / f"compare_{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"compare_{name}.json").read_text(encoding="utf-8"))
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(results: dict[str, Any]) -> str:
+    """One for each kind of run."""
+    found = []
+    for only in dict.fromkeys(row["only"] for row in results["summary"]):
+        rows = [comparison.cells(row) for row in results["summary"] if row["only"] == only]
+        rows = [[re.sub(r"(.*) \*$", r"**\1**", row[key]) for key in COLUMNS] for row in rows]
+        title = f"{comparison.ONLY[only].capitalize()}:"
+        found.append(f"{title}\n\n{table([comparison.HEADINGS[key] for key in COLUMNS], rows)}")
+    return "\n\n".join(found)
+
+
+def claims(results: dict[str, Any]) -> str:
+    rows = [
+        [claim, row["tli"], row["verdict"], row["numbers"]]
+        for claim, found in comparison.claims_by_kind(results).items()
+        for row in found
+        if row["tli"] in CLAIMANTS
+    ]
+    return table(["claim", "", "here", ""], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("--keep", type=Path, metavar="OUTPUT")
+    parser.add_argument("--claims", action="store_true")
+    options = parser.parse_args()
+    if options.keep:
+        keep(options.keep, options.name)
+    else:
+        print((claims if options.claims else tables)(read(options.name)))
+
+
+if __name__ == "__main__":
+    main()
