@@ -6,11 +6,12 @@
 The flags are those of ``tli_jax.compare``; ``methods`` are replaced. In the output of a comparison that was made with
 the same settings, what that measured is not done again. Of n injected layers behind their sources:
 
-- ``split-B``: residual outputs of the source times 1 - B, of its copy times B; ``half`` is B = 0.5.
+- ``split-0.25``: residual outputs of the source times 0.75, of its copy times 0.25; ``half`` has 0.5 and 0.5.
 - ``weakened``: the source times 0.5, the copy 0: what halving the source does, without what the copy gives.
 - ``learnt``: factors of each source and copy learnt from ``half`` on, by Adam on BATCHES batches of the new text.
 - ``next``: ``identity``, but a copy of the layer that follows instead of the one before.
-- ``half-redundant``, ``identity-redundant``: behind those n layers that change the hidden state of the new text least.
+- ``half-redundant``: ``half``, behind those n layers that change the hidden state of the new text least. Not with K = 1,
+  which has all of them.
 """
 
 import dataclasses
@@ -109,14 +110,11 @@ def variants(config: CompareConfig) -> list[dict[str, Any]]:
     print(f"relative changes {np.round(moved, 3)}; learnt {learnt}", file=sys.stderr)
     behind = {place: place + 1 if place + 1 < L else place for place in places}
     following = ",".join(f"{i}k" + (f",{behind[i]}*0i" if i in behind else "") for i in range(L))
-    specs = {f"split-{b}": spec(L, dict.fromkeys(places, (1 - b, b))) for b in (0.1, 0.25)}
+    specs = {"split-0.25": spec(L, dict.fromkeys(places, (0.75, 0.25)))}
     specs |= {"weakened": spec(L, dict.fromkeys(places, (0.5, 0.0))), "learnt": spec(L, learnt), "next": following}
     found: list[dict[str, Any]] = [{"method": "custom", "layers": text, "name": name} for name, text in specs.items()]
     if redundant != places:
-        found += [
-            {"method": "tli", "init": init, "after": redundant, "name": f"{init}-redundant"}
-            for init in ("half", "identity")
-        ]
+        found.append({"method": "tli", "init": "half", "after": redundant, "name": "half-redundant"})
     return found
 
 
