@@ -10,8 +10,7 @@ the same settings, what that measured is not done again. Of n injected layers be
 - ``weakened``: the source times 0.5, the copy 0: what halving the source does, without what the copy gives.
 - ``learnt``: factors of each source and copy learnt from ``half`` on, by Adam on BATCHES batches of the new text.
 - ``next``: ``identity``, but a copy of the layer that follows instead of the one before.
-- ``half-redundant``: ``half``, behind those n layers that change the hidden state of the new text least. Not with K = 1,
-  which has all of them.
+- ``half-redundant``: ``half``, behind those n layers that change the hidden state of the new text least; not with K = 1.
 """
 
 import dataclasses
