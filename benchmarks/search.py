@@ -10,7 +10,7 @@ the same settings, what that measured is not done again. Of n injected layers be
 - ``weakened``: the source times 0.5, the copy 0: what halving the source does, without what the copy gives.
 - ``learnt``: factors of each source and copy learnt from ``half`` on, by Adam on BATCHES batches of the new text.
 - ``next``: ``identity``, but a copy of the layer that follows instead of the one before.
-- ``half-redundant``: ``half``, behind those n layers that change the hidden state of the new text least; not with K = 1.
+- ``half-redundant``: ``half``, behind those n layers that change the hidden state least; not with K = 1.
 """
 
 import dataclasses
@@ -26,9 +26,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tli_jax import command, compare, train
+from tli_jax import command, train
 from tli_jax.checkpoint import hub, tokens
 from tli_jax.checkpoint.hf import load_hf
+from tli_jax.compare.comparison import compare
 from tli_jax.config import CompareConfig, Recipe, TrainConfig, parse
 from tli_jax.growth.inject import inject
 from tli_jax.growth.presets import tli
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(CompareConfig, "python benchmarks/search.py", __doc__ or "", arguments)
     known = ({"method": "tli", "init": "identity"}, {"method": "tli", "init": "half"})
     config = dataclasses.replace(config, methods=(*known, *variants(config)))
-    results = compare.compare(config, shlex.join(["python", "benchmarks/search.py", *arguments]))
+    results = compare(config, shlex.join(["python", "benchmarks/search.py", *arguments]))
     command.console().print(comparison.tabulate(results))
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from tli_jax import command, compare, upscale
+from tli_jax import command, upscale
 from tli_jax.checkpoint import hub
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from tli_jax.compare.__main__ import main
+from tli_jax.compare.contenders import make_contenders
 from tli_jax.config import CompareConfig, growth_config, parse
 from tli_jax.models.shapes import SHAPES
 
@@ -136,21 +138,21 @@ def test_contribution_is_what_skipping_costs(done) -> None:
 
 def test_what_is_there_is_not_done_again(done, start) -> None:
     before, stamps = read(done), {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
-    assert command.run(compare.main, call(start, done, "--old-text", str(start / "ids.npy"))) == 0
+    assert command.run(main, call(start, done, "--old-text", str(start / "ids.npy"))) == 0
     assert numbers(read(done)) == numbers(before)
     assert stamps == {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
 
 
 def test_other_settings_are_refused(done, start, capsys) -> None:
     old = ["--old-text", str(start / "ids.npy")]
-    assert command.run(compare.main, call(start, done, *old, "--learning-rate", "1e-2")) == 2
+    assert command.run(main, call(start, done, *old, "--learning-rate", "1e-2")) == 2
     assert "learning_rate was" in capsys.readouterr().err
     changed = call(start, done, *old)
     changed[changed.index(METHODS)] = "tli:identity,tli:half,dus"
     fewer = [*changed, "--config", str(done.parent / "dus.yaml")]
     (done.parent / "dus.yaml").write_text("methods: [{method: dus, drop: 2}]\n", encoding="utf-8")
     del fewer[fewer.index("--methods") : fewer.index("--methods") + 2]
-    assert command.run(compare.main, fewer) == 2
+    assert command.run(main, fewer) == 2
     assert "dus was" in capsys.readouterr().err
 
 
@@ -158,7 +160,7 @@ def test_other_settings_are_refused(done, start, capsys) -> None:
 def test_shipped_configurations(name: str) -> None:
     config = parse(CompareConfig, "", "", [f"--config={CONFIGS / f'compare_{name}.yaml'}"])
     base = open_checkpoint(hub.resolve("embedded"))
-    contenders, left_out = compare.make_contenders(config, base)
+    contenders, left_out = make_contenders(config, base)
     assert len(contenders) + len(left_out) == len(config.methods) + 3
     plans = {one.name: upscale.make_plan(growth_config(one.growth, ""), base, [0.0] * 12) for one in contenders[3:]}
     assert {len(plan) for name, plan in plans.items() if not name.startswith("moe")} == {18}
@@ -169,7 +171,7 @@ def test_at_the_size_of_llama_8b() -> None:
     base = Checkpoint(Path("nowhere"), SHAPES["llama3.1-8b"], {})
     methods = "tli:identity,tli:copy,dus,slayer,opt_deus,midas,adept,stack,moe"
     config = parse(CompareConfig, "", "", ["--methods", methods, "--every", "2"])
-    contenders, left_out = compare.make_contenders(config, base)
+    contenders, left_out = make_contenders(config, base)
     growth = {one.name: one.growth for one in contenders}
     assert growth["dus"] == {"method": "dus", "drop": 8}
     assert growth["opt_deus"]["after"] == list(range(15, 31))
@@ -190,19 +192,19 @@ def test_at_the_size_of_llama_8b() -> None:
     ],
 )
 def test_refused(start, tmp_path, capsys, flags, code, message) -> None:
-    assert command.run(compare.main, call(start, tmp_path / "out", *flags)) == code
+    assert command.run(main, call(start, tmp_path / "out", *flags)) == code
     assert message in capsys.readouterr().err
 
 
 def test_foreign_folder_is_refused(start, tmp_path, capsys) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    assert command.run(compare.main, call(start, tmp_path)) == 73
+    assert command.run(main, call(start, tmp_path)) == 73
     assert "mine.txt" in capsys.readouterr().err
 
 
 def test_without_training(start, tmp_path, capsys) -> None:
     flags = ["--methods", "tli:copy,dus", "--steps", "0", "--no-baselines"]
-    assert command.run(compare.main, call(start, tmp_path / "out", *flags)) == 0
+    assert command.run(main, call(start, tmp_path / "out", *flags)) == 0
     results = read(tmp_path / "out")
     assert results["runs"] == [] and [row["name"] for row in results["summary"]] == ["base", "tli:copy", "dus"]
     assert results["summary"][1]["change"] > 0

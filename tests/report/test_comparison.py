@@ -10,7 +10,7 @@ import pytest
 
 from tli_jax.growth.presets import dus, tli
 from tli_jax.report import comparison
-from tli_jax.report.comparison import FAILS, HOLDS, UNKNOWN, reached
+from tli_jax.report.analysis import FAILS, HOLDS, UNKNOWN, analyse, reached
 from tli_jax.report.page import write_report
 
 PROOF = {"max_abs_logit_difference": 0.5, "kl": 0.01, "top1": 0.9, "tokens": 512}
@@ -56,7 +56,7 @@ def results(tmp_path: Path) -> dict[str, Any]:
     }
     found |= {"left_out": {"stack": "too large"}, "command": "python -m x --text '<b>&'", "versions": {"jax": "1"}}
     found |= {"machine": {"system": "s", "cores": 2, "devices": "1 × cpu"}}
-    return found | comparison.analyse(found)
+    return found | analyse(found)
 
 
 def row(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_best_is_marked_and_what_cannot_be_told_from_it(results) -> None:
     # Lower by more than twice the standard error in the mean, but not in every seed.
     for one, loss in zip([r for r in results["runs"] if r["name"] == "dus"], (2.39, 2.42, 2.43), strict=True):
         one["curve"][-1][1] = loss
-    results |= comparison.analyse(results)
+    results |= analyse(results)
     assert row(results, "dus")["marks"]["final"] == "alike"
 
 
@@ -109,7 +109,7 @@ def test_claims(results) -> None:
 def test_one_seed_says_nothing_of_training(results) -> None:
     results["runs"] = [one for one in results["runs"] if one["seed"] == 0]
     results["config"]["seeds"] = 1
-    results |= comparison.analyse(results)
+    results |= analyse(results)
     said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
     assert said["fewer steps than dus"] == UNKNOWN
     assert said["lower initial loss than dus"] == HOLDS  # neither model is drawn
@@ -119,7 +119,7 @@ def test_one_seed_says_nothing_of_training(results) -> None:
 def test_diverged_is_not_averaged(results) -> None:
     bad = next(one for one in results["runs"] if one["name"] == "dus")
     bad["diverged"] = "step 3"
-    results |= comparison.analyse(results)
+    results |= analyse(results)
     assert row(results, "dus")["final"] is None and row(results, "dus")["diverged"] == 1
     assert comparison.cells(row(results, "dus"))["final"] == "diverged"
     said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}

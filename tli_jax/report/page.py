@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.report import comparison
+from tli_jax.report.analysis import mean_curve
 from tli_jax.report.layer_map import draw_svg
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def _curves(results: Mapping[str, Any], only: str) -> "Figure":
     figure = graph_objects.Figure()
     colour = colours([row["name"] for row in results["summary"]])
     for row in results["summary"]:
-        curve = comparison.mean_curve(results, row["name"], only) if row["only"] == only else []
+        curve = mean_curve(results, row["name"], only) if row["only"] == only else []
         if curve:
             tokens, means, spreads = (list(column) for column in zip(*curve, strict=True))
             figure.add_scatter(

@@ -9,7 +9,8 @@ import matplotlib.colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tli_jax.report.comparison import ONLY, mean_curve
+from tli_jax.report.analysis import mean_curve
+from tli_jax.report.comparison import ONLY
 
 _NEW, _OLD, _GREY = "#4c6a92", "#e0913d", "#888888"
 _DPI = 130

@@ -1,4 +1,4 @@
-"""``python -m tli_jax.compare``: one base grown in several ways to one size, trained alike, and put side by side.
+"""Doing a comparison: what is there is not done again.
 
 ::
 
@@ -15,9 +15,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
-import shlex
-import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -27,13 +24,13 @@ from tli_jax import command, upscale
 from tli_jax import train as training
 from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.headers import read_json
-from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from tli_jax.config import CompareConfig, Recipe, TrainConfig, UpscaleConfig, from_yaml, growth_config, parse, to_yaml
+from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.compare.contenders import BASE, OLD_LAYERS, RANDOM, Contender, as_json, make_contenders
+from tli_jax.config import CompareConfig, Recipe, TrainConfig, UpscaleConfig, from_yaml, growth_config, to_yaml
 from tli_jax.errors import DivergedError, OutputError, UsageError
-from tli_jax.growth.sizes import fit
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
-from tli_jax.report import comparison
+from tli_jax.report.analysis import analyse
 from tli_jax.report.page import need_libraries, write_report
 from tli_jax.report.run import validation
 from tli_jax.training.metrics import read_metrics
@@ -44,41 +41,8 @@ if TYPE_CHECKING:
     from tli_jax.data.batches import Data
     from tli_jax.training.step import Trainer
 
-PROGRAM = "python -m tli_jax.compare"
-BASE, OLD_LAYERS, RANDOM = "base", "old_layers", "random"
 # What may be another when a comparison is gone on with: what was measured stays what it is.
 _MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output")
-# Of a growth, what is not the comparison's to say.
-_NOT_A_METHOD = {
-    *("model", "revision", "output", "train", "shape", "sample", "plan_only", "json", "overwrite", "proof"),
-    *("max_shard_size", "seed"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Contender:
-    """One way to a model that is trained.
-
-    Args:
-        method: of growth; None for the baselines.
-        growth: the options of the method, by which the model is made from the base.
-        is_drawn: whether the model is another one for each seed.
-        only: for each kind of run that there is, ``all`` and ``injected``, what trains in it.
-    """
-
-    name: str
-    method: str | None
-    growth: dict[str, Any]
-    is_drawn: bool
-    only: dict[str, str]
-
-
-def main(arguments: Sequence[str]) -> None:
-    config = parse(CompareConfig, PROGRAM, "Grow a base in several ways, train each alike, and compare.", arguments)
-    results = compare(config, shlex.join([*PROGRAM.split(), *arguments]))
-    command.console().print(comparison.tabulate(results))
-    for line in comparison.describe(results):
-        command.console().print(line, markup=False, soft_wrap=True)
 
 
 def compare(config: CompareConfig, call: str) -> dict[str, Any]:
@@ -182,7 +146,7 @@ class _Comparison:
         results = {
             "version": 1,
             "command": call,
-            "config": _plain(dataclasses.asdict(self.config)),
+            "config": as_json(dataclasses.asdict(self.config)),
             "base": {"layers": self.base.config.num_hidden_layers, "new": base["new"], "old": base["old"]},
             "size": self._size().num_params,
             "left_out": self.left_out,
@@ -191,7 +155,7 @@ class _Comparison:
             "machine": _machine(),
             "versions": _versions(),
         }
-        results |= comparison.analyse(results)
+        results |= analyse(results)
         sidecar.write_json(self.output / "results.json", results)
         write_report(results, to_yaml(self.config), self.output)
         return results
@@ -215,12 +179,12 @@ class _Comparison:
         """Where the model of a contender is; for the base, what it goes by."""
         if contender.name in (BASE, OLD_LAYERS):
             return self.config.model
-        name = _file_name(contender.name)
+        name = contender.file_name
         return self.output / "grown" / (f"{name}-{seed}" if contender.is_drawn else name)
 
     def _start(self, contender: Contender, seed: int) -> dict[str, Any]:
         """A model before any training: made, proved, and its losses."""
-        file = self.output / "measured" / f"start-{_file_name(contender.name)}-{seed}.json"
+        file = self.output / "measured" / f"start-{contender.file_name}-{seed}.json"
         if file.is_file():
             found = read_json(file)
             if found["growth"] != contender.growth:
@@ -297,7 +261,7 @@ class _Comparison:
 
     def _run(self, contender: Contender, only: str, seed: int, advance: command.Advance) -> dict[str, Any]:
         """Train one, and measure what came of it."""
-        name = f"{_file_name(contender.name)}-{only}-{seed}"
+        name = f"{contender.file_name}-{only}-{seed}"
         shown = f"{contender.name}, {only}, seed {seed}"
         file, steps = self.output / "measured" / f"{name}.json", self.config.steps
         if file.is_file():
@@ -347,67 +311,6 @@ class _Comparison:
         return found
 
 
-def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Contender], dict[str, str]]:
-    """The baselines and the methods, each with the options that bring it to the common size; and, by name, why some
-    are left out.
-
-    Raises:
-        UsageError: an option is wrong, or two are called the same.
-    """
-    layers = base.config.num_hidden_layers
-    every = config.every
-    if every > layers:
-        raise UsageError(f"every is {every}, must be 1…{layers}")
-    found = [Contender(BASE, None, {}, False, {"all": "all"} if config.baselines else {})]
-    if config.baselines:
-        old = ",".join(str(layer) for layer in range(every - 1, layers, every))
-        found.append(Contender(OLD_LAYERS, None, {}, False, {"injected": f"layers({old})"}))
-        found.append(Contender(RANDOM, None, {}, True, {"all": "all"}))
-    left_out, plans = {}, {}
-    for given in config.methods:
-        growth = {key: value for key, value in given.items() if key != "name"}
-        start = growth.get("init") or growth.get("upcycle")
-        name = str(given.get("name") or f"{growth.get('method')}" + (f":{start}" if start else ""))
-        where = f"methods: {name}"
-        if not re.fullmatch(r"[\w.:+-]+", name) or any(_file_name(name) == _file_name(one.name) for one in found):
-            raise UsageError(f"{where}: must be a name of its own, of letters, digits and . : + - _")
-        if foreign := sorted(_NOT_A_METHOD & growth.keys()):
-            raise UsageError(f"{where}: {', '.join(foreign)} is not for a method to say: leave it out")
-        read = dataclasses.asdict(growth_config(growth, where))
-        growth = {key: read[key] for key in growth}
-        method = growth["method"]
-        options = fit(method, layers, every, growth)
-        if options is None:
-            left_out[name] = f"the smallest that {method} makes has more than {layers + layers // every} layers"
-            continue
-        growth |= options
-        if "experts" in growth or method == "moe":
-            growth |= _fit_experts(growth, base.config, every)
-        plan = upscale.make_plan(growth_config(growth, where), base, [0.0] * layers)
-        twin = next((one for one, rows in plans.items() if rows == (plan.rows, plan.experts)), None)
-        if twin is not None:
-            left_out[name] = f"it is {twin}, layer by layer"
-            continue
-        plans[name] = plan.rows, plan.experts
-        is_drawn = "seed" in plan.options or plan.experts is not None
-        only = {"all": "all"} | ({"injected": "injected"} if any(plan.injected) else {})
-        found.append(Contender(name, method, _plain(growth), is_drawn, only))
-    return found, left_out
-
-
-def _fit_experts(growth: dict[str, Any], base: LlamaConfig, every: int) -> dict[str, Any]:
-    """How many experts a token goes through, so that it meets about as many parameters as in the deeper model.
-
-    Two at least: the weight of a single one is always 1, and the router would have no gradient.
-    """
-    if growth.get("top_k") or growth["method"] != "moe":
-        return {}
-    layers = base.num_hidden_layers
-    in_feed_forward = 3 * base.hidden_size * base.intermediate_size
-    more = layers // every * base.layer_params / (layers * in_feed_forward)
-    return {"top_k": max(2, round(1 + more)) * growth.get("granularity", 1)}
-
-
 def _sizes(config: LlamaConfig) -> dict[str, Any]:
     return {
         "layers": config.num_hidden_layers,
@@ -415,15 +318,6 @@ def _sizes(config: LlamaConfig) -> dict[str, Any]:
         "active_parameters": config.num_active_params,
         "forward_flops_per_token": config.flops_per_token(min(config.max_position_embeddings, 2048)),
     }
-
-
-def _file_name(name: str) -> str:
-    return name.replace(":", "-")
-
-
-def _plain(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))
 
 
 def _machine() -> dict[str, Any]:
@@ -440,7 +334,3 @@ def _machine() -> dict[str, Any]:
 def _versions() -> dict[str, str]:
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
-if __name__ == "__main__":
-    processes.leave(command.run(main, sys.argv[1:]))

@@ -1,0 +1,25 @@
+"""``python -m tli_jax.compare``: one base grown in several ways to one size, trained alike, and put side by side."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from tli_jax import command
+from tli_jax.compare.comparison import compare
+from tli_jax.config import CompareConfig, parse
+from tli_jax.parallel import processes
+from tli_jax.report.comparison import describe, tabulate
+
+PROGRAM = "python -m tli_jax.compare"
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse(CompareConfig, PROGRAM, "Grow a base in several ways, train each alike, and compare.", arguments)
+    results = compare(config, shlex.join([*PROGRAM.split(), *arguments]))
+    command.console().print(tabulate(results))
+    for line in describe(results):
+        command.console().print(line, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    processes.leave(command.run(main, sys.argv[1:]))
