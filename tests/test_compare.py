@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tli_jax import command, upscale
@@ -105,7 +107,6 @@ def test_models_begin_where_their_promise_says(done) -> None:
 def test_contribution_is_what_skipping_costs(done) -> None:
     """By hand: the trained model, exported, with the residual outputs of one layer set to zero."""
     import jax.numpy as jnp
-    import numpy as np
 
     import tli_jax
     from tli_jax import train
@@ -156,6 +157,16 @@ def test_other_settings_are_refused(done, start, capsys) -> None:
     assert "dus was" in capsys.readouterr().err
 
 
+def test_other_data_is_refused(start, tmp_path, capsys) -> None:
+    shutil.copy(start / "ids.npy", tmp_path / "ids.npy")
+    flags = call(start, tmp_path / "out", "--methods", "tli:identity", "--steps", "0", "--no-baselines")
+    flags[flags.index("--text") + 1] = str(tmp_path / "ids.npy")
+    assert command.run(main, flags) == 0
+    np.save(tmp_path / "ids.npy", np.load(start / "ids.npy")[::-1])
+    assert command.run(main, flags) == 2
+    assert "the text is not what it was started with" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["demo", "embedded"])
 def test_shipped_configurations(name: str) -> None:
     config = parse(CompareConfig, "", "", [f"--config={CONFIGS / f'compare_{name}.yaml'}"])
@@ -188,6 +199,7 @@ def test_at_the_size_of_llama_8b() -> None:
         (["--methods", "tli:identity", "--every", "9"], 2, "must be 1…4"),
         (["--only", "some"], 2, "only"),
         (["--text", ""], 2, "text is not set"),
+        (["--validation-share", "0"], 2, "nothing is kept out"),
         (["--model", "nowhere/at/all"], 66, "nowhere"),
     ],
 )

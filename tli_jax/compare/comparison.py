@@ -34,12 +34,11 @@ from tli_jax.report.analysis import analyse
 from tli_jax.report.page import need_libraries, write_report
 from tli_jax.report.run import validation
 from tli_jax.training.metrics import read_metrics
-from tli_jax.training.run import RunFolder, replacing
+from tli_jax.training.run import RunFolder, model_digest, replacing
 from tli_jax.values import Source
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
-    from tli_jax.training.step import Trainer
 
 # What may be another when a comparison is gone on with: what was measured stays what it is.
 _MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output")
@@ -85,7 +84,15 @@ class _Comparison:
         recipe: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}
         recipe["steps"] = max(config.steps, 1)
         self.recipe = TrainConfig(**recipe)
-        self.old = self._find_old_text()
+        self.new, self.old = self._read(self.recipe), self._read_old_text()
+        if not self.new.validation_windows:
+            raise UsageError("nothing is kept out to measure on: give validation_text, or a validation_share above 0")
+        # What was measured belongs to them.
+        self.facts = {
+            "model": model_digest(self.base),
+            "text": self.new.digest,
+            "old_text": self.old and self.old.digest,
+        }
 
     def _check_folder(self) -> None:
         file = self.output / "config.yaml"
@@ -102,9 +109,13 @@ class _Comparison:
         with replacing(file) as temporary:
             temporary.write_text(to_yaml(self.config), encoding="utf-8")
 
-    def _find_old_text(self) -> Recipe | None:
-        """The recipe that reads the old domain, all of it for validation. The word ``embedded`` is the modules held out
-        of the embedded base's training."""
+    def _read(self, recipe: Recipe) -> "Data":
+        model = self.base.config
+        T = recipe.sequence_length or min(model.max_position_embeddings, 2048)
+        return training.open_text(recipe, model, self.base.folder, self.tokenizer, T, self.output / "data")
+
+    def _read_old_text(self) -> "Data | None":
+        """All of it for validation. The word ``embedded`` is the modules held out of the embedded base's training."""
 
         def find(source: Source) -> Source:
             if source.path != hub.EMBEDDED or Path(source.path).exists():
@@ -117,7 +128,7 @@ class _Comparison:
             return dataclasses.replace(source, path=str(file))
 
         found = tuple(map(find, self.config.old_text))
-        return dataclasses.replace(self.recipe, text=found, validation_text=found) if found else None
+        return self._read(dataclasses.replace(self.recipe, text=found, validation_text=found)) if found else None
 
     def finish(self, call: str) -> dict[str, Any]:
         """Do what is not done, and write down all."""
@@ -156,7 +167,7 @@ class _Comparison:
             "versions": _versions(),
         }
         results |= analyse(results)
-        sidecar.write_json(self.output / "results.json", results)
+        _write(self.output / "results.json", results)
         write_report(results, to_yaml(self.config), self.output)
         return results
 
@@ -187,6 +198,10 @@ class _Comparison:
         file = self.output / "measured" / f"start-{contender.file_name}-{seed}.json"
         if file.is_file():
             found = read_json(file)
+            for key, value in self.facts.items():
+                if found["facts"][key] != value:
+                    what = f"the {key} is not what it was started with"
+                    raise UsageError(f"output {self.output}: {what}: bring it back, or use another output")
             if found["growth"] != contender.growth:
                 raise UsageError(
                     f"methods: {contender.name} was {found['growth']} in {self.output}, is {contender.growth}:"
@@ -198,8 +213,8 @@ class _Comparison:
             folder = Path(hub.resolve(self._folder(contender, seed), self.config.revision))
             new, old = self._losses(folder)
         found = {"name": contender.name, "seed": seed, "method": contender.method, "growth": contender.growth}
-        found |= {"is_drawn": contender.is_drawn, **made, "new": new, "old": old}
-        sidecar.write_json(file, found)
+        found |= {"is_drawn": contender.is_drawn, **made, "new": new, "old": old, "facts": self.facts}
+        _write(file, found)
         return found
 
     def _make(self, contender: Contender, seed: int) -> dict[str, Any]:
@@ -243,21 +258,9 @@ class _Comparison:
         from tli_jax.training.loop import Feed, load
 
         weights = open_checkpoint(folder)
-        trainer, T, _ = training.make_trainer(self.recipe, weights.config, None)
+        trainer, _, _ = training.make_trainer(self.recipe, weights.config, None)
         arrays = load(trainer, weights)
-        new = self._read(self.recipe, weights.config, T)
-        return Feed(trainer, new).validate(*arrays), self._old_loss(trainer, *arrays)
-
-    def _old_loss(self, trainer: "Trainer", trained: Any, frozen: Any) -> float | None:
-        from tli_jax.training.loop import Feed
-
-        if self.old is None:
-            return None
-        T = self.recipe.sequence_length or min(trainer.model.max_position_embeddings, 2048)
-        return Feed(trainer, self._read(self.old, trainer.model, T)).validate(trained, frozen)
-
-    def _read(self, recipe: Recipe, model: LlamaConfig, T: int) -> "Data":
-        return training.open_text(recipe, model, self.base.folder, self.tokenizer, T, self.output / "data")
+        return Feed(trainer, self.new).validate(*arrays), self.old and Feed(trainer, self.old).validate(*arrays)
 
     def _run(self, contender: Contender, only: str, seed: int, advance: command.Advance) -> dict[str, Any]:
         """Train one, and measure what came of it."""
@@ -284,7 +287,7 @@ class _Comparison:
                 found |= {"diverged": str(error)}
             else:
                 found |= {"diverged": None} | self._measure(trained, run)
-        sidecar.write_json(file, found)
+        _write(file, found)
         return found
 
     def _measure(self, run: "training.Trained", folder: RunFolder) -> dict[str, Any]:
@@ -300,7 +303,7 @@ class _Comparison:
         batches = max(1, self.recipe.validation_batches // 4)
         found = {
             "curve": validation(lines),
-            "old": self._old_loss(trainer, trained, frozen),
+            "old": self.old and Feed(trainer, self.old).validate(trained, frozen),
             "contributions": contributions(feed, trained, frozen, batches),
             "seconds": sum(self.recipe.batch_size * data.T / line["tokens_per_second"] for line in lines),
             "trained_parameters": sum(array.size for array in trained.values()),
@@ -309,6 +312,12 @@ class _Comparison:
         }
         jax.clear_caches()  # of this run's programs, or hundreds of runs would hold all of theirs
         return found
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    with replacing(file) as temporary:
+        sidecar.write_json(temporary, content)
 
 
 def _sizes(config: LlamaConfig) -> dict[str, Any]:
