@@ -20,6 +20,14 @@ def analyse(results: Mapping[str, Any]) -> dict[str, Any]:
     summary = [_summarise(results, name, only) for only, name in _pairs(results)]
     if not results["runs"]:
         summary = [_summarise(results, start["name"], None) for start in _first(results["starts"]) if _is_shown(start)]
+    # Baselines first, then the best.
+    kinds = list(dict.fromkeys(row["only"] for row in summary))
+
+    def order(row: Mapping[str, Any]) -> tuple[int, bool, float]:
+        known = row.get("final") if row["only"] else row["initial"]
+        return kinds.index(row["only"]), row["method"] is not None, known["mean"] if known else math.inf
+
+    summary.sort(key=order)
     _mark_best(results, summary)
     return {"summary": summary, "reach": _reach(results), "claims": _claims(results)}
 
@@ -82,7 +90,7 @@ def mean_curve(results: Mapping[str, Any], name: str, only: str) -> list[tuple[f
     return found
 
 
-def reached(curve: Sequence[Sequence[float]], level: float) -> float | None:
+def reached(curve: Sequence[Sequence[float]], level: Any) -> float | None:
     """Tokens after which a curve of ``(tokens, loss)`` is first at or below a level, straight between its points."""
     if curve[0][1] <= level:
         return float(curve[0][0])
@@ -110,16 +118,22 @@ def _summarise(results: Mapping[str, Any], name: str, only: str | None) -> dict[
         row["final"] = _spread(_finals(results, name, only))
         row["old_after"] = _spread(_finals(results, name, only, "old"))
         row["to_base"] = _spread({run["seed"]: reached(run["curve"], base["new"]) for run in done}) if done else None
-        rival = _spread(_finals(results, "base", "all")) if results["config"]["baselines"] else None
-        row["to_rival"] = (
-            _spread({run["seed"]: reached(run["curve"], rival["mean"]) for run in done}) if rival and done else None
-        )
+        row["to_rival"] = _tokens_to(results, done, _finals(results, "base", "all"))
         for key in ("seconds", "memory", "trained_parameters", "flops_per_token"):
             row[key] = statistics.fmean(run[key] for run in done) if done else None
         row["flops"] = row["flops_per_token"] and row["flops_per_token"] * done[0]["curve"][-1][0]
         row["contributions"] = _contributions(done)
     row["growth_seconds"] = start["seconds"]
     return row
+
+
+def _tokens_to(
+    results: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], levels: Mapping[int, float | None]
+) -> dict[str, Any] | None:
+    """After which each run comes to the level of its seed; None where one never does."""
+    if len(runs) < results["config"]["seeds"] or any(levels.get(run["seed"]) is None for run in runs):
+        return None
+    return _spread({run["seed"]: reached(run["curve"], levels[run["seed"]]) for run in runs})
 
 
 def _contributions(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -170,19 +184,17 @@ def _difference(a: Mapping[int, float | None], b: Mapping[int, float | None]) ->
 
 
 def _reach(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """What trains -> contender -> another -> mean tokens to the other's mean final loss; None where a seed never is."""
+    """What trains -> contender -> another -> mean tokens to the other's final loss in the same seed, None where one seed
+    never gets there."""
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     pairs = _pairs(results)
-    levels = {(only, name): _spread(_finals(results, name, only)) for only, name in pairs}
     for only, name in pairs:
         runs = [run for run in select(results["runs"], name=name, only=only) if not run["diverged"]]
         row = found.setdefault(only, {}).setdefault(name, {})
         for kind, other in pairs:
-            level = levels[kind, other]
-            if kind != only or level is None or level["mean"] is None:
-                continue
-            tokens = _spread({run["seed"]: reached(run["curve"], level["mean"]) for run in runs})
-            row[other] = None if tokens is None else tokens["mean"]
+            if kind == only:
+                tokens = _tokens_to(results, runs, _finals(results, other, only))
+                row[other] = tokens and tokens["mean"]
     return found
 
 
@@ -254,4 +266,9 @@ def number(value: Mapping[str, Any] | None, digits: int = 4) -> str:
 def signed(difference: Mapping[str, Any]) -> str:
     """A difference and twice its standard error as text."""
     error = f" ± {difference['error']:.4f}" if difference["error"] else ""
-    return f"{difference['mean']:+.4f}{error}"
+    return f"{plus(difference['mean'])}{error}"
+
+
+def plus(value: float) -> str:
+    """With its sign; nothing is below zero that does not show."""
+    return f"{round(value, 4) + 0.0:+.4f}"

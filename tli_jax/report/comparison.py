@@ -9,13 +9,15 @@ import rich.box
 import rich.console
 import rich.table
 
-from tli_jax.report.analysis import FAILS, HOLDS, UNKNOWN, final_loss, number, select
+from tli_jax.report.analysis import FAILS, HOLDS, UNKNOWN, final_loss, number, plus, select
 
 ONLY = {"all": "everything trains", "injected": "injected layers alone train"}
 
 
 def _tokens(value: Mapping[str, Any] | None) -> str:
-    return "–" if value is None else f"{value['mean'] / 1000:,.0f}k" if value["mean"] else "0"
+    if value is None or not 0 < value["mean"] < 500:
+        return "–" if value is None else f"{value['mean'] / 1000:,.0f}k" if value["mean"] else "0"
+    return "<1k"
 
 
 HEADINGS = {
@@ -35,9 +37,9 @@ HEADINGS = {
 }
 # What a heading is short for.
 LEGEND = (
-    "± size: parameters that a token goes through, against the common size; FLOPs: of a token, forward, in millions;"
-    " to base's start, end: tokens, in thousands, after which the loss is that of the base before, and that of the base"
-    " trained likewise; s and MB: of a run, memory by the compiler"
+    "parameters: in brackets those that a token goes through; ± size: these, against the common size; FLOPs: of a token,"
+    " forward, in millions; to base's start, end: tokens, in thousands, after which the loss is that of the base before, and"
+    " that of the base trained likewise, seed by seed; s and MB: of a run, memory by the compiler"
 )
 
 
@@ -47,15 +49,15 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     marks = {"best": " *", "alike": " ≈"}
     tail = {key: marks.get(mark, "") for key, mark in row.get("marks", {}).items()}
     old = number(row["old_before"])
-    parameters = [row["parameters"], *([row["active_parameters"]] * (row["active_parameters"] != row["parameters"]))]
+    active = f" ({row['active_parameters'] / 1e6:,.2f}M)" * (row["active_parameters"] != row["parameters"])
     found = {
         "name": row["name"],
         "layers": str(row["layers"]),
-        "parameters": ", a token ".join(f"{number / 1e6:,.2f}M" for number in parameters),
+        "parameters": f"{row['parameters'] / 1e6:,.2f}M{active}",
         "size": f"{row['size_difference']:+.1%}" if round(row["size_difference"], 3) else "=",
         "flops": f"{row['forward_flops_per_token'] / 1e6:,.2f}M",
         "initial": number(row["initial"]) + tail.get("initial", ""),
-        "change": "–" if row["change"] is None else f"{row['change']:+.4f}",
+        "change": "–" if row["change"] is None else plus(row["change"]),
     }
     if row["only"] is None:
         return found | {"old": old}
@@ -82,7 +84,7 @@ def tabulate(results: Mapping[str, Any]) -> rich.console.Group:
         for row in results["summary"]:
             if row["only"] == only:
                 text, old = cells(row), row["old_after"] if only else row["old_before"]
-                forgot = "–" if old is None else f"{old['mean'] - results['base']['old']:+.4f}"
+                forgot = "–" if old is None else plus(old["mean"] - results["base"]["old"])
                 table.add_row(*(text[key] for key in keys), forgot)
         tables.append(table)
     return rich.console.Group(*tables)

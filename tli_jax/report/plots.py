@@ -80,16 +80,14 @@ def _draw_curves(axes: Axes, results: Mapping[str, Any], only: str, names: Seque
         if not curve:
             continue
         tokens, means, spreads = (list(column) for column in zip(*curve, strict=True))
-        label = f"{name}, ends at {means[-1]:.2f}" if name == "random" else name
         style = "--" if name in ("base", "old_layers", "random") else "-"
-        axes.plot(tokens, means, color=colour[name], lw=1.5, ls=style, label=label)
+        axes.plot(tokens, means, color=colour[name], lw=1.5, ls=style, label=f"{name}, {means[-1]:.3f}")
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(tokens, low, high, color=colour[name], alpha=0.15, lw=0)
-    # From random weights a model begins so high that nothing else could be told apart.
-    ends = [mean_curve(results, name, only) for name in names if name != "random"]
-    values = sorted(point[1] for curve in ends for point in curve)
-    if values:
-        axes.set_ylim(values[0] - 0.03, values[-1] + 0.05)
+    # What begins far above the base leaves no room for the others: it comes into view from above.
+    lowest = min((point[1] for name in names for point in mean_curve(results, name, only)), default=0.0)
+    start = results["base"]["new"]
+    axes.set_ylim(lowest - 0.05 * (start - lowest), start + 0.8 * (start - lowest))
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss on what was kept out of the new text, nats a token")
     axes.set_title(ONLY[only], fontsize="medium")
