@@ -184,8 +184,8 @@ def _difference(a: Mapping[int, float | None], b: Mapping[int, float | None]) ->
 
 
 def _reach(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """What trains -> contender -> another -> mean tokens to the other's final loss in the same seed, None where one seed
-    never gets there."""
+    """What trains -> contender -> another -> mean tokens to the other's final loss in the same seed, None where a
+    seed never gets there."""
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     pairs = _pairs(results)
     for only, name in pairs:
@@ -194,7 +194,7 @@ def _reach(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | 
         for kind, other in pairs:
             if kind == only:
                 tokens = _tokens_to(results, runs, _finals(results, other, only))
-                row[other] = tokens and tokens["mean"]
+                row[other] = None if tokens is None else tokens["mean"]
     return found
 
 

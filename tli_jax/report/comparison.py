@@ -37,9 +37,9 @@ HEADINGS = {
 }
 # What a heading is short for.
 LEGEND = (
-    "parameters: in brackets those that a token goes through; ± size: these, against the common size; FLOPs: of a token,"
-    " forward, in millions; to base's start, end: tokens, in thousands, after which the loss is that of the base before, and"
-    " that of the base trained likewise, seed by seed; s and MB: of a run, memory by the compiler"
+    "parameters: in brackets those that a token goes through; ± size: these, against the common size; FLOPs: of a"
+    " token, forward, in millions; to base's start, end: tokens, in thousands, after which the loss is that of the base"
+    " before, and that of the base trained likewise, seed by seed; s and MB: of a run, memory by the compiler"
 )
 
 
