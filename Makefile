@@ -22,7 +22,7 @@ demo: .venv/.runtime  ## grow the base model that the package carries and show w
 	rm -rf out/demo
 	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml
 	@echo; echo "That and other ways to the same size, before any training:"
-	@$(BIN)/python -m tli_jax.compare --config configs/compare_demo.yaml --steps 0 --output out/demo/compare
+	@$(BIN)/python -m tli_jax.compare --config configs/compare_demo.yaml --steps 0 --seeds 1 --no-baselines --output out/demo/compare
 
 demo-train: .venv/.runtime  ## grow that model and train its injected layers on new text (about two minutes)
 	rm -rf out/demo_train
