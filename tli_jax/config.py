@@ -58,7 +58,17 @@ Method = Literal[
     "custom",
 ]
 Init = Literal[
-    "identity", "copy", "scaled", "half", "average", "average_identity", "noise", "random", "transport", "predictor"
+    "identity",
+    "copy",
+    "scaled",
+    "half",
+    "average",
+    "average_identity",
+    "next_identity",
+    "noise",
+    "random",
+    "transport",
+    "predictor",
 ]
 
 Upcycle = Literal["copy", "noise", "drop", "virtual_groups", "virtual_groups_published"]

@@ -46,6 +46,7 @@ PLANS = {
     "tli-half": tli(4, 3, "half"),
     "tli-average": tli(4, 1, "average"),
     "tli-average_identity": tli(4, 3, "average_identity"),
+    "tli-next_identity": tli(4, 1, "next_identity"),
     "tli-noise": tli(4, 2, "noise", noise_ratio=0.1, seed=5),
     "tli-noise-scaled": tli(4, 4, "noise", scale=0.5),
     "tli-random": tli(4, 2, "random", std=0.1, seed=5),

@@ -77,14 +77,15 @@ def is_output(name: str) -> bool:
 def expected_layer(init: str, leaf: np.ndarray, layer: int, name: str) -> np.ndarray:
     """What METHODS says of an injected layer, in fp32, rounded once."""
     before, after = (leaf[min(i, len(leaf) - 1)].astype(np.float32) for i in (layer, layer + 1))
-    value = (before + after) / 2 if "average" in init else before
+    value = (before + after) / 2 if "average" in init else after if "next" in init else before
     if is_output(name):
-        value = value * {"identity": 0, "average_identity": 0, "scaled": np.float32(0.3), "half": 0.5}.get(init, 1)
+        factors = {"scaled": np.float32(0.3), "half": 0.5}
+        value = value * (0 if "identity" in init else factors.get(init, 1))
     return np.asarray(value + np.float32(0)).astype(leaf.dtype)  # + 0: a zero is never negative
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("init", ["copy", "identity", "scaled", "half", "average", "average_identity"])
+@pytest.mark.parametrize("init", ["copy", "identity", "scaled", "half", "average", "average_identity", "next_identity"])
 def test_values(init: str, dtype: np.dtype):
     base = flatten(make_tree(5, dtype))
     plan = tli(5, 2, init, scale=0.3 if init == "scaled" else None)

@@ -75,6 +75,8 @@ def test_the_table_of_presets_is_complete():
         (tli(5, 2, "average"), "0 1 [1+2] 2 3 [3+4] 4"),
         (tli(5, 2, "average_identity"), "0 1 [1+2*0] 2 3 [3+4*0] 4"),
         (tli(4, 2, "average"), "0 1 [1+2] 2 3 [3]"),
+        (tli(5, 2, "next_identity"), "0 1 [2*0] 2 3 [4*0] 4"),
+        (tli(4, 2, "next_identity"), "0 1 [2*0] 2 3 [3*0]"),
         (tli(5, 2, "noise"), "0 1 [1] 2 3 [3] 4"),
         (tli(5, 2, "random", scale=0.0), "0 1 [1*0] 2 3 [3*0] 4"),
         (tli(5, init="copy", after=[4, 0]), "0 [0] 1 2 3 4 [4]"),
@@ -182,6 +184,7 @@ def test_sizes_of_grown_llamas(layers: int, every: int, depth: int, billions: fl
         (tli(6, 2, "half"), False),
         (tli(6, 2, "average"), False),
         (tli(6, 2, "average_identity"), True),
+        (tli(6, 2, "next_identity"), True),
         (tli(6, 2, "noise"), False),
         (tli(6, 2, "noise", scale=0.0), True),
         (tli(6, 2, "random"), False),
@@ -224,7 +227,8 @@ def test_options_that_the_plan_keeps():
 
 def test_notes():
     assert tli(5, 2, "average").notes == ()
-    for plan in (tli(4, 2, "average"), tli(4, 2, "average_identity"), average(4), slayer(4, after=[3])):
+    of_two = [tli(4, 2, init) for init in ("average", "average_identity", "next_identity")]
+    for plan in (*of_two, average(4), slayer(4, after=[3])):
         assert plan.notes == ("nothing follows layer 3: the layer injected after it is made of it alone",)
     assert custom(6, "0, 2-3, 5").notes == ("base layers 1, 4 are dropped",)
     assert custom(6, "5, 0-4").notes == ()
@@ -299,10 +303,13 @@ def test_tli_keeps_the_base_whole_and_in_order(layers: int, data: st.DataObject,
     scaled = {row.sources[0][0] for row in kept if row.scale != 1}
     assert scaled == (set(range(every - 1, layers, every)) if init == "half" else set())
     assert plan.is_exact == all(row.scale == 0 for row in plan.rows if row.injected)
-    # Each injected layer follows the one that it is made of.
-    assert all(
-        plan.layer_map[number][0] == plan.layer_map[number - 1][0] for number, mark in enumerate(plan.injected) if mark
-    )
+    # Each injected layer follows the one that it is made of, or stands before it.
+    before = -1
+    for row, sources in zip(plan.rows, plan.layer_map, strict=True):
+        if row.injected:
+            assert sources[0] == (min(before + 1, layers - 1) if init == "next_identity" else before)
+        else:
+            before = sources[0]
 
 
 @given(layers=DEPTHS, data=st.data())

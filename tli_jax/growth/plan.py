@@ -20,6 +20,7 @@ INITS = (
     "half",
     "average",
     "average_identity",
+    "next_identity",
     "noise",
     "random",
     "transport",

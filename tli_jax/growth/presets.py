@@ -35,9 +35,10 @@ def tli(
     Args:
         init: how an injected layer is made of the one before it: ``copy``; ``identity`` (residual outputs 0: exact);
             ``scaled`` (outputs times ``scale``); ``half`` (outputs of source and copy times ½); ``average`` and
-            ``average_identity`` (mean with the next layer); ``noise`` (Gaussian, ``noise_ratio`` of each tensor's root
-            mean square); ``random`` (fresh, matrices N(0, ``std``), norms 1); ``transport`` and ``predictor`` (of the
-            layers before and after, see ``opt_deus`` and ``lesa``).
+            ``average_identity`` (mean with the next layer); ``next_identity`` (the next layer, outputs 0: exact; ours,
+            see docs/results.md); ``noise`` (Gaussian, ``noise_ratio`` of each tensor's root mean square); ``random``
+            (fresh, matrices N(0, ``std``), norms 1); ``transport`` and ``predictor`` (of the layers before and after,
+            see ``opt_deus`` and ``lesa``).
         after: positions by hand, instead of ``every``.
         copies: injected layers at each position.
         scale: factor on the residual outputs; needed by ``scaled``, possible where a layer is computed.
@@ -286,7 +287,7 @@ def _inject_after(
     _check_range("copies", copies, 1, MAX_REPEATS)
     order: list[Row] = []
     notes: list[str] = []
-    fixed = {"identity": 0.0, "average_identity": 0.0, "half": 0.5, "transport": 0.0}
+    fixed = {"identity": 0.0, "average_identity": 0.0, "next_identity": 0.0, "half": 0.5, "transport": 0.0}
     outputs = fixed.get(init, 1.0) if scale is None else scale
     if init in HOST_INITS and layers - 1 in positions:
         raise UsageError(f"{method}: init {init} makes a layer of two neighbours, and none follows layer {layers - 1}")
@@ -295,9 +296,11 @@ def _inject_after(
         order.append(Row(((layer, 1.0),), 0.5 if is_source and init == "half" else 1.0))
         sources: tuple[tuple[int, float], ...] = ((layer, 1.0),)
         if is_source and (init.startswith("average") or init in HOST_INITS):
-            if layer + 1 < layers:
-                sources = ((layer, 0.5), (layer + 1, 0.5))
-            else:
-                notes.append(f"nothing follows layer {layer}: the layer injected after it is made of it alone")
+            sources = ((layer, 0.5), (layer + 1, 0.5))
+        elif is_source and init == "next_identity":
+            sources = ((layer + 1, 1.0),)
+        if sources[-1][0] == layers:
+            sources = ((layer, 1.0),)
+            notes.append(f"nothing follows layer {layer}: the layer injected after it is made of it alone")
         order += [Row(sources, outputs, init)] * (copies * is_source)
     return Plan(method, layers, make_rows(order), options, tuple(notes))
