@@ -118,8 +118,9 @@ def test_segments_begin_at_bos(opened, model, tmp_path):
     ):
         batch = next(opened(tmp_path / "a.npy", T=T, **keys).batches(0, 1, [0], 0))
         assert batch.segments.tolist() == [expected]
-    np.save(tmp_path / "a.npy", np.roll(ids, -2))
-    assert next(opened(tmp_path / "a.npy", T=T).batches(0, 1, [0], 0)).segments[0, :4].tolist() == [0, 0, 1, 2]
+    # Not over the first: what reads ahead still has that mapped, and a mapped file that gets shorter ends the process.
+    np.save(tmp_path / "b.npy", np.roll(ids, -2))
+    assert next(opened(tmp_path / "b.npy", T=T).batches(0, 1, [0], 0)).segments[0, :4].tolist() == [0, 0, 1, 2]
 
 
 def test_segments_end_at_eos_where_there_is_no_bos(opened, tmp_path):
