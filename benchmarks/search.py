@@ -30,7 +30,7 @@ from tli_jax import command, train
 from tli_jax.checkpoint import hub, tokens
 from tli_jax.checkpoint.hf import load_hf
 from tli_jax.compare.comparison import compare
-from tli_jax.config import CompareConfig, Recipe, TrainConfig, parse
+from tli_jax.config import CompareConfig, parse
 from tli_jax.growth.inject import inject
 from tli_jax.growth.presets import tli
 from tli_jax.models.config import LlamaConfig
@@ -97,10 +97,9 @@ def variants(config: CompareConfig) -> list[dict[str, Any]]:
     model, params = load_hf(config.model, np.float32, revision=config.revision)
     folder = hub.resolve(config.model, config.revision)
     tokenizer, _ = tokens.open_tokenizer(folder, model)
-    recipe = TrainConfig(**{field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)})
     with tempfile.TemporaryDirectory() as cache:
-        T = config.sequence_length or min(model.max_position_embeddings, 2048)
-        data = train.open_text(recipe, model, folder, tokenizer, T, Path(cache))
+        T = train.sequence_length(config, model)
+        data = train.open_text(config, model, folder, tokenizer, T, Path(cache))
         batches = data.batches(0, config.batch_size, range(config.batch_size), config.seed)
         L = model.num_hidden_layers
         places = list(range(config.every - 1, L, config.every))

@@ -267,6 +267,13 @@ class CompareConfig(Recipe):
         "text of the domain that the base comes from, for forgetting; or 'embedded': modules held out of its training",
     )
 
+    @property
+    def recipe(self) -> TrainConfig:
+        """How each model is trained; whatever is of one run alone is not set."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
+        values["steps"] = max(self.steps, 1)
+        return TrainConfig(**values)
+
 
 Config = TypeVar("Config")
 
@@ -312,7 +319,7 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
 
 def to_yaml(config: Any) -> str:
     """A configuration as the YAML that ``parse`` reads, every key in it."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
 
 
 def from_yaml(kind: type[Config], path: Path) -> Config:
@@ -333,10 +340,18 @@ def growth_config(values: dict[str, Any], where: str) -> UpscaleConfig:
     return _validate(UpscaleConfig, values, {}, where)
 
 
-def _plain(value: Any) -> Any:
+def difference(earlier: Any, now: Any, may_change: Sequence[str]) -> str:
+    """What differs between two configurations, but for keys that may; each key with both values."""
+    before, after = dataclasses.asdict(earlier), dataclasses.asdict(now)
+    differing = [key for key in after if key not in may_change and before[key] != after[key]]
+    return "; ".join(f"{key} was {before[key]!r}, is {after[key]!r}" for key in differing)
+
+
+def plain(value: Any) -> Any:
+    """Of mappings and lists alone, as YAML and JSON give it back."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+        return {key: plain(part) for key, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _sections(kind: Any) -> dict[str, Any]:

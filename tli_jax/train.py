@@ -4,17 +4,15 @@ import contextlib
 import dataclasses
 import json
 import math
-import platform
 import secrets
 import shutil
 import sys
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tli_jax import command
-from tli_jax.checkpoint import hub, tokens
+from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.headers import read_json
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
 from tli_jax.config import Recipe, TrainConfig, parse
@@ -206,25 +204,40 @@ def open_text(
     """
     from tli_jax.data.batches import open_data
 
+    file = cache / "topics.jsonl"
+    text, validation_text = (
+        replace_embedded(sources, config.field, file, tokens.topics)
+        for sources in (config.text, config.validation_text)
+    )
+    config = dataclasses.replace(config, text=text, validation_text=validation_text)
+    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache)
+
+
+def replace_embedded(
+    sources: Sequence[Source], field: str, file: Path, read: Callable[[], list[str]]
+) -> tuple[Source, ...]:
+    """The sources, where the word ``embedded`` stands for documents that are written to a file of their own."""
+
     def find(source: Source) -> Source:
         if source.path != hub.EMBEDDED or Path(source.path).exists():
             return source
-        file = cache / "topics.jsonl"
         if processes.is_first() or not file.is_file():  # each machine has its own, where the run is in object storage
-            cache.mkdir(exist_ok=True)
+            file.parent.mkdir(exist_ok=True)
             with replacing(file) as temporary:
-                lines = [json.dumps({config.field: topic}) for topic in tokens.topics()]
+                lines = [json.dumps({field: document}) for document in read()]
                 temporary.write_text("\n".join(lines), encoding="utf-8")
         return dataclasses.replace(source, path=str(file))
 
-    config = dataclasses.replace(
-        config, text=tuple(map(find, config.text)), validation_text=tuple(map(find, config.validation_text))
-    )
-    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache)
+    return tuple(map(find, sources))
 
 
 def _plan(growth: dict[str, Any] | None) -> Plan | None:
     return None if growth is None else Plan.from_json(growth)
+
+
+def sequence_length(config: Recipe, model: LlamaConfig) -> int:
+    """T: as configured, or the model's context, up to 2,048."""
+    return config.sequence_length or min(model.max_position_embeddings, 2048)
 
 
 def make_trainer(
@@ -243,7 +256,7 @@ def make_trainer(
     from tli_jax.training.kernels import choose_kernel, choose_mix
     from tli_jax.training.step import Trainer
 
-    T = config.sequence_length or min(model.max_position_embeddings, 2048)
+    T = sequence_length(config, model)
     layout = make_layout(model, None if plan is None else plan.injected, config.only, config.outer)
     mesh = make_mesh(config.mesh, devices)
     if not config.accumulation:
@@ -265,13 +278,12 @@ def _facts(trainer: "Trainer", weights: Checkpoint, data: str) -> dict[str, Any]
     """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
     dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers[:1]).dtype.name for leaf in trainer.leaves}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
     return {
         "id": secrets.token_hex(8),
         "model": model_digest(weights),
         "data": data,
         "dtypes": dtypes,
-        "versions": versions,
+        "versions": sidecar.versions(*names),
     }
 
 

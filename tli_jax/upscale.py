@@ -3,12 +3,10 @@
 import dataclasses
 import inspect
 import json
-import platform
 import re
 import sys
 import time
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -236,7 +234,7 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
             "digests": {"algorithm": "sha256", "base": digests, "grown": grown_digests},
             "nonfinite": nonfinite,
             "computed": job.facts,
-            "versions": _versions(),
+            "versions": sidecar.versions("tli_jax", "numpy", "jax", "safetensors"),
             "proof": proof,
         }
         sidecar.write_json(partial / "growth.json", record)
@@ -318,11 +316,6 @@ def _sample(job: Job, screen: Any, prompt: str) -> None:
         longer = generate(config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1]))
         text = job.tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
         screen.print(f"{name:>5} writes: {text!r}", markup=False, soft_wrap=True)
-
-
-def _versions() -> dict[str, str]:
-    names = ("tli_jax", "numpy", "jax", "safetensors")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def _card_front(config: UpscaleConfig) -> list[str]:

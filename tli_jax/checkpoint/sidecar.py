@@ -2,8 +2,10 @@
 
 import fnmatch
 import json
+import platform
 import shutil
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,11 @@ def grow_config(raw: Mapping[str, Any], config: LlamaConfig, plan: Plan) -> dict
 
     grown = {key: grow(key, value) for key, value in raw.items()} | {"num_hidden_layers": len(plan)}
     return grown if plan.experts is None else grown_config(config, plan).as_mixtral(grown)
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of Python, and of packages that are installed."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:

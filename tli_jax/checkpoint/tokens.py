@@ -121,6 +121,11 @@ def library_files() -> tuple[list[Path], list[Path]]:
     return parts
 
 
+def held_out_modules() -> list[str]:
+    """Texts of the modules held out of the embedded base's training."""
+    return [file.read_text(encoding="utf-8") for file in library_files()[1]]
+
+
 def read_text(file: Path) -> str:
     """A UTF-8 text.
 

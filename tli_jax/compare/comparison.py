@@ -12,11 +12,9 @@
 """
 
 import dataclasses
-import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +22,9 @@ from tli_jax import command, upscale
 from tli_jax import train as training
 from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.headers import read_json
-from tli_jax.checkpoint.hf import open_checkpoint
-from tli_jax.compare.contenders import BASE, OLD_LAYERS, RANDOM, Contender, as_json, make_contenders
-from tli_jax.config import CompareConfig, Recipe, TrainConfig, UpscaleConfig, from_yaml, growth_config, to_yaml
+from tli_jax.checkpoint.hf import grown_config, open_checkpoint
+from tli_jax.compare.contenders import BASE, OLD_LAYERS, RANDOM, Contender, make_contenders
+from tli_jax.config import CompareConfig, Recipe, UpscaleConfig, difference, from_yaml, growth_config, plain, to_yaml
 from tli_jax.errors import DivergedError, OutputError, UsageError
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
@@ -35,11 +33,11 @@ from tli_jax.report.page import need_libraries, write_report
 from tli_jax.report.run import validation
 from tli_jax.training.metrics import read_metrics
 from tli_jax.training.run import RunFolder, model_digest, replacing
-from tli_jax.values import Source
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
 
+_PACKAGES = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # What may be another when a comparison is gone on with: what was measured stays what it is.
 _MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output")
 
@@ -81,9 +79,7 @@ class _Comparison:
         for name in ("data", "grown", "runs", "measured", "logs"):
             (output / name).mkdir(exist_ok=True)
         self.contenders, self.left_out = make_contenders(config, self.base)
-        recipe: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(Recipe)}
-        recipe["steps"] = max(config.steps, 1)
-        self.recipe = TrainConfig(**recipe)
+        self.recipe = config.recipe
         self.new, self.old = self._read(self.recipe), self._read_old_text()
         if not self.new.validation_windows:
             raise UsageError("nothing is kept out to measure on: give validation_text, or a validation_share above 0")
@@ -97,10 +93,7 @@ class _Comparison:
     def _check_folder(self) -> None:
         file = self.output / "config.yaml"
         if file.is_file():
-            earlier, now = dataclasses.asdict(from_yaml(CompareConfig, file)), dataclasses.asdict(self.config)
-            differing = [key for key in now if key not in _MAY_CHANGE and earlier[key] != now[key]]
-            if differing:
-                what = "; ".join(f"{key} was {earlier[key]!r}, is {now[key]!r}" for key in differing)
+            if what := difference(from_yaml(CompareConfig, file), self.config, _MAY_CHANGE):
                 raise UsageError(
                     f"output {self.output}: was started otherwise: {what}: change it back, or use another output"
                 )
@@ -111,23 +104,14 @@ class _Comparison:
 
     def _read(self, recipe: Recipe) -> "Data":
         model = self.base.config
-        T = recipe.sequence_length or min(model.max_position_embeddings, 2048)
+        T = training.sequence_length(recipe, model)
         return training.open_text(recipe, model, self.base.folder, self.tokenizer, T, self.output / "data")
 
     def _read_old_text(self) -> "Data | None":
         """All of it for validation. The word ``embedded`` is the modules held out of the embedded base's training."""
-
-        def find(source: Source) -> Source:
-            if source.path != hub.EMBEDDED or Path(source.path).exists():
-                return source
-            file = self.output / "data" / "modules.jsonl"
-            modules = [module.read_text(encoding="utf-8") for module in tokens.library_files()[1]]
-            with replacing(file) as temporary:
-                lines = [json.dumps({self.config.field: module}) for module in modules]
-                temporary.write_text("\n".join(lines), encoding="utf-8")
-            return dataclasses.replace(source, path=str(file))
-
-        found = tuple(map(find, self.config.old_text))
+        file = self.output / "data" / "modules.jsonl"
+        old = self.config.old_text
+        found = training.replace_embedded(old, self.config.field, file, tokens.held_out_modules)
         return self._read(dataclasses.replace(self.recipe, text=found, validation_text=found)) if found else None
 
     def finish(self, call: str) -> dict[str, Any]:
@@ -157,14 +141,14 @@ class _Comparison:
         results = {
             "version": 1,
             "command": call,
-            "config": as_json(dataclasses.asdict(self.config)),
+            "config": plain(dataclasses.asdict(self.config)),
             "base": {"layers": self.base.config.num_hidden_layers, "new": base["new"], "old": base["old"]},
             "size": self._size().num_params,
             "left_out": self.left_out,
             "starts": starts,
             "runs": runs,
             "machine": _machine(),
-            "versions": _versions(),
+            "versions": sidecar.versions(*_PACKAGES),
         }
         results |= analyse(results)
         _write(self.output / "results.json", results)
@@ -230,7 +214,7 @@ class _Comparison:
         seconds: dict[str, float] = {}
         record = upscale.grow(job, command.console(), seconds)
         return {
-            **_sizes(open_checkpoint(folder).config),
+            **_sizes(grown_config(self.base.config, job.plan)),
             "plan": job.plan.to_json(),
             "proof": record["proof"],
             "seconds": sum(value for name, value in seconds.items() if name != "proof"),
@@ -338,8 +322,3 @@ def _machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "devices": f"{jax.device_count()} × {device.device_kind}",
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}

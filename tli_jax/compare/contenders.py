@@ -1,13 +1,12 @@
 """What takes part in a comparison: the baselines, and the methods brought to one size."""
 
 import dataclasses
-import json
 import re
 from typing import Any
 
 from tli_jax import upscale
 from tli_jax.checkpoint.hf import Checkpoint
-from tli_jax.config import CompareConfig, growth_config
+from tli_jax.config import CompareConfig, growth_config, plain
 from tli_jax.errors import UsageError
 from tli_jax.growth.sizes import fit
 from tli_jax.models.config import LlamaConfig
@@ -86,7 +85,7 @@ def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Conte
         plans[name] = plan.rows, plan.experts
         is_drawn = "seed" in plan.options or plan.experts is not None
         only = {"all": "all"} | ({"injected": "injected"} if any(plan.injected) else {})
-        found.append(Contender(name, method, as_json(growth), is_drawn, only))
+        found.append(Contender(name, method, plain(growth), is_drawn, only))
     return found, left_out
 
 
@@ -106,8 +105,3 @@ def _fit_experts(growth: dict[str, Any], base: LlamaConfig, every: int) -> dict[
 def file_name(name: str) -> str:
     """Of a contender."""
     return name.replace(":", "-")
-
-
-def as_json(value: Any) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value))

@@ -19,7 +19,9 @@ def analyse(results: Mapping[str, Any]) -> dict[str, Any]:
     it; ``reach``, tokens after which one has come to the final loss of another; ``claims``, of the paper."""
     summary = [_summarise(results, name, only) for only, name in _pairs(results)]
     if not results["runs"]:
-        summary = [_summarise(results, start["name"], None) for start in _first(results["starts"]) if _is_shown(start)]
+        summary = [
+            _summarise(results, start["name"], None) for start in first_of_each(results["starts"]) if _is_shown(start)
+        ]
     # Baselines first, then the best.
     kinds = list(dict.fromkeys(row["only"] for row in summary))
 
@@ -36,7 +38,8 @@ def _is_shown(start: Mapping[str, Any]) -> bool:
     return start["name"] != "old_layers"  # before training that is the base
 
 
-def _first(starts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def first_of_each(starts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The first start of each contender."""
     return list({start["name"]: start for start in reversed(starts)}.values())[::-1]
 
 
@@ -201,7 +204,7 @@ def _reach(results: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float | 
 def _claims(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The three claims of the paper (arXiv 2410.11654), for each ``tli`` that takes part, against the first ``dus`` and
     the first ``moe``. What the paper's injected layer starts as is not known, so none of them is *the* TLI."""
-    starts = _first(results["starts"])
+    starts = first_of_each(results["starts"])
     ours = [start["name"] for start in starts if start["method"] == "tli"]
     rivals = [next((start["name"] for start in starts if start["method"] == m), None) for m in ("dus", "moe")]
     rows = []

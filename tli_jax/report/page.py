@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.report import comparison
-from tli_jax.report.analysis import mean_curve
+from tli_jax.report.analysis import first_of_each, mean_curve
 from tli_jax.report.layer_map import draw_svg
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
         keys = [key for key in comparison.HEADINGS if key in filled[0]]
         title = "before any training" if only is None else comparison.ONLY[only]
         tables.append((title, keys, list(zip(rows, filled, strict=True))))
-    first = {start["name"]: start for start in reversed(results["starts"])}
-    plans = {name: Plan.from_json(first[name]["plan"]) for name in reversed(first) if first[name]["plan"]}
-    proofs = {name: first[name]["proof"] for name in plans}
+    grown = [start for start in first_of_each(results["starts"]) if start["plan"]]
+    plans = {start["name"]: Plan.from_json(start["plan"]) for start in grown}
+    proofs = {start["name"]: start["proof"] for start in grown}
     return environment.from_string(template).render(
         results=results,
         headings=comparison.HEADINGS,

@@ -16,9 +16,9 @@ _NEW, _OLD, _GREY = "#4c6a92", "#e0913d", "#888888"
 _DPI = 130
 
 
-def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
+def draw(results: Mapping[str, Any], folder: Path) -> None:
     """``initial_loss.png`` and, where there were runs, ``loss_curves.png`` and, where there was an old text,
-    ``forgetting.png``; their names."""
+    ``forgetting.png``."""
     figures = {"initial_loss.png": _initial(results)}
     if results["runs"]:
         figures["loss_curves.png"] = _curves(results)
@@ -26,7 +26,6 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[str]:
             figures["forgetting.png"] = _forgetting(results)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=_DPI)
-    return list(figures)
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from tli_jax.checkpoint import sidecar
 from tli_jax.checkpoint.headers import read_json
 from tli_jax.checkpoint.hf import Checkpoint, read_chunks
-from tli_jax.config import TrainConfig, from_yaml, to_yaml
+from tli_jax.config import TrainConfig, difference, from_yaml, to_yaml
 from tli_jax.errors import OutputError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -138,10 +138,7 @@ class RunFolder:
         Raises:
             UsageError: names each key that differs, with both values.
         """
-        earlier, now = dataclasses.asdict(self.read_config()), dataclasses.asdict(config)
-        differing = [key for key in now if key not in MAY_CHANGE and earlier[key] != now[key]]
-        if differing:
-            what = "; ".join(f"{key} was {earlier[key]!r}, is {now[key]!r}" for key in differing)
+        if what := difference(self.read_config(), config, MAY_CHANGE):
             raise UsageError(f"run {self}: was started otherwise: {what}: change it back, or use another run")
 
     def check_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
