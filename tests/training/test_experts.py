@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from tli_jax.config import TrainConfig
@@ -115,10 +116,15 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(start, batch):
         trainer, trained, frozen = start(accumulation=parts, auxiliary={"balance": 0})
         cut = [part.reshape(parts, 8 // parts, 17) for part in batch]
         state, metrics = trainer.step(trainer.init(trained), frozen, *cut, np.zeros(1, np.int32))
-        ends.append((float(metrics["loss"]), float(metrics["balance"]) > 1, jax.device_get(state.trained)))
+        # The first moment is the gradient scaled. The weights would not do: where a gradient is near nothing, Adam's
+        # first step is its sign.
+        moments = jax.device_get(optax.tree.get(state.moments, "mu"))
+        ends.append((float(metrics["loss"]), float(metrics["balance"]) > 1, moments))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6) and ends[0][1] and ends[1][1]
-    for name in ends[0][2]:
-        np.testing.assert_allclose(ends[0][2][name], ends[1][2][name], rtol=0, atol=2e-5, err_msg=name)
+    for name, whole in ends[0][2].items():
+        largest = np.abs(whole).max()
+        assert largest > 0, name
+        np.testing.assert_allclose(ends[1][2][name], whole, rtol=0, atol=2e-5 * largest, err_msg=name)
 
 
 def test_one_layer_s_experts_can_train_alone(start, batch):
