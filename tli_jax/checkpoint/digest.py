@@ -31,6 +31,7 @@ def _program(everywhere: NamedSharding | None) -> Any:
     return jax.jit(lambda arrays: jnp.stack([_words(array) for array in arrays]), out_shardings=everywhere)
 
 
+@jax.jit  # within the program too, so that arrays of one shape are traced once
 def _words(array: jax.Array) -> jax.Array:
     bits = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
     bits = lax.bitcast_convert_type(bits, jnp.dtype(f"uint{8 * min(bits.dtype.itemsize, 4)}")).astype(jnp.uint32)
