@@ -226,22 +226,22 @@ def test_without_training(start, tmp_path, capsys) -> None:
 
 def test_killed_and_started_again(start, tmp_path, compiled, done) -> None:
     """kill -9 at three moments, then to the end: the numbers of one that nothing happened to."""
-    assert done, "has compiled these programs"
     flags = ["--methods", "tli:half,dus", "--no-baselines", "--only", "injected", "--seeds", "1"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert begin(call(start, whole, *flags), compiled).wait() == 0
+    arguments = call(start, tmp_path / "out", "--old-text", str(start / "ids.npy"), *flags)
     # After so many are measured; with none, within the first growth.
     moments = [
-        killed / "grown",
-        killed / "runs" / "tli-half-injected-0" / "metrics.jsonl",
-        killed / "runs" / "dus-injected-0",
+        tmp_path / "out" / "grown",
+        tmp_path / "out" / "runs" / "tli-half-injected-0" / "metrics.jsonl",
+        tmp_path / "out" / "runs" / "dus-injected-0",
     ]
     for there in moments:
-        process = begin(call(start, killed, *flags), compiled)
+        process = begin(arguments, compiled)
         while process.poll() is None and not there.exists():
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
-        assert not (killed / "results.json").exists()
-    assert begin(call(start, killed, *flags), compiled).wait() == 0
-    assert numbers(read(killed)) == numbers(read(whole))
+        assert not (tmp_path / "out" / "results.json").exists()
+    assert begin(arguments, compiled).wait() == 0
+    found, expected = numbers(read(tmp_path / "out")), numbers(read(done))
+    assert len(found["runs"]) == 2 and all(run in expected["runs"] for run in found["runs"])
+    assert len(found["starts"]) == 3 and all(one in expected["starts"] for one in found["starts"])

@@ -28,6 +28,7 @@ from tli_jax.values import (
     NotNegative,
     Number,
     Only,
+    Paths,
     Positive,
     Rates,
     Separator,
@@ -73,16 +74,14 @@ Init = Literal[
 
 Upcycle = Literal["copy", "noise", "drop", "virtual_groups", "virtual_groups_published"]
 
+_TASKS = "multiple choice: JSONL files, KoBEST's and other folders of them, separated by commas; or 'embedded'"
+
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class Recipe:
-    """How a model is trained on, whichever it is: on what, how long, by what optimizer, on which devices."""
+class Reading:
+    """How text becomes batches, and on which devices they run."""
 
-    text: Sources = option(
-        (), "files or folders to train on, separated by commas, in YAML {path, weight}; or 'embedded'"
-    )
-    validation_text: Sources = option((), "the same, for validation; by default the end of each source is kept out")
-    validation_share: Share = option(0.05, "how much of each source is kept out, without validation_text")
+    text: Sources = option((), "files or folders to read, separated by commas, in YAML {path, weight}; or 'embedded'")
     separator: Separator = option(
         None, r"plain text: what stands between documents, e.g. '\n'; by default a file is one document"
     )
@@ -91,9 +90,29 @@ class Recipe:
     eos: bool = option(False, "EOS behind each document")
     on_bad: Literal["refuse", "skip"] = option("refuse", "what to do with documents that cannot be read")
     isolate: bool = option(True, "documents in one window do not see each other")
-    steps: Positive = option(1000, "optimizer steps in all")
     batch_size: Positive = option(8, "sequences a step, over all devices")
     sequence_length: Positive | None = option(None, "tokens a sequence (default: the model's context, 2048 at most)")
+    dtypes: FloatTypes = option(
+        {}, "of what trains, its first moment, and of activations: param=float32,moment=float32,compute=bfloat16"
+    )
+    attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "auto, xla, cudnn (GPU) or splash (TPU)")
+    mesh: Degrees = option(
+        {}, "devices an axis, e.g. data=2,fsdp=4,expert=1,tensor=1; -1 takes the rest (default fsdp=-1)"
+    )
+
+    @property
+    def compute_dtype(self) -> FloatType:
+        """Of activations and matrix products."""
+        return self.dtypes.get("compute", "bfloat16")
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Recipe(Reading):
+    """How a model is trained on, whichever it is: on what, how long, by what optimizer, on which devices."""
+
+    validation_text: Sources = option((), "the same, for validation; by default the end of each source is kept out")
+    validation_share: Share = option(0.05, "how much of each source is kept out, without validation_text")
+    steps: Positive = option(1000, "optimizer steps in all")
     seed: NotNegative = option(0, "seed of the order of the data")
     outer: str | None = option(
         None, "tensors outside the layers that train: all, none, or of embed_tokens,norm,lm_head (default as only all)"
@@ -109,25 +128,18 @@ class Recipe:
     adam: Adam = option({}, "decays of the moments, and what is added to the denominator: b1=0.9,b2=0.95,eps=1e-8")
     weight_decay: Amount = option(0.1, "decoupled; of layers' matrices and the head, not of norms and embedding")
     clip: Amount = option(1.0, "largest global norm of the gradient; 0 for none")
-    dtypes: FloatTypes = option(
-        {}, "of what trains, its first moment, and of activations: param=float32,moment=float32,compute=bfloat16"
-    )
     remat: Literal["none", "dots", "full"] = option(
         "full", "what is computed again in the backward pass: none, all but matrix products (dots), full"
     )
     accumulation: NotNegative = option(
         1, "parts into which a step's batch is cut, one after the other; 0: so many that a device has one sequence"
     )
-    attention: Literal["auto", "xla", "cudnn", "splash"] = option("auto", "auto, xla, cudnn (GPU) or splash (TPU)")
     auxiliary: Auxiliary = option(
         {},
         "weights of what is added to the loss: z=0 (squared log of the softmax's denominator), balance=0.01 (experts)",
     )
     skip_limit: Positive = option(10, "bad steps in a row (loss not finite, a spike) that are skipped before it stops")
     spike: Amount = option(50.0, "a gradient this many times its running mean is a spike; 0 for none")
-    mesh: Degrees = option(
-        {}, "devices an axis, e.g. data=2,fsdp=4,expert=1,tensor=1; -1 takes the rest (default fsdp=-1)"
-    )
     save_every: Positive = option(500, "steps between checkpoints; the last step is always saved")
     validate_every: Positive = option(100, "steps between validations; also before the first step and after the last")
     validation_batches: Positive = option(20, "batches a validation, at most")
@@ -141,11 +153,6 @@ class Recipe:
     def moment_dtype(self) -> FloatType:
         """Of the first moment."""
         return self.dtypes.get("moment", "float32")
-
-    @property
-    def compute_dtype(self) -> FloatType:
-        """Of activations and matrix products."""
-        return self.dtypes.get("compute", "bfloat16")
 
     @property
     def z_loss(self) -> float:
@@ -244,6 +251,20 @@ class PreflightConfig(UpscaleConfig):
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class EvaluateConfig(Reading):
+    """What ``python -m tli_jax.evaluate`` is to measure."""
+
+    model: str = option("", "folder, hub id, or 'embedded'")
+    revision: str | None = option(None, "branch, tag or commit of a hub id")
+    tasks: Paths = option((), _TASKS)
+    shots: NotNegative = option(0, "solved questions in front of each, from the train.jsonl beside a task's file")
+    seed: NotNegative = option(0, "seed of which these are")
+    json: bool = option(False, "JSON alone on stdout, everything else on stderr")
+    distributed: bool = option(False, "several processes, which find each other on Cloud TPU, GKE and Slurm")
+    process: str | None = option(None, "this process of several, elsewhere: INDEX/COUNT@HOST:PORT of process 0")
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class CompareConfig(Recipe):
     """What ``python -m tli_jax.compare`` is to do: several growths of one base, trained alike."""
 
@@ -266,6 +287,8 @@ class CompareConfig(Recipe):
         (),
         "text of the domain that the base comes from, for forgetting; or 'embedded': modules held out of its training",
     )
+
+    tasks: Paths = option((), _TASKS)
 
     @property
     def recipe(self) -> TrainConfig:

@@ -1,6 +1,7 @@
 """What follows from runs: spreads, who is better, tokens to a loss, claims; and the page and pictures of it."""
 
 import csv
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,9 +18,15 @@ PROOF = {"max_abs_logit_difference": 0.5, "kl": 0.01, "top1": 0.9, "tokens": 512
 TOKENS = 1000
 
 
+def scored(right: str) -> dict[str, Any]:
+    accuracy = right.count("1") / len(right)
+    return {"tasks": {"lines": {"right": right, "accuracy": accuracy}}, "accuracy": accuracy}
+
+
 def start(name: str, method: str | None, new: float, old: float, plan: Any = None, seed: int = 0) -> dict[str, Any]:
     sizes = {"layers": 6 if plan else 4, "parameters": 6000, "active_parameters": 6000, "forward_flops_per_token": 1e6}
     found = {"name": name, "method": method, "seed": seed, "new": new, "old": old, "seconds": 1.0, **sizes}
+    found |= scored(5 * {"base": "0101", "dus": "0001", "moe": "0111"}.get(name, "1101"))
     return found | {"plan": plan and plan.to_json(), "proof": plan and PROOF, "growth": {}, "is_drawn": seed > 0}
 
 
@@ -27,13 +34,14 @@ def run(name: str, only: str, seed: int, losses: list[float], old: float, **othe
     curve = [[i * TOKENS, loss] for i, loss in enumerate(losses)]
     found = {"name": name, "only": only, "seed": seed, "diverged": None, "curve": curve, "old": old, "seconds": 2.0}
     measured = {"memory": 1e6, "trained_parameters": 10, "flops_per_token": 3e6, "contributions": {"2": 0.1, "5": -0.1}}
-    return found | measured | other
+    return found | measured | scored("0111" if name == "tli:identity" else "1000") | other
 
 
 @pytest.fixture
 def results(tmp_path: Path) -> dict[str, Any]:
     """A base of 4 layers, tli and dus of 6, a mixture of experts that is not trained; three seeds."""
     config = {"only": ["all"], "seed": 0, "seeds": 3, "baselines": True, "output": str(tmp_path), "steps": 2}
+    config["tasks"] = ["lines.jsonl"]
     starts = [start("base", None, 3.0, 2.0), start("tli:identity", "tli", 3.0, 2.0, tli(4, every=2))]
     starts += [
         start("dus", "dus", 3.5, 2.6, dus(4, 1)),
@@ -103,7 +111,26 @@ def test_claims(results) -> None:
     assert said["better without any training than base"]["verdict"] == FAILS  # equal is not better
     assert said["better without any training than dus"]["verdict"] == HOLDS
     assert "3.0000 against 3.5000" in said["lower initial loss than dus"]["numbers"]
-    assert len(results["claims"]) == 7
+    # Of twenty questions, five more are right than the base has, ten more than dus, and others than moe.
+    on_tasks = {rival: said[f"better on tasks without any training than {rival}"] for rival in ("base", "dus", "moe")}
+    assert [claim["verdict"] for claim in on_tasks.values()] == [HOLDS, HOLDS, FAILS]
+    assert on_tasks["base"]["difference"] == pytest.approx({"mean": 0.25, "error": 2 * math.sqrt(3 / 16 / 19)})
+    assert on_tasks["moe"]["numbers"].startswith("0.7500 against 0.7500 right, +0.0000 ± 0.3")
+    assert len(results["claims"]) == 10
+
+
+def test_tasks(results) -> None:
+    ours = row(results, "tli:identity")
+    assert ours["accuracy_before"] == {"mean": 0.75, "sd": 0.0} == ours["accuracy_after"]
+    assert ours["tasks"] == {"lines": (0.75, 0.75)}
+    assert [row(results, name)["marks"]["accuracy_after"] for name in ("tli:identity", "dus")] == ["best", ""]
+    assert comparison.cells(row(results, "dus"))["accuracy"] == "25.0 % → 25.0 %"
+    for one in (*results["starts"], *results["runs"]):
+        one |= {"tasks": {}, "accuracy": None}
+    results |= analyse(results)
+    assert "accuracy" not in comparison.cells(row(results, "dus"))
+    said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
+    assert said["better on tasks without any training than dus"] == UNKNOWN
 
 
 def test_one_seed_says_nothing_of_training(results) -> None:
@@ -136,6 +163,7 @@ def test_written(results, tmp_path) -> None:
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
     assert "stack is left out: too large" in page
+    assert "<td>75.0 → 75.0</td>" in page
     for outside in ("src=", "href=", "@import"):
         assert outside not in page.split("</style>")[0] + page.split("</script>")[-1]
 

@@ -20,10 +20,12 @@ _LEFT_OUT = frozenset(
 
 
 class Tokenizer(Protocol):
-    """The little that is needed of one."""
+    """The little that is needed of one. ``prefix`` is what it puts in front of a text by default: BOS, or nothing."""
 
     @property
     def size(self) -> int: ...
+    @property
+    def prefix(self) -> list[int]: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -37,6 +39,7 @@ class _Fast:
 
         self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         self.size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+        self.prefix = _first_special(self._tokenizer.encode("a", add_special_tokens=True).ids, self.encode("a"))
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -57,6 +60,7 @@ class _Slow:
         loaded: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         self._tokenizer = loaded
         self.size: int = 1 + max(loaded.get_vocab().values())
+        self.prefix = _first_special(self._tokenizer.encode("a"), self.encode("a"))
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
@@ -66,6 +70,11 @@ class _Slow:
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids)
+
+
+def _first_special(ids: list[int], text: list[int]) -> list[int]:
+    """What stands in front of a text's own ids."""
+    return next(ids[:i] for i in range(len(ids)) if ids[i : i + len(text)] == text)
 
 
 def open_tokenizer(folder: Path, config: LlamaConfig) -> tuple[Tokenizer | None, list[str]]:

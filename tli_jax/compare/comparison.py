@@ -14,6 +14,7 @@
 import dataclasses
 import os
 import platform
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from tli_jax.checkpoint.hf import grown_config, open_checkpoint
 from tli_jax.compare.contenders import BASE, OLD_LAYERS, RANDOM, Contender, make_contenders
 from tli_jax.config import CompareConfig, Recipe, UpscaleConfig, difference, from_yaml, growth_config, plain, to_yaml
 from tli_jax.errors import DivergedError, OutputError, UsageError
+from tli_jax.evaluation.tasks import open_tasks
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
 from tli_jax.report.analysis import analyse
@@ -36,6 +38,7 @@ from tli_jax.training.run import RunFolder, model_digest, replacing
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
+    from tli_jax.training.step import Trainer
 
 _PACKAGES = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # What may be another when a comparison is gone on with: what was measured stays what it is.
@@ -83,11 +86,15 @@ class _Comparison:
         self.new, self.old = self._read(self.recipe), self._read_old_text()
         if not self.new.validation_windows:
             raise UsageError("nothing is kept out to measure on: give validation_text, or a validation_share above 0")
+        self.tasks = open_tasks(config.tasks)
+        if self.tasks and self.tokenizer is None:
+            raise UsageError(f"tasks: {self.base.folder} has no tokenizer to read them with")
         # What was measured belongs to them.
         self.facts = {
             "model": model_digest(self.base),
             "text": self.new.digest,
             "old_text": self.old and self.old.digest,
+            "tasks": {task.name: task.digest for task in self.tasks},
         }
 
     def _check_folder(self) -> None:
@@ -195,9 +202,9 @@ class _Comparison:
         with (self.output / "logs" / f"{file.stem}.txt").open("w", encoding="utf-8") as log, command.logging_to(log):
             made = self._make(contender, seed)
             folder = Path(hub.resolve(self._folder(contender, seed), self.config.revision))
-            new, old = self._losses(folder)
+            before = self._measure_start(folder)
         found = {"name": contender.name, "seed": seed, "method": contender.method, "growth": contender.growth}
-        found |= {"is_drawn": contender.is_drawn, **made, "new": new, "old": old, "facts": self.facts}
+        found |= {"is_drawn": contender.is_drawn, **made, **before, "facts": self.facts}
         _write(file, found)
         return found
 
@@ -237,14 +244,27 @@ class _Comparison:
         params = jax.jit(lambda key: init_params(config, key, jnp.dtype(config.dtype)))(jax.random.key(seed))
         save_hf(folder, config, params, source=self.base.folder, overwrite=True)
 
-    def _losses(self, folder: Path) -> tuple[float | None, float | None]:
-        """Of a model as it is: on the new text, on the old one."""
+    def _measure_start(self, folder: Path) -> dict[str, Any]:
+        """Of a model as it is: its loss on the new text and on the old one, and its tasks."""
         from tli_jax.training.loop import Feed, load
 
         weights = open_checkpoint(folder)
         trainer, _, _ = training.make_trainer(self.recipe, weights.config, None)
         arrays = load(trainer, weights)
-        return Feed(trainer, self.new).validate(*arrays), self.old and Feed(trainer, self.old).validate(*arrays)
+        old = self.old and Feed(trainer, self.old).validate(*arrays)
+        return {"new": Feed(trainer, self.new).validate(*arrays), "old": old} | self._score(trainer, *arrays)
+
+    def _score(self, trainer: "Trainer", trained: Any, frozen: Any) -> dict[str, Any]:
+        """Each task, and the mean of their accuracies."""
+        if not self.tasks:
+            return {"tasks": {}, "accuracy": None}
+        from tli_jax.evaluation import scoring
+
+        assert self.tokenizer is not None
+        tasks = scoring.evaluate(
+            trainer, (trained, frozen), self.tokenizer, self.tasks, lambda amount, note="", /: None
+        )
+        return {"tasks": tasks, "accuracy": statistics.fmean(task["accuracy"] for task in tasks.values())}
 
     def _run(self, contender: Contender, only: str, seed: int, advance: command.Advance) -> dict[str, Any]:
         """Train one, and measure what came of it."""
@@ -288,6 +308,7 @@ class _Comparison:
         found = {
             "curve": validation(lines),
             "old": self.old and Feed(trainer, self.old).validate(trained, frozen),
+            **self._score(trainer, trained, frozen),
             "contributions": contributions(feed, trained, frozen, batches),
             "seconds": sum(self.recipe.batch_size * data.T / line["tokens_per_second"] for line in lines),
             "trained_parameters": sum(array.size for array in trained.values()),

@@ -116,10 +116,13 @@ def _summarise(results: Mapping[str, Any], name: str, only: str | None) -> dict[
     row["size_difference"] = start["active_parameters"] / size - 1
     row["exactness"] = None if start["plan"] is None else start["plan"]["exactness"]
     row |= {"initial": initial, "old_before": before}
+    row["tasks"] = _mean_tasks(start["tasks"], done)
+    row["accuracy_before"] = _spread(_starts(results, name, "accuracy"))
     row["change"] = None if initial is None or base["new"] is None else initial["mean"] - base["new"]
     if only is not None:
         row["final"] = _spread(_finals(results, name, only))
         row["old_after"] = _spread(_finals(results, name, only, "old"))
+        row["accuracy_after"] = _spread(_finals(results, name, only, "accuracy"))
         row["to_base"] = _spread({run["seed"]: reached(run["curve"], base["new"]) for run in done}) if done else None
         row["to_rival"] = _tokens_to(results, done, _finals(results, "base", "all"))
         for key in ("seconds", "memory", "trained_parameters", "flops_per_token"):
@@ -128,6 +131,14 @@ def _summarise(results: Mapping[str, Any], name: str, only: str | None) -> dict[
         row["contributions"] = _contributions(done)
     row["growth_seconds"] = start["seconds"]
     return row
+
+
+def _mean_tasks(before: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """By task: accuracy of the first start, and the mean of the runs."""
+    return {
+        name: (task["accuracy"], statistics.fmean(run["tasks"][name]["accuracy"] for run in runs) if runs else None)
+        for name, task in before.items()
+    }
 
 
 def _tokens_to(
@@ -150,11 +161,11 @@ def _mark_best(results: Mapping[str, Any], summary: list[dict[str, Any]]) -> Non
     """For each kind of run: the lowest of a column, and those that cannot be told from it."""
     for only in dict.fromkeys(row["only"] for row in summary):
         rows = [row for row in summary if row["only"] == only]
-        for key in ("initial", "final", "old_after"):
+        for key in ("initial", "final", "old_after", "accuracy_after"):
             known = [row for row in rows if row.get(key)]
             if not known:
                 continue
-            best = min(known, key=lambda row: row[key]["mean"])
+            best = min(known, key=lambda row: row[key]["mean"] * (-1 if key == "accuracy_after" else 1))
             for row in known:
                 values = [_values(results, one["name"], only, key) for one in (best, row)]
                 is_alike = _difference(*values)["verdict"] != "lower"
@@ -162,9 +173,13 @@ def _mark_best(results: Mapping[str, Any], summary: list[dict[str, Any]]) -> Non
 
 
 def _values(results: Mapping[str, Any], name: str, only: str | None, key: str) -> dict[int, float | None]:
+    """Seed -> what is the better the lower it is."""
     if key == "initial":
         return _starts(results, name, "new")
     assert only is not None, "trained by some kind of run"
+    if key == "accuracy_after":
+        known = _finals(results, name, only, "accuracy")
+        return {seed: None if value is None else -value for seed, value in known.items()}
     return _finals(results, name, only, {"final": "loss", "old_after": "old"}[key])
 
 
@@ -219,6 +234,9 @@ def _claims(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         for method, rival in (("base", "base"), *zip(("dus", "moe"), rivals, strict=True)):
             found = _compare_starts(results, name, rival, "old")
             rows.append({"claim": f"better without any training than {method}", "only": None, "tli": name, **found})
+            found = _compare_tasks(results, name, rival)
+            claim = f"better on tasks without any training than {method}"
+            rows.append({"claim": claim, "only": None, "tli": name, **found})
     return rows
 
 
@@ -232,6 +250,27 @@ def _compare_starts(results: Mapping[str, Any], name: str, rival: str | None, te
     means = [_spread(values) for values in (a, b)]
     numbers = f"{number(means[0])} against {number(means[1])} on the {domain}, {signed(found)}"
     return {"verdict": _verdict(found), "numbers": numbers, "difference": found}
+
+
+def _compare_tasks(results: Mapping[str, Any], name: str, rival: str | None) -> dict[str, Any]:
+    """Question by question: the mean over tasks of the difference, within twice its standard error over questions."""
+    ours, theirs = (select(results["starts"], name=one) for one in (name, rival))
+    if not theirs or not ours[0]["tasks"]:
+        return {"verdict": UNKNOWN, "numbers": "", "difference": None}
+    means, errors = [], []
+    for task in ours[0]["tasks"]:
+        shares = [
+            [statistics.fmean(map(int, one)) for one in zip(*rights, strict=True)]
+            for rights in ([start["tasks"][task]["right"] for start in starts] for starts in (ours, theirs))
+        ]
+        pairs = [a - b for a, b in zip(*shares, strict=True)]
+        means.append(statistics.fmean(pairs))
+        errors.append(statistics.variance(pairs) / len(pairs) if len(pairs) > 1 else 0.0)
+    mean, error = statistics.fmean(means), 2 * math.sqrt(sum(errors)) / len(errors)
+    known = [statistics.fmean(start["accuracy"] for start in starts) for starts in (ours, theirs)]
+    numbers = f"{known[0]:.4f} against {known[1]:.4f} right, {plus(mean)} ± {error:.4f} over questions"
+    verdict = HOLDS if mean > error else FAILS
+    return {"verdict": verdict, "numbers": numbers, "difference": {"mean": mean, "error": error}}
 
 
 def _compare_tokens(results: Mapping[str, Any], name: str, rival: str | None, only: str) -> dict[str, Any]:

@@ -32,6 +32,7 @@ HEADINGS = {
     "to_base": "to base's start",
     "to_rival": "to base's end",
     "old": "loss on old text",
+    "accuracy": "right on tasks",
     "seconds": "s",
     "memory": "MB",
 }
@@ -59,17 +60,25 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
         "initial": number(row["initial"]) + tail.get("initial", ""),
         "change": "–" if row["change"] is None else plus(row["change"]),
     }
+    before, after = (share(row.get(f"accuracy_{when}")) for when in ("before", "after"))
+    has_tasks = row.get("accuracy_before") is not None
     if row["only"] is None:
-        return found | {"old": old}
+        return found | {"old": old} | ({"accuracy": before} if has_tasks else {})
     final = "diverged" if row["final"] is None else number(row["final"]) + tail.get("final", "")
     return found | {
         "final": final,
         "to_base": _tokens(row["to_base"]),
         "to_rival": _tokens(row["to_rival"]),
         "old": "–" if row["old_after"] is None else f"{old} → {number(row['old_after'])}{tail.get('old_after', '')}",
+        **({"accuracy": f"{before} → {after}{tail.get('accuracy_after', '')}"} if has_tasks else {}),
         "seconds": "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
         "memory": "–" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f}",
     }
+
+
+def share(value: Mapping[str, Any] | None) -> str:
+    """A mean, and its spread, in percent."""
+    return "–" if value is None else number({k: None if v is None else 100 * v for k, v in value.items()}, 1) + " %"
 
 
 def tabulate(results: Mapping[str, Any]) -> rich.console.Group:
@@ -79,6 +88,7 @@ def tabulate(results: Mapping[str, Any]) -> rich.console.Group:
         title = "before any training" if only is None else ONLY[only]
         table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0), title=title, title_justify="left")
         keys = ["name", "layers", "size", "initial", "change", *(["final", "to_rival"] if only else [])]
+        keys += ["accuracy"] if results["config"]["tasks"] else []
         for heading in [*(HEADINGS[key] for key in keys), "Δ old text"]:
             table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
         for row in results["summary"]:
@@ -120,12 +130,13 @@ def write_csv(results: Mapping[str, Any], file: Path) -> None:
     for run in results["runs"] or [{**s, "only": None} for s in results["starts"]]:
         start = starts.get((run["name"], run["seed"])) or select(results["starts"], name=run["name"])[0]
         row = {"name": run["name"], "only": run["only"], "seed": run["seed"], **{key: start[key] for key in sizes}}
-        row |= {"initial_loss": start["new"], "old_loss_before": start["old"]}
+        row |= {"initial_loss": start["new"], "old_loss_before": start["old"], "accuracy_before": start["accuracy"]}
         if run["only"] is not None:
             is_done = not run["diverged"]
             row |= {
                 "final_loss": final_loss(run) if is_done else None,
                 "old_loss_after": run["old"] if is_done else None,
+                "accuracy_after": run["accuracy"] if is_done else None,
             }
             row |= {key: run[key] if is_done else None for key in measured}
         rows.append(row)

@@ -59,13 +59,14 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
                 figures.append(
                     (f"What each injected layer gives: {comparison.ONLY[only]}", _html(_layers(results, only)))
                 )
-    tables = []
+    tables, tasks = [], []
     for only in kinds:
         rows = [row for row in results["summary"] if row["only"] == only]
         filled = [comparison.cells(row) for row in rows]
         keys = [key for key in comparison.HEADINGS if key in filled[0]]
         title = "before any training" if only is None else comparison.ONLY[only]
         tables.append((title, keys, list(zip(rows, filled, strict=True))))
+        tasks.append((title, rows))
     grown = [start for start in first_of_each(results["starts"]) if start["plan"]]
     plans = {start["name"]: Plan.from_json(start["plan"]) for start in grown}
     proofs = {start["name"]: start["proof"] for start in grown}
@@ -75,6 +76,7 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
         legend=comparison.LEGEND,
         claims=comparison.claims_by_kind(results),
         tables=tables,
+        tasks=tasks,
         figures=figures,
         proofs=proofs,
         plans=plans,

@@ -104,14 +104,19 @@ class Trainer:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
 
+    def _token_losses(
+        self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """See ``models.loss.token_losses``."""
+        model = Llama(self.model, as_model(trained, frozen, self.leaves))
+        # A device has its share of the batch and of the vocabulary, so that much more fits at a time.
+        chunk = LOGITS * self.mesh.size // self.model.vocab_size
+        return token_losses(model, tokens, chunk, segments, self.run)
+
     def _sums(self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> tuple[Any, Any]:
         """What is differentiated, summed over tokens; and its parts: the cross-entropy, the number of tokens, and how
         unevenly experts are used."""
-        model = Llama(self.model, as_model(trained, frozen, self.leaves))
-        # A device has its share of the batch and of the vocabulary, so that much more fits at a time.
-        shards = self.mesh.size
-        chunk = LOGITS * shards // self.model.vocab_size
-        losses_BT, log_z_BT, balance = token_losses(model, tokens, chunk, segments, self.run)
+        losses_BT, log_z_BT, balance = self._token_losses(trained, frozen, tokens, segments)
         loss, count = losses_BT.sum(), jnp.sum(tokens[:, 1:] >= 0)
         whole = loss + self.config.z_loss * jnp.square(log_z_BT).sum()
         if not self.model.num_experts:
@@ -177,6 +182,15 @@ class Trainer:
             return self._sums(trained, frozen, tokens, segments)[1][:2]
 
         return jax.jit(sums, out_shardings=replicated(self.mesh))
+
+    @functools.cached_property
+    def token_losses(self) -> Any:
+        """Jitted ``(trained, frozen, tokens [B, T+1]) -> cross-entropy of each token after the first [B, T]``, nats."""
+
+        def losses(trained: Arrays, frozen: Arrays, tokens: jax.Array) -> Any:
+            return self._token_losses(trained, frozen, tokens, None)[0]
+
+        return jax.jit(losses, out_shardings=replicated(self.mesh))
 
     @property
     def batch_sharding(self) -> Any:

@@ -1,0 +1,144 @@
+"""Scores of choices: against a plain softmax, against lm-evaluation-harness, and what is made of them."""
+
+import gzip
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tli_jax
+from tli_jax import train
+from tli_jax.checkpoint import tokens
+from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.checkpoint.hub import resolve
+from tli_jax.config import TrainConfig
+from tli_jax.errors import DataError
+from tli_jax.evaluation.scoring import score, summarise
+from tli_jax.evaluation.tasks import Question, Task, open_tasks
+from tli_jax.training.loop import load
+
+KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
+
+
+def opened(folder: Path | str, **options):
+    """Programs, arrays and tokenizer of a model."""
+    weights = open_checkpoint(Path(folder))
+    config = TrainConfig(**{"dtypes": {"compute": "float32"}, "mesh": {"fsdp": 1, "data": -1}} | options)
+    trainer, _, _ = train.make_trainer(config, weights.config, None)
+    return trainer, load(trainer, weights), tokens.open_tokenizer(weights.folder, weights.config)[0]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return opened(resolve("embedded"))
+
+
+def test_score_is_the_log_probability_of_the_choice(embedded) -> None:
+    """By hand: logits of one sequence, a softmax in fp64; spaces, an empty context, and choices of several lengths."""
+    questions = (
+        Question("import os\nimport", ("sys", "the quick brown fox"), 0),
+        Question("def f(x):\n    return  ", ("x", "y + 1", "None"), 0),
+        Question("", ("class", "zebra"), 0),
+        Question("for i in range(10):\n" * 20, ("pass", "    print(i)"), 0),
+    )
+    trainer, arrays, tokenizer = embedded
+    told = []
+    found = score(trainer, arrays, tokenizer, Task("t", questions), 0, 0, lambda n, note="": told.append(n))
+    assert sum(told) == len(questions)
+    config, params = tli_jax.load_hf("embedded", dtype="float32")
+    for question, scores in zip(questions, found, strict=True):
+        context = [0, *tokenizer.encode(question.context.rstrip())]
+        for choice, ours in zip(question.choices, scores, strict=True):
+            ids = [0, *tokenizer.encode(f"{question.context} {choice}")]
+            logits = np.asarray(tli_jax.forward(config, params, jnp.array([ids]))[0], np.float64)
+            log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+            theirs = sum(log_p[i - 1, ids[i]] for i in range(len(context), len(ids)))
+            assert ours == pytest.approx(theirs, abs=1e-3), (question, choice)
+
+
+def test_too_long_a_context_loses_its_left_end(embedded) -> None:
+    trainer, arrays, tokenizer = embedded
+    limit = trainer.model.max_position_embeddings
+    long = "a = 1\n" * limit
+    whole, choice = (
+        tokenizer.encode(f"{long} b = 2"),
+        tokenizer.encode(f"{long} b = 2")[len(tokenizer.encode(long.rstrip())) :],
+    )
+    (found,) = score(trainer, arrays, tokenizer, Task("t", (Question(long, ("b = 2", "c"), 0),)), 0, 0, lambda *_: None)
+    config, params = tli_jax.load_hf("embedded", dtype="float32")
+    window = jnp.array([whole[-limit - 1 :]])
+    expected = -float(tli_jax.losses(config, params, window)[0, -len(choice) :].sum())
+    assert found[0] == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(DataError, match="question 1: a choice of"):
+        score(trainer, arrays, tokenizer, Task("t", (Question("a", (long, "b"), 0),)), 0, 0, lambda *_: None)
+
+
+def test_on_a_mesh_the_same(embedded) -> None:
+    (task,) = open_tasks(["embedded"])
+    task = Task("few", task.questions[:12])
+    one = score(*embedded, task, 0, 0, lambda *_: None)
+    other = score(*opened(resolve("embedded"), mesh={"data": 2, "fsdp": 2, "tensor": 2}), task, 0, 0, lambda *_: None)
+    np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), rtol=1e-5)
+
+
+def test_base_knows_its_own_domain(embedded) -> None:
+    """The line that comes next in modules kept out of its training, of four: far above a quarter."""
+    (task,) = open_tasks(["embedded"])
+    task = Task("some", task.questions[:80])
+    found = summarise(task, score(*embedded, task, 0, 0, lambda *_: None))
+    assert found["accuracy"] > 0.25 + 3 * found["stderr"]
+
+
+def test_summary_by_hand() -> None:
+    task = Task("t", tuple(Question("", ("aa", "b"), answer) for answer in (0, 0, 1, 1)))
+    scores = [np.array(one) for one in ([-1.0, -2.0], [-3.0, -2.0], [-3.0, -2.0], [-1.0, -2.0])]
+    found = summarise(task, scores)
+    assert found["right"] == "1010" and found["accuracy"] == 0.5
+    assert found["stderr"] == pytest.approx(math.sqrt(1 / 3 / 4))
+    # A character of the first choice costs half: -0.5, -1.5, -1.5, -0.5 against -2.
+    assert found["accuracy_normalised"] == 0.5
+    assert found["f1"] == pytest.approx(0.5)
+
+
+def test_f1_is_over_what_occurs() -> None:
+    task = Task("t", tuple(Question("", ("a", "b", "c"), answer) for answer in (0, 0, 1)))
+    always_first = [np.array([0.0, -1.0, -2.0])] * 3
+    assert summarise(task, always_first)["f1"] == pytest.approx((0.8 + 0.0) / 2)
+
+
+@pytest.mark.parametrize("name", KOBEST)
+def test_kobest_as_lm_eval_scores_it(material, name) -> None:
+    """Its first questions on stories260k: the same log-likelihoods."""
+    (task,) = open_tasks([str(material / "kobest" / name)])
+    with gzip.open(material / "kobest" / "lm_eval_reference" / f"kobest_{name}_local.jsonl.gz", "rt") as lines:
+        expected = [json.loads(line) for line in itertools.islice(lines, 12)]
+    task = Task(name, task.questions[:12])
+    found = score(*opened(material / "stories260k"), task, 0, 0, lambda *_: None)
+    for question, ours, theirs in zip(task.questions, found, expected, strict=True):
+        assert theirs["ctx"] == question.context
+        np.testing.assert_allclose(ours, theirs["ll"], rtol=2e-5, atol=2e-3)
+
+
+@pytest.mark.long
+def test_all_of_kobest_as_lm_eval_scores_it(material) -> None:
+    """By the command: every figure to the last digit."""
+    call = [sys.executable, "-m", "tli_jax.evaluate", "--json", "--batch-size", "16"]
+    call += ["--model", str(material / "stories260k"), "--tasks", str(material / "kobest")]
+    environment = os.environ | {"XLA_FLAGS": ""}
+    found = json.loads(subprocess.run(call, check=True, capture_output=True, env=environment).stdout)["tasks"]
+    reference = material / "kobest" / "lm_eval_reference" / "results.json"
+    expected = json.loads(reference.read_text(encoding="utf-8"))["results"]
+    assert found.keys() == set(KOBEST)
+    names = {"accuracy": "acc", "stderr": "acc_stderr", "f1": "f1", "accuracy_normalised": "acc_norm"}
+    for name, figures in found.items():
+        theirs = expected[f"kobest_{name}_local"]
+        for ours, key in names.items():
+            if f"{key},none" in theirs:
+                assert figures[ours] == pytest.approx(theirs[f"{key},none"], rel=1e-9), (name, ours)

@@ -1,0 +1,119 @@
+"""Reading multiple-choice tasks, and refusing what is none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tli_jax.errors import DataError, MissingInputError, UsageError
+from tli_jax.evaluation.tasks import Question, Task, open_tasks
+
+OWN = {"context": "One, two,", "choices": ["three", "one"], "answer": 0, "source": "kept, and not looked at"}
+
+
+def write(file: Path, *rows: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
+    return file
+
+
+def test_format_of_our_own(tmp_path) -> None:
+    (task,) = open_tasks([str(write(tmp_path / "counting.jsonl", OWN, OWN))])
+    assert task.name == "counting" and task.examples == ()
+    assert task.questions == (Question("One, two,", ("three", "one"), 0),) * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "context", "choices"),
+    [
+        ({"paragraph": "P.", "question": "Q?", "label": 1}, "P. 질문: Q? 답변: ", ("아니오", "예")),
+        (
+            {"premise": "P.", "question": "원인", "alternative_1": "A", "alternative_2": "B", "label": 1},
+            "P.  왜냐하면",
+            ("A", "B"),
+        ),
+        (
+            {"premise": "P.", "question": "결과", "alternative_1": "A", "alternative_2": "B", "label": 1},
+            "P.  그래서",
+            ("A", "B"),
+        ),
+        (
+            {"word": "w", "context_1": "[w] a", "context_2": "b [w]", "label": 1},
+            "문장1: [w] a 문장2: b [w] 두 문장에서 w가 같은 뜻으로 쓰였나?",
+            ("아니오", "예"),
+        ),
+        (
+            {"context": "C.", "ending_1": "A", "ending_2": "B", "ending_3": "D", "ending_4": "E", "label": 1},
+            "문장: C.",
+            ("A", "B", "D", "E"),
+        ),
+        ({"sentence": "S", "label": 1}, "문장: S 긍부정:", ("부정", "긍정")),
+    ],
+)
+def test_kobest_prompts(tmp_path, row, context, choices) -> None:
+    (task,) = open_tasks([str(write(tmp_path / "one" / "test.jsonl", row).parent)])
+    assert task.name == "one" and task.questions == (Question(context, choices, 1),)
+
+
+def test_folder_of_folders(tmp_path) -> None:
+    for name in ("b", "a"):
+        write(tmp_path / name / "test.jsonl", OWN)
+        write(tmp_path / name / "train.jsonl", OWN, OWN)
+    write(tmp_path / "no_task" / "other.jsonl", OWN)
+    found = open_tasks([str(tmp_path)])
+    assert [task.name for task in found] == ["a", "b"] and len(found[0].examples) == 2
+
+
+def test_examples_stand_in_front() -> None:
+    solved = tuple(Question(f"{n} is", ("even", "odd"), n % 2) for n in range(9))
+    task = Task("parity", (Question("10 is", ("even", "odd"), 0), Question("11 is", ("even", "odd"), 1)), solved)
+    assert task.prompt(0, 0, seed=0) == "10 is"
+    *shown, last = task.prompt(0, 3, seed=0).split("\n\n")
+    assert last == "10 is" and len(set(shown)) == 3
+    assert all(int(line.split()[0]) % 2 == (line.split()[2] == "odd") for line in shown)
+    assert task.prompt(0, 3, seed=0) == task.prompt(0, 3, seed=0)
+    drawn = {task.prompt(number, 3, seed).rsplit("\n\n", 1)[0] for number in (0, 1) for seed in range(3)}
+    assert len(drawn) > 3  # another draw for each question and seed
+    with pytest.raises(UsageError, match="has 9 examples"):
+        task.prompt(0, 10, seed=0)
+
+
+def test_embedded_asks_for_the_true_line() -> None:
+    (task,) = open_tasks(["embedded"])
+    assert task.name == "next_line" and len(task.questions) == 200
+    assert task.digest == open_tasks(["embedded"])[0].digest
+    counts = [sum(question.answer == n for question in task.questions) for n in range(4)]
+    assert min(counts) > 25  # of 50: no place is the answer's
+    for question in task.questions:
+        assert len(set(question.choices)) == 4 and question.context.count("\n") == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "line 1: is no question"),
+        ("{", "line 1: is no question"),
+        ('{"context": "a", "choices": ["b"], "answer": 0}', "choices: List should have at least 2"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "answer is 2"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": "1"}', "answer: Input should be a valid integer"),
+        ('{"sentence": "a", "label": 2}', "label: Input should be 0 or 1"),
+        ('{"text": "a"}', "has keys text; known are context, choices, answer;"),
+        ("", "has no questions"),
+        ("\udcff", "line 1: is no question"),
+    ],
+)
+def test_no_questions(tmp_path, text, message) -> None:
+    file = tmp_path / "task.jsonl"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match="task") as caught:
+        open_tasks([str(file)])
+    assert message in str(caught.value)
+
+
+def test_nothing_there_and_twins(tmp_path) -> None:
+    with pytest.raises(MissingInputError, match="nowhere"):
+        open_tasks([str(tmp_path / "nowhere")])
+    files = [str(write(tmp_path / name / "task.jsonl", OWN)) for name in ("a", "b")]
+    with pytest.raises(UsageError, match="called task"):
+        open_tasks(files)

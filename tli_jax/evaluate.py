@@ -1,0 +1,150 @@
+"""``python -m tli_jax.evaluate``: a model's loss on texts, and how it does on multiple-choice tasks."""
+
+import dataclasses
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.box
+import rich.table
+
+from tli_jax import command
+from tli_jax import train as training
+from tli_jax.checkpoint import hub, sidecar, tokens
+from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.config import EvaluateConfig, Reading, TrainConfig, parse
+from tli_jax.errors import UsageError
+from tli_jax.parallel import processes
+
+if TYPE_CHECKING:
+    from tli_jax.data.batches import Data
+
+PROGRAM = "python -m tli_jax.evaluate"
+
+
+def main(arguments: Sequence[str]) -> None:
+    config = parse(EvaluateConfig, PROGRAM, "Measure a model's loss on texts, and score it on tasks.", arguments)
+    with processes.joined(config.distributed, config.process):
+        found = evaluate(config)
+        if not processes.is_first():
+            return
+        if config.json:
+            print(json.dumps(found, indent=1, ensure_ascii=False))
+        else:
+            for table in tabulate(found):
+                command.console().print(table)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure what is asked for.
+
+    Returns:
+        ``texts``, by path: ``loss`` in nats a token, its ``perplexity``, ``bits_per_byte`` and ``tokens``; ``tasks``,
+        by name: see ``scoring.summarise``; and what was measured with which versions.
+
+    Raises:
+        TliError: a wrong option, or damaged input.
+    """
+    if not config.model:
+        raise UsageError("model is not set: --model FOLDER, a hub id or 'embedded'")
+    if not config.text and not config.tasks:
+        raise UsageError("neither text nor tasks is set, so there is nothing to measure: --text FILE, --tasks FILE")
+    from tli_jax.evaluation import scoring
+    from tli_jax.evaluation.tasks import open_tasks
+    from tli_jax.training.loop import Feed, load
+
+    weights = open_checkpoint(hub.resolve(config.model, config.revision))
+    tokenizer, warnings = tokens.open_tokenizer(weights.folder, weights.config)
+    for warning in (*weights.warnings, *warnings):
+        command.warn(warning)
+    tasks = open_tasks(config.tasks)
+    if tasks and tokenizer is None:
+        raise UsageError(f"tasks: {weights.folder} has no tokenizer to read them with")
+    recipe = _recipe(config, weights.config.dtype)
+    trainer, T, notes = training.make_trainer(recipe, weights.config, None)
+    for note in notes:
+        command.console(is_stderr=True).print(note, markup=False, soft_wrap=True)
+    texts: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        data = {
+            source.path: training.open_text(
+                dataclasses.replace(recipe, text=(source,), validation_text=(source,)),
+                weights.config,
+                weights.folder,
+                tokenizer,
+                T,
+                Path(cache),
+            )
+            for source in config.text
+        }
+        arrays = load(trainer, weights)
+        for path, one in data.items():
+            batches = math.ceil(one.validation_windows / config.batch_size)
+            loss = Feed(trainer, one).validate(*arrays, batches)
+            texts[path] = _of_text(loss, one, tokenizer)
+    scores = {}
+    if tasks:
+        assert tokenizer is not None
+        with command.progress("score", sum(len(task.questions) for task in tasks), "questions") as advance:
+            scores = scoring.evaluate(trainer, arrays, tokenizer, tasks, advance, config.shots, config.seed)
+    return {
+        "version": 1,
+        "model": config.model,
+        "dtype": recipe.compute_dtype,
+        "sequence_length": T,
+        "shots": config.shots,
+        "seed": config.seed,
+        "texts": texts,
+        "tasks": scores,
+        "versions": sidecar.versions("tli_jax", "jax"),
+    }
+
+
+def _recipe(config: EvaluateConfig, dtype: str) -> TrainConfig:
+    """What training would validate with; by default in the dtype of the weights, float16 widened."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(Reading)}
+    one = "bfloat16" if dtype == "bfloat16" else "float32"
+    values["dtypes"] = {"param": one, "compute": one} | config.dtypes
+    return TrainConfig(**values)
+
+
+def _of_text(loss: float | None, data: "Data", tokenizer: tokens.Tokenizer | None) -> dict[str, Any]:
+    assert loss is not None, "a source has a window at least, or is refused"
+    count = sum(len(windows) * windows.T for windows in data.held_out)
+    found: dict[str, Any] = {"tokens": count, "loss": loss, "perplexity": math.exp(min(loss, 700))}
+    if tokenizer is not None:
+        ids = (windows.ids[1 : len(windows) * windows.T + 1].tolist() for windows in data.held_out)
+        nbytes = sum(len(tokenizer.decode(part).encode()) for part in ids)
+        found["bits_per_byte"] = loss * count / math.log(2) / nbytes
+    return found
+
+
+def tabulate(found: dict[str, Any]) -> list[rich.table.Table]:
+    """Texts and tasks for a terminal."""
+    tables = []
+    if found["texts"]:
+        table = rich.table.Table(box=rich.box.SIMPLE)
+        for heading in ("text", "tokens", "loss, nats a token", "perplexity", "bits a byte"):
+            table.add_column(heading, justify="left" if heading == "text" else "right")
+        for path, one in found["texts"].items():
+            bits = f"{one['bits_per_byte']:.4f}" if "bits_per_byte" in one else "–"
+            table.add_row(path, f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", bits)
+        tables.append(table)
+    if found["tasks"]:
+        table = rich.table.Table(box=rich.box.SIMPLE)
+        for heading in ("task", "questions", "accuracy", "± stderr", "by length", "macro F1"):
+            table.add_column(heading, justify="left" if heading == "task" else "right")
+        for name, one in found["tasks"].items():
+            stderr = "–" if one["stderr"] is None else f"{one['stderr']:.4f}"
+            values = (f"{one[key]:.4f}" for key in ("accuracy_normalised", "f1"))
+            table.add_row(name, f"{one['questions']:,}", f"{one['accuracy']:.4f}", stderr, *values)
+        tables.append(table)
+    return tables
+
+
+if __name__ == "__main__":
+    processes.leave(command.run(main, sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Multiple-choice tasks: reading them, and scoring a model on them."""
