@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import tli_jax
-from tli_jax import command
+from tli_jax import command, train
 from tli_jax.checkpoint import hub, tokens
 from tli_jax.checkpoint.hf import open_checkpoint
 from tli_jax.evaluate import main
@@ -90,6 +90,14 @@ def test_grown_model_does_as_its_base(task, tmp_path, capsys) -> None:
 def test_refused(capsys, flags, code, message) -> None:
     assert command.run(main, flags) == code
     assert message in capsys.readouterr().err
+
+
+def test_run_is_to_be_exported_first(start, tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    flags = ["--model", str(start / "base"), "--text", str(start / "ids.npy"), "--run", str(run), "--steps", "1"]
+    assert command.run(train.main, [*flags, "--sequence-length", "16"]) == 0
+    assert command.run(main, ["--model", str(run), "--text", str(start / "ids.npy")]) == 2
+    assert f"--run {run} --export-only" in capsys.readouterr().err
 
 
 def test_tasks_without_a_tokenizer_are_refused(start, task, capsys) -> None:

@@ -19,6 +19,7 @@ from tli_jax.checkpoint.hf import open_checkpoint
 from tli_jax.config import EvaluateConfig, Reading, TrainConfig, parse
 from tli_jax.errors import UsageError
 from tli_jax.parallel import processes
+from tli_jax.training.run import RunFolder
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
@@ -51,6 +52,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """
     if not config.model:
         raise UsageError("model is not set: --model FOLDER, a hub id or 'embedded'")
+    if RunFolder(config.model).is_begun:
+        export = f"python -m tli_jax.train --run {config.model} --export-only --export DIR"
+        raise UsageError(f"model {config.model}: is a run: export it, and measure what that gives: {export}")
     if not config.text and not config.tasks:
         raise UsageError("neither text nor tasks is set, so there is nothing to measure: --text FILE, --tasks FILE")
     from tli_jax.evaluation import scoring

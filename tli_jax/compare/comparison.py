@@ -89,6 +89,7 @@ class _Comparison:
         self.tasks = open_tasks(config.tasks)
         if self.tasks and self.tokenizer is None:
             raise UsageError(f"tasks: {self.base.folder} has no tokenizer to read them with")
+        self.before: dict[Path, dict[str, Any]] = {}
         # What was measured belongs to them.
         self.facts = {
             "model": model_digest(self.base),
@@ -202,9 +203,10 @@ class _Comparison:
         with (self.output / "logs" / f"{file.stem}.txt").open("w", encoding="utf-8") as log, command.logging_to(log):
             made = self._make(contender, seed)
             folder = Path(hub.resolve(self._folder(contender, seed), self.config.revision))
-            before = self._measure_start(folder)
+            if folder not in self.before:  # two of the baselines begin as the base
+                self.before[folder] = self._measure_start(folder)
         found = {"name": contender.name, "seed": seed, "method": contender.method, "growth": contender.growth}
-        found |= {"is_drawn": contender.is_drawn, **made, **before, "facts": self.facts}
+        found |= {"is_drawn": contender.is_drawn, **made, **self.before[folder], "facts": self.facts}
         _write(file, found)
         return found
 
