@@ -14,7 +14,8 @@ from typing import Any
 from tli_jax.report import comparison
 
 RESULTS = Path(__file__).parent / "results"
-COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "seconds", "memory")
+COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "accuracy")
+COLUMNS += ("seconds", "memory")
 # One row a claim and a contender would be some hundred: the two readings of the paper's method, and the best start.
 CLAIMANTS = ("tli:identity", "tli:copy", "tli:half")
 
@@ -43,9 +44,10 @@ def tables(results: dict[str, Any]) -> str:
     found = []
     for only in dict.fromkeys(row["only"] for row in results["summary"]):
         rows = [comparison.cells(row) for row in results["summary"] if row["only"] == only]
-        rows = [[re.sub(r"(.*) \*$", r"**\1**", row[key]) for key in COLUMNS] for row in rows]
-        title = f"{comparison.ONLY[only].capitalize()}:"
-        found.append(f"{title}\n\n{table([comparison.HEADINGS[key] for key in COLUMNS], rows)}")
+        keys = [key for key in COLUMNS if key in rows[0]]
+        rows = [[re.sub(r"(.*) \*$", r"**\1**", row[key]) for key in keys] for row in rows]
+        title = "Before any training" if only is None else comparison.ONLY[only].capitalize()
+        found.append(f"{title}:\n\n{table([comparison.HEADINGS[key] for key in keys], rows)}")
     return "\n\n".join(found)
 
 

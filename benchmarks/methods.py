@@ -37,7 +37,17 @@ TOKENS, WINDOW = 2048, 256
 
 def methods(layers: int) -> list[str]:
     """Flags of every method, at K = 2 or its equal in size where there is one."""
-    inits = ["identity", "copy", "scaled --scale 0.3", "half", "average", "average_identity", "noise", "random"]
+    inits = [
+        "identity",
+        "next_identity",
+        "copy",
+        "scaled --scale 0.3",
+        "half",
+        "average",
+        "average_identity",
+        "noise",
+        "random",
+    ]
     rows = [f"--method tli --every 2 --init {init}" for init in inits]
     rows += [f"--method dus --drop {layers // 4}", "--method average --every 2", "--method slayer"]
     rows += [f"--method llama_pro --groups {layers // 2 if layers % 2 == 0 else 1}"]

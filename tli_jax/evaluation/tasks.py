@@ -19,7 +19,7 @@ from tli_jax.checkpoint.hub import EMBEDDED
 from tli_jax.errors import DataError, MissingInputError, UsageError
 
 # Of the task that the package makes for itself.
-_QUESTIONS, _LINES_BEFORE, _CHOICES = 200, 8, 4
+_QUESTIONS, _LINES_BEFORE, _CHOICES = 200, 4, 4
 
 
 class Question(NamedTuple):

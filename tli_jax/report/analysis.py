@@ -167,8 +167,9 @@ def _mark_best(results: Mapping[str, Any], summary: list[dict[str, Any]]) -> Non
                 continue
             best = min(known, key=lambda row: row[key]["mean"] * (-1 if key == "accuracy_after" else 1))
             for row in known:
-                values = [_values(results, one["name"], only, key) for one in (best, row)]
-                is_alike = _difference(*values)["verdict"] != "lower"
+                of_best, of_row = (_values(results, one["name"], only, key) for one in (best, row))
+                is_certain = key == "initial" and _is_certain(results, best["name"], row["name"])
+                is_alike = _difference(of_best, of_row, is_certain)["verdict"] == "alike"
                 row.setdefault("marks", {})[key] = "best" if row is best else "alike" if is_alike else ""
 
 
@@ -183,17 +184,28 @@ def _values(results: Mapping[str, Any], name: str, only: str | None, key: str) -
     return _finals(results, name, only, {"final": "loss", "old_after": "old"}[key])
 
 
-def _difference(a: Mapping[int, float | None], b: Mapping[int, float | None]) -> dict[str, Any]:
+def _is_certain(results: Mapping[str, Any], *names: str) -> bool:
+    """Whether models are the same for every seed before training."""
+    return not any(start["is_drawn"] for name in names for start in select(results["starts"], name=name))
+
+
+def _difference(
+    a: Mapping[int, float | None], b: Mapping[int, float | None], is_certain: bool = False
+) -> dict[str, Any]:
     """How a differs from b, seed by seed: mean, twice its standard error, and whether a is ``lower``, ``higher``,
-    ``alike``, or that is ``unknown``."""
+    ``alike``, or that is ``unknown``.
+
+    Args:
+        is_certain: neither depends on the seed.
+    """
     pairs = [(a[seed], b[seed]) for seed in sorted(a.keys() & b.keys())]
     known = [x - y for x, y in pairs if x is not None and y is not None]
     if not known or len(known) < len(pairs):
         return {"mean": None, "error": None, "verdict": "unknown"}
     mean = statistics.fmean(known)
     error = 2 * statistics.stdev(known) / math.sqrt(len(known)) if len(known) > 1 else None
-    if len(set(a.values())) == len(set(b.values())) == 1:
-        error = 0.0  # neither depends on the seed
+    if is_certain:
+        error = 0.0
     if error is None:
         return {"mean": mean, "error": None, "verdict": "unknown"}
     is_clear = abs(mean) > error and (all(d < 0 for d in known) or all(d > 0 for d in known))
@@ -243,7 +255,7 @@ def _claims(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _compare_starts(results: Mapping[str, Any], name: str, rival: str | None, text: str) -> dict[str, Any]:
     a = _starts(results, name, text)
     b = {} if rival is None else _starts(results, rival, text)
-    found = _difference(a, b)
+    found = _difference(a, b, rival is not None and _is_certain(results, name, rival))
     domain = {"new": "new text", "old": "old text"}[text]
     if found["mean"] is None:
         return {"verdict": UNKNOWN, "numbers": "", "difference": None}
