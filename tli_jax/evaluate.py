@@ -88,7 +88,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         arrays = load(trainer, weights)
         for path, one in data.items():
             batches = math.ceil(one.validation_windows / config.batch_size)
-            loss = Feed(trainer, one).validate(*arrays, batches)
+            with command.progress("read", batches, "batches") as advance:
+                loss = Feed(trainer, one).validate(*arrays, batches, advance)
             texts[path] = _of_text(loss, one, tokenizer)
     scores = {}
     if tasks:

@@ -108,16 +108,25 @@ class Feed:
 
         return share(batch.tokens), share(batch.segments)
 
-    def validate(self, trained: Arrays, frozen: Arrays, batches: int | None = None) -> float | None:
+    def validate(
+        self,
+        trained: Arrays,
+        frozen: Arrays,
+        batches: int | None = None,
+        advance: Advance = lambda amount, note="", /: None,
+    ) -> float | None:
         """Loss on what was kept out of training, nats a token; None where nothing was.
 
         Args:
             batches: at most so many; by default as configured.
+            advance: told of batches.
         """
         sums = []
         for batch in self.data.validation(self.part, self.local, batches or self.trainer.config.validation_batches):
             tokens, segments = self.to_mesh(batch, 1)
             sums.append(self.trainer.validate(trained, frozen, tokens[0], segments[0]))
+            jax.block_until_ready(sums[-2:-1])  # or all batches of a long text would wait on the device
+            advance(1)
         losses, counts = zip(*jax.device_get(sums), strict=True) if sums else ((), ())
         return float(sum(losses)) / float(sum(counts)) if sums else None
 
