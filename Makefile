@@ -4,8 +4,6 @@ BIN := .venv/bin
 NEWEST := .venv-newest/bin
 # Without compiling: half the time, and Python compiles what it imports.
 PIP_INSTALL := -m pip install -q --disable-pip-version-check --no-compile
-# Two workers, each from an end of its own: side by side in one file, one would wait for what the other prepares.
-WORKERS := -n 2 --dist worksteal
 # Where it is set, every process compiles all that it imports anew: 3.3 s instead of 1.3, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -34,7 +32,7 @@ demo-train: .venv/.runtime  ## grow that model and train its injected layers on 
 	@$(BIN)/python -m tli_jax.report out/demo_train/run
 
 test: .venv/.test  ## the tests, without the long ones
-	$(BIN)/python -m pytest $(WORKERS) -m "not long and not topologies"
+	$(BIN)/python -m pytest -n 2 -m "not long and not topologies"
 
 test-long: .venv/.test  ## only the long tests
 	$(BIN)/python -m pytest -m long
@@ -46,7 +44,7 @@ test-newest:  ## the tests on Python 3.13 or 3.12 with the newest jax, without t
 	@python=$$($(FIND_NEWEST)); \
 	if [ -z "$$python" ]; then echo "test-newest: skipped, neither Python 3.13 nor 3.12 starts here"; exit 0; fi; \
 	$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$$python" && \
-	$(NEWEST)/python -m pytest $(WORKERS) -m "not long and not topologies"
+	$(NEWEST)/python -m pytest -n 2 -m "not long and not topologies"
 
 lint: .venv/.lint  ## style, types and layers
 	$(BIN)/ruff check .
