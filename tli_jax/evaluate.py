@@ -94,8 +94,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     scores = {}
     if tasks:
         assert tokenizer is not None
-        with command.progress("score", sum(len(task.questions) for task in tasks), "questions") as advance:
-            scores = scoring.evaluate(trainer, arrays, tokenizer, tasks, advance, config.shots, config.seed)
+        scores = scoring.evaluate(trainer, arrays, tokenizer, tasks, config.shots, config.seed)
     return {
         "version": 1,
         "model": config.model,

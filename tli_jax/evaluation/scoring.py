@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from tli_jax.checkpoint.tokens import Tokenizer
-from tli_jax.command import Advance
+from tli_jax.command import Advance, progress
 from tli_jax.errors import DataError
 from tli_jax.evaluation.tasks import Task
 from tli_jax.models.attention import causal
@@ -136,10 +136,13 @@ def evaluate(
     arrays: tuple[Arrays, Arrays],
     tokenizer: Tokenizer,
     tasks: Sequence[Task],
-    advance: Advance,
     shots: int = 0,
     seed: int = 0,
 ) -> dict[str, Mapping[str, Any]]:
-    """By name what ``summarise`` says of each task."""
+    """By name what ``summarise`` says of each task; shows progress."""
     trainer = dataclasses.replace(trainer, kernel=causal)  # lengths are too many for kernels that want certain ones
-    return {task.name: summarise(task, score(trainer, arrays, tokenizer, task, shots, seed, advance)) for task in tasks}
+    found = {}
+    with progress("score", sum(len(task.questions) for task in tasks), "questions") as advance:
+        for task in tasks:
+            found[task.name] = summarise(task, score(trainer, arrays, tokenizer, task, shots, seed, advance))
+    return found
