@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
 
 import tli_jax
@@ -490,6 +491,42 @@ def test_other_data_under_the_same_name_are_refused(own, capsys):
     capsys.readouterr()
     assert here(own) == 2
     assert "the data is not what the run was started with" in say(capsys)
+
+
+def test_ids_may_move_or_be_gone_once_the_run_is_finished(own, trained, tmp_path, capsys):
+    (tmp_path / "moved").mkdir()
+    (own.parent / "ids.npy").rename(tmp_path / "moved" / "other_name.npy")
+    assert here(own, export=tmp_path / "out") == 0
+    assert tensors(tmp_path / "out") == tensors(trained / "out")
+    assert here(own, steps=STEPS + 1) == 66
+    assert "ids.npy: no such file or folder" in say(capsys)
+    assert here(own, steps=STEPS + 1, text=tmp_path / "moved" / "other_name.npy") == 0
+    assert newest(own) == STEPS + 1
+
+
+def test_text_may_be_gone_if_its_tokens_are_whole(small, tmp_path, capsys):
+    shutil.copytree(small / "grown", tmp_path / "model")
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,"
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i + 2 for i, letter in enumerate(letters)}))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    words.save(str(tmp_path / "model" / "tokenizer.json"))
+    text = tmp_path / "a.txt"
+    text.write_text("Once upon a time, there was a girl. " * 60)
+    options = SMALL | {"model": tmp_path / "model", "text": text, "steps": 2, "batch-size": 8}
+    for run in ("whole", "stopped"):
+        assert here(tmp_path / run, **options) == 0
+    assert here(tmp_path / "whole", steps=4) == 0
+    text.unlink()
+    capsys.readouterr()
+    assert here(tmp_path / "stopped", steps=4) == 0
+    assert "a.txt: is gone, so the run goes on with its tokens" in say(capsys)
+    assert state_digests(tmp_path / "stopped", 4) == state_digests(tmp_path / "whole", 4)
+    (ids,) = (tmp_path / "stopped" / "data").glob("*.ids")
+    content = bytearray(ids.read_bytes())
+    content[5] ^= 1
+    ids.write_bytes(content)
+    assert here(tmp_path / "stopped", steps=6) == 66
+    assert "its tokens are not in" in say(capsys)
 
 
 def test_a_run_needs_its_model_no_longer(own, trained, tmp_path):

@@ -86,10 +86,10 @@ class Reading:
         None, r"plain text: what stands between documents, e.g. '\n'; by default a file is one document"
     )
     field: str = option("text", "JSONL, Parquet, datasets folders: the field that holds the text")
-    bos: bool = option(True, "BOS in front of each document, where the model has one")
-    eos: bool = option(False, "EOS behind each document")
+    bos: bool = option(True, "put BOS before each document, if the model has one")
+    eos: bool = option(True, "put EOS after each document, if the model has one")
     on_bad: Literal["refuse", "skip"] = option("refuse", "what to do with documents that cannot be read")
-    isolate: bool = option(True, "documents in one window do not see each other")
+    isolate: bool = option(True, "attention stays within a document; no loss crosses documents either way")
     batch_size: Positive = option(8, "sequences a step, over all devices")
     sequence_length: Positive | None = option(None, "tokens a sequence (default: the model's context, 2048 at most)")
     dtypes: FloatTypes = option(

@@ -17,12 +17,13 @@ from tli_jax import train as training
 from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.hf import open_checkpoint
 from tli_jax.config import EvaluateConfig, Reading, TrainConfig, parse
-from tli_jax.errors import UsageError
+from tli_jax.errors import DataError, UsageError
 from tli_jax.parallel import processes
 from tli_jax.training.run import RunFolder
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
+    from tli_jax.training.loop import Measured
 
 PROGRAM = "python -m tli_jax.evaluate"
 
@@ -89,8 +90,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         for path, one in data.items():
             batches = math.ceil(one.validation_windows / config.batch_size)
             with command.progress("read", batches, "batches") as advance:
-                loss = Feed(trainer, one).validate(*arrays, batches, advance)
-            texts[path] = _of_text(loss, one, tokenizer)
+                measured = Feed(trainer, one).measure(*arrays, batches, advance)
+            texts[path] = _of_text(path, measured, one, tokenizer)
     scores = {}
     if tasks:
         assert tokenizer is not None
@@ -116,14 +117,14 @@ def _recipe(config: EvaluateConfig, dtype: str) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _of_text(loss: float | None, data: "Data", tokenizer: tokens.Tokenizer | None) -> dict[str, Any]:
-    assert loss is not None, "a source has a window at least, or is refused"
-    count = sum(len(windows) * windows.T for windows in data.held_out)
-    found: dict[str, Any] = {"tokens": count, "loss": loss, "perplexity": math.exp(min(loss, 700))}
+def _of_text(path: str, measured: "Measured", data: "Data", tokenizer: tokens.Tokenizer | None) -> dict[str, Any]:
+    loss = measured.loss
+    if loss is None:
+        raise DataError(f"{path}: has no token to predict: every document is one token long")
+    found: dict[str, Any] = {"tokens": measured.tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     if tokenizer is not None:
-        ids = (windows.ids[1 : len(windows) * windows.T + 1].tolist() for windows in data.held_out)
-        nbytes = sum(len(tokenizer.decode(part).encode()) for part in ids)
-        found["bits_per_byte"] = loss * count / math.log(2) / nbytes
+        nbytes = sum(len(tokenizer.decode(windows.targets().tolist()).encode()) for windows in data.held_out)
+        found["bits_per_byte"] = measured.nats / math.log(2) / nbytes
     return found
 
 

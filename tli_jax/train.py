@@ -56,7 +56,7 @@ class Trained(NamedTuple):
     trainer: "Trainer"
     trained: dict[str, Any]
     frozen: dict[str, Any]
-    data: "Data"
+    data: "Data | None"  # None of a run that was only exported
 
 
 def train(config: TrainConfig, cache: Path | None = None, advance: command.Advance | None = None) -> Trained:
@@ -105,21 +105,31 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
     from tli_jax.training.loop import Loop, load, restore
 
     trainer, T, notes = make_trainer(config, start.model, start.plan)
-    with processes.first("data"):
-        data = open_text(config, start.model, start.folder, tokenizer, T, cache)
-    data.check_enough(config.batch_size)
-    facts: dict[str, Any] = run.check_facts({"data": data.digest}) if has_begun else {"id": ""}
+    facts: dict[str, Any] = run.check_facts({}) if has_begun else {"id": "", "sources": ()}
+    data, gone = None, None
+    if not config.export_only:
+        with processes.first("data"):
+            try:
+                data = open_text(config, start.model, start.folder, tokenizer, T, cache, facts["sources"])
+            except MissingInputError as error:
+                if not has_begun:
+                    raise
+                gone = error  # which matters only to a run that is not finished
+    if data is not None:
+        data.check_enough(config.batch_size)
+        if has_begun:
+            run.check_facts({"data": data.digest})
     if config.export:
         check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
     if not has_begun:
-        assert start.weights is not None
+        assert start.weights is not None and data is not None
         with processes.first("begin"):
             if processes.is_first():
-                run.begin(config, start.weights, _facts(trainer, start.weights, data.digest))
+                run.begin(config, start.weights, _facts(trainer, start.weights, data))
             else:
                 run.fetch()
         facts = run.check_facts({})
-    _introduce(trainer, [*notes, *data.notes])
+    _introduce(trainer, [*notes, *(data.notes if data else ())])
 
     checkpoints = Checkpoints(run.checkpoints, config.keep)
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)
@@ -132,6 +142,8 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
     state, frozen = restored
     done = int(state.step)
     if done < config.steps and not config.export_only:
+        if data is None:
+            raise gone or AssertionError("the data were opened")
         metrics, shown = None, contextlib.nullcontext(advance or (lambda amount, note="", /: None))
         if processes.is_first():
             run.write_config(config)
@@ -188,16 +200,23 @@ def _open_model(config: TrainConfig, run: RunFolder) -> Start:
 
 
 def open_text(
-    config: Recipe, model: LlamaConfig, folder: Path, tokenizer: tokens.Tokenizer | None, T: int, cache: Path
+    config: Recipe,
+    model: LlamaConfig,
+    folder: Path,
+    tokenizer: tokens.Tokenizer | None,
+    T: int,
+    cache: Path,
+    known: Sequence[str] = (),
 ) -> "Data":
-    """What a recipe trains on, tokenised for a model.
+    """What a recipe trains on, tokenized for a model.
 
     The word ``embedded`` among the sources is the text kept out of the embedded base's training.
 
     Args:
         folder: of the model, with its tokenizer.
         T: tokens a sequence.
-        cache: folder of tokenised text.
+        cache: folder of tokenized text.
+        known: see ``open_data``.
 
     Raises:
         TliError: see ``open_data``.
@@ -210,7 +229,7 @@ def open_text(
         for sources in (config.text, config.validation_text)
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
-    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache)
+    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known)
 
 
 def replace_embedded(
@@ -266,7 +285,7 @@ def make_trainer(
         raise UsageError(f"batch_size {config.batch_size} is not a multiple of accumulation {config.accumulation}")
     sizes = model.sizes | {"H": model.num_attention_heads, "K": model.num_key_value_heads}
     check_fits(mesh, sizes, config.batch_size // config.accumulation)
-    kernel, says = choose_kernel(config.attention, mesh, T, model.head_dim, config.compute_dtype)
+    kernel, says = choose_kernel(config.attention, mesh, T, model.head_dim, config.compute_dtype, config.isolate)
     mix, how = choose_mix(mesh)
     notes = [f"attention: {says}"] + ([f"experts: {how}"] if model.num_experts else [])
     if model.max_position_embeddings < T:
@@ -274,14 +293,15 @@ def make_trainer(
     return Trainer(model, config, layout, mesh, kernel, mix), T, notes
 
 
-def _facts(trainer: "Trainer", weights: Checkpoint, data: str) -> dict[str, Any]:
+def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
     """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
     dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers[:1]).dtype.name for leaf in trainer.leaves}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "id": secrets.token_hex(8),
         "model": model_digest(weights),
-        "data": data,
+        "data": data.digest,
+        "sources": list(data.sources),
         "dtypes": dtypes,
         "versions": sidecar.versions(*names),
     }

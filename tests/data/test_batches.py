@@ -108,12 +108,12 @@ def test_a_mixture_is_never_further_off_than_a_window_a_source(weights):
         assert all(abs(seen[i] - share) < len(weights) for i, share in enumerate(exact))
 
 
-def test_segments_begin_at_bos(opened, model, tmp_path):
+def test_segments_of_ids_begin_at_bos(opened, model, tmp_path):
     ids = np.array([5, 6, model.bos_token_id, 7, model.bos_token_id, model.bos_token_id, 8] + [9] * 10)
     np.save(tmp_path / "a.npy", ids)
     for keys, expected in (
         ({}, [0, 0, 1, 1, 2, 3, 3] + [3] * 10),
-        ({"isolate": False}, [0] * 17),
+        ({"isolate": False}, [0, 0, 1, 1, 2, 3, 3] + [3] * 10),  # that is for attention to heed, not for targets
         ({"bos": False}, [0] * 17),
     ):
         batch = next(opened(tmp_path / "a.npy", T=T, **keys).batches(0, 1, [0], 0))
@@ -121,6 +121,30 @@ def test_segments_begin_at_bos(opened, model, tmp_path):
     # Not over the first: what reads ahead still has that mapped, and a mapped file that gets shorter ends the process.
     np.save(tmp_path / "b.npy", np.roll(ids, -2))
     assert next(opened(tmp_path / "b.npy", T=T).batches(0, 1, [0], 0)).segments[0, :4].tolist() == [0, 0, 1, 2]
+
+
+@pytest.mark.parametrize("keys", [{}, {"bos": False}, {"eos": False}, {"bos": False, "eos": False}])
+def test_segments_of_texts_are_their_documents(keys, opened, write, tokenizer, model):
+    texts = ["One.", "A second one, longer.", "x", "<|endoftext|> and the last of these."]
+    marks = [[model.bos_token_id] * keys.get("bos", True), [model.eos_token_ids[0]] * keys.get("eos", True)]
+    stream = [(i, n) for n, text in enumerate(texts) for i in (*marks[0], *tokenizer.encode(text), *marks[1])]
+    data = opened(write("a.jsonl", texts), T=len(stream) - 1, validation_share=0, **keys)
+    batch = next(data.batches(0, 1, [0], 0))
+    assert [*zip(batch.tokens[0].tolist(), batch.segments[0].tolist(), strict=True)] == stream
+    firsts = {i for i in range(1, len(stream)) if stream[i][1] != stream[i - 1][1]}
+    expected = [token for i, (token, _) in enumerate(stream) if i and i not in firsts]
+    assert data.training[0][0].targets().tolist() == expected
+
+
+def test_segments_of_a_window_do_not_depend_on_where_it_starts(opened, write):
+    data = opened(write("a.jsonl", [f"Document {i} of many." for i in range(60)]), T=T, validation_share=0)
+    ((windows, _),) = data.training
+    whole = np.zeros(len(windows.stream.ids), int)
+    whole[windows.stream.starts[1:]] = 1
+    whole = np.cumsum(whole)
+    for i in range(len(windows)):
+        expected = whole[i * T : (i + 1) * T + 1]
+        np.testing.assert_array_equal(windows[i][1], expected - expected[0])
 
 
 def test_segments_end_at_eos_where_there_is_no_bos(opened, tmp_path):
@@ -163,8 +187,6 @@ def test_too_few_tokens_are_counted(ids, opened):
 def test_wrong_wishes_are_usage_errors(ids, opened):
     with pytest.raises(UsageError, match="text is not set"):
         opened(T=T)
-    with pytest.raises(UsageError, match="no eos_token_id"):
-        opened(ids("a.npy", 3), T=T, eos=True, eos_ids=())
 
 
 def test_the_digest_tells_what_content_and_order_depend_on(ids, opened):
@@ -177,24 +199,25 @@ def test_the_digest_tells_what_content_and_order_depend_on(ids, opened):
         opened(one, T=8),
         opened(one, T=T, validation_share=0.2),
         opened(one, T=T, validation_text=[other]),
-        opened(one, T=T, isolate=False),
         opened(one, T=T, bos=False),
+        opened(one, T=T, eos=False),
         opened(one, T=T, field="story"),
         opened((one, 2.0), other, T=T),
     ]
     assert len({digest} | {data.digest for data in changed}) == 1 + len(changed)
 
 
-def test_notes_say_what_is_repeated_and_what_has_no_effect(ids, opened):
+def test_notes_say_what_is_repeated_and_what_is_one_document(ids, opened):
     data = opened(ids("a.npy", 8), T=T, steps=10, batch_size=4, validation_share=0, bos=False)
     assert len(data.notes) == 2
     assert data.notes[0].endswith("a.npy: is read 5.0 times in 10 steps")
-    assert data.notes[1].startswith("isolate has no effect")
+    assert data.notes[1].startswith("warning: ") and "have no BOS or EOS" in data.notes[1]
 
 
 def test_texts_come_back_as_they_were(opened, write, documents, tokenizer, model):
     data = opened(write("a.jsonl", documents * 3), T=T, validation_share=0)
     rows = [row for b in itertools.islice(data.batches(0, 1, [0], 0), data.windows) for row in b.tokens.tolist()]
-    stream = [i for text in documents * 3 for i in [model.bos_token_id, *tokenizer.encode(text)]]
+    (eos,) = model.eos_token_ids
+    stream = [i for text in documents * 3 for i in [model.bos_token_id, *tokenizer.encode(text), eos]]
     windows = [stream[i * T : (i + 1) * T + 1] for i in range(data.windows)]
     assert sorted(rows) == sorted(windows) and data.tokens == len(stream)

@@ -10,7 +10,7 @@ import pytest
 
 from tli_jax.config import TrainConfig
 from tli_jax.data.stream import Rules, _cut, open_stream
-from tli_jax.errors import DataError
+from tli_jax.errors import DataError, MissingInputError
 
 
 class CountingTokenizer:
@@ -77,7 +77,7 @@ def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path)
     assert rules.tokenizer.calls > calls
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "record", "no ids"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "record", "no ids", "starts"])
 def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
     path, cache = write("a.txt", ["abc"]), tmp_path / "cache"
     open_stream(path, rules, cache)
@@ -87,9 +87,12 @@ def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
         record.write_text("{")
     elif damage == "no ids":
         ids.unlink()
+    elif damage == "starts":
+        (starts,) = cache.glob("*.starts")
+        starts.write_bytes(b"\1" + starts.read_bytes()[1:])
     else:
         ids.write_bytes(data[:-2] if damage == "cut" else data[:-1] + b"\7")
-    open_stream(path, rules, cache)
+    assert open_stream(path, rules, cache).starts.tolist() == [0]
     assert ids.read_bytes() == data and json.loads(record.read_text())["tokens"] == 5
 
 
@@ -105,7 +108,7 @@ def test_a_stopped_run_leaves_nothing_half_written(write, rules, tmp_path, monke
             open_stream(path, rules, cache)
     assert list(cache.iterdir()) == []
     assert len(open_stream(path, rules, cache).ids) == 7
-    assert {file.suffix for file in cache.iterdir()} == {".ids", ".json"}
+    assert {file.suffix for file in cache.iterdir()} == {".ids", ".starts", ".json"}
 
 
 def test_the_digest_goes_by_names_and_bytes_not_by_place(rules, tmp_path):
@@ -115,6 +118,31 @@ def test_the_digest_goes_by_names_and_bytes_not_by_place(rules, tmp_path):
         (tmp_path / folder / name).write_text("text")
         digests.append(open_stream(tmp_path / folder, rules, tmp_path / "cache").digest)
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_file_may_move_but_not_become_another_format(rules, tmp_path):
+    (tmp_path / "b").mkdir()
+    places = [tmp_path / "x.txt", tmp_path / "b" / "y.txt", tmp_path / "x.jsonl"]
+    for place in places:
+        place.write_text('{"text": "ab"}')
+    streams = [open_stream(place, rules, tmp_path / "cache") for place in places]
+    assert streams[0].digest == streams[1].digest != streams[2].digest
+    assert len(streams[0].ids) == len(streams[1].ids) > len(streams[2].ids)
+
+
+def test_a_source_that_is_gone_is_read_from_the_cache(write, rules, tmp_path):
+    path, cache = write("a.txt", ["ab", "c"]), tmp_path / "cache"
+    first = open_stream(path, rules, cache)
+    path.unlink()
+    with pytest.raises(MissingInputError, match="no such file"):
+        open_stream(path, rules, cache)
+    again = open_stream(path, rules, cache, first.digest)
+    assert again.digest == first.digest and "is gone" in again.notes[0]
+    assert (again.ids.tolist(), again.starts.tolist()) == (first.ids.tolist(), [0, 4])
+    (ids,) = cache.glob("*.ids")
+    ids.write_bytes(ids.read_bytes()[:-2])
+    with pytest.raises(MissingInputError, match="its tokens are not in"):
+        open_stream(path, rules, cache, first.digest)
 
 
 @pytest.mark.parametrize("is_line", [False, True])

@@ -18,6 +18,15 @@ def test_on_a_cpu_it_is_xla():
     assert choose_kernel("xla", mesh, 100, 8, "float32")[0] is causal
 
 
+def test_without_isolation_attention_crosses_documents_and_the_log_says_so():
+    kernel, says = choose_kernel("xla", make_mesh({}), 8, 4, "float32", isolate=False)
+    assert says == "xla, across the documents of a window"
+    qkv = tuple(jax.random.normal(key, (1, 8, 2, 4)) for key in jax.random.split(jax.random.key(0), 3))
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 2, 2]])
+    np.testing.assert_array_equal(kernel(8, segments)(*qkv), causal(8, None)(*qkv))
+    assert np.abs(kernel(8, segments)(*qkv) - causal(8, segments)(*qkv)).max() > 0.1
+
+
 @pytest.mark.parametrize("name", ["cudnn", "splash"])
 def test_a_kernel_of_another_platform_is_refused(name):
     if jax.devices()[0].platform != "cpu":

@@ -149,7 +149,7 @@ def test_padding_counts_for_nothing(start, batch):
     tokens, segments = (x[0] for x in batch)
     loss, count = trainer.validate(trained, frozen, tokens[:4], segments[:4])
     padded, of_padded = trainer.validate(trained, frozen, np.where(np.arange(8)[:, None] < 4, tokens, -1), segments)
-    assert int(count) == int(of_padded) == 4 * 16
+    assert int(count) == int(of_padded) == 4 * 16 - 2  # the first tokens of two documents are no targets
     np.testing.assert_allclose(padded, loss, rtol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
 
     llama = Llama(trainer.model, as_model(trained, frozen, trainer.leaves))
     hidden, _, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
-    log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1)
+    log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1) * (segments[:, 1:] == segments[:, :-1])
     np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)
 
 
@@ -248,3 +248,33 @@ def test_group_and_dtype_of_every_leaf(start, model, params):
     state = trainer.abstract_state()
     assert set(state.trained) == set(group(params, trainer.leaves)[0]) == set(trained)
     assert all(x.dtype == jnp.bfloat16 for x in state.trained.values())
+
+
+def test_a_packed_window_has_the_loss_of_its_documents_one_by_one(start):
+    trainer, trained, frozen = start(batch_size=1)
+    draw = np.random.default_rng(2)
+    documents = [draw.integers(0, 72, length).astype(np.int32) for length in (5, 1, 7, 4)]
+    ends = np.cumsum([len(document) for document in documents])
+
+    def measure(tokens, segments):
+        nats, count = trainer.validate(trained, frozen, tokens[None], segments[None])
+        return float(nats), int(count)
+
+    alone = [measure(np.pad(one, (0, 17 - len(one)), constant_values=-1), np.zeros(17, np.int32)) for one in documents]
+    packed = measure(np.concatenate(documents), np.searchsorted(ends, np.arange(17), side="right").astype(np.int32))
+    assert packed[1] == sum(count for _, count in alone) == 17 - 4
+    np.testing.assert_allclose(packed[0], sum(nats for nats, _ in alone), rtol=1e-6)
+
+
+def test_a_target_across_documents_gives_no_gradient(start, batch):
+    trainer, trained, frozen = start()
+    tokens, segments = (part[0] for part in batch)
+    other = tokens.copy()
+    other[::2, 9] = 71 - other[::2, 9]  # the first token of a second document is an input still
+
+    def of_the_token_before(tokens):
+        # Up to that token: what it predicts can matter to nothing else.
+        return jax.grad(lambda *args: trainer._sums(*args)[0])(trained, frozen, tokens[:, :10], segments[:, :10])
+
+    for one, two in zip(*(jax.tree.leaves(of_the_token_before(x)) for x in (tokens, other)), strict=True):
+        np.testing.assert_array_equal(one, two)

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # What may be another when a comparison is gone on with: what was measured stays what it is.
-_MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output")
+_MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output", "text", "validation_text", "old_text")  # by digest
 
 
 def compare(config: CompareConfig, call: str) -> dict[str, Any]:
@@ -302,6 +302,7 @@ class _Comparison:
         from tli_jax.training.loop import Feed, contributions
 
         trainer, trained, frozen, data = run
+        assert data is not None, "it was not only exported"
         lines, held = read_metrics(folder), trained | frozen
         feed = Feed(trainer, data)
         batches = max(1, self.recipe.validation_batches // 4)

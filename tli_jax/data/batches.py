@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,8 @@ class Batch(NamedTuple):
     Attributes:
         tokens: ``[R, T + 1]`` int32; row by row what goes in (all but the last) and what is to come out (all but the
             first). Rows that only fill up a batch of the validation are all -1.
-        segments: ``[R, T + 1]`` int32, which document of its window a token belongs to: 0, 1, …
+        segments: ``[R, T + 1]`` int32, which document of its window a token belongs to: 0, 1, … The first token of a
+            document follows from nothing, so it is never a target.
     """
 
     tokens: np.ndarray
@@ -37,7 +39,7 @@ class Batch(NamedTuple):
 class Windows:
     """``count`` windows of a stream, from window ``first``: window i is tokens i*T to (i + 1)*T, the last included."""
 
-    ids: np.ndarray
+    stream: Stream
     T: int
     first: int
     count: int
@@ -46,9 +48,24 @@ class Windows:
         return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Window ``index``, ``[T + 1]`` int32."""
+        """Tokens and segments of window ``index``, ``[2, T + 1]`` int32."""
         start = (self.first + index) * self.T
-        return self.ids[start : start + self.T + 1].astype(np.int32)
+        tokens = self.stream.ids[start : start + self.T + 1].astype(np.int32)
+        begins = np.zeros_like(tokens)
+        begins[self._starts(start + 1, start + self.T + 1) - start] = 1
+        return np.stack([tokens, np.cumsum(begins, dtype=np.int32)])
+
+    def targets(self) -> np.ndarray:
+        """Ids of all targets of these windows, in order."""
+        start, end = self.first * self.T + 1, (self.first + self.count) * self.T + 1
+        is_target = np.ones(end - start, bool)
+        is_target[self._starts(start, end) - start] = False
+        return self.stream.ids[start:end][is_target]
+
+    def _starts(self, start: int, end: int) -> np.ndarray:
+        """Positions from ``start`` to ``end`` at which documents start."""
+        starts = self.stream.starts
+        return starts[np.searchsorted(starts, start) : np.searchsorted(starts, end)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +76,17 @@ class Data:
         digest: sha256 over all that content and order depend on, but for batch size and seed.
         tokens: in all training sources, what is kept out of them for validation included.
         notes: one line each: what was left out, what is read more than once.
+        sources: digest of each source, those of validation last.
         training: windows a source, with its weight.
-        starts, ends: the id that begins a document, or the one that ends it, where segments are told apart.
     """
 
     digest: str
+    sources: tuple[str, ...]
     tokens: int
     notes: tuple[str, ...]
     T: int
     training: tuple[tuple[Windows, Fraction], ...]
     held_out: tuple[Windows, ...]
-    starts: int | None
-    ends: int | None
 
     @property
     def windows(self) -> int:
@@ -113,7 +129,7 @@ class Data:
             for (windows, _), one in zip(self.training, seeds, strict=True)
         ]
         order = _Order([weight for _, weight in self.training], batch_size, tuple(rows))
-        steps = grain.MapDataset.select_from_datasets(endless, order).batch(len(rows), batch_fn=self._batch)
+        steps = grain.MapDataset.select_from_datasets(endless, order).batch(len(rows), batch_fn=_batch)
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(steps[start:].to_iter_dataset(reading))
 
@@ -125,7 +141,7 @@ class Data:
         """
         count = min(self.validation_windows, limit * batch_size)
         ends = np.cumsum([len(windows) for windows in self.held_out])
-        padding = np.full(self.T + 1, -1, np.int32)
+        padding = np.stack([np.full(self.T + 1, -1, np.int32), np.zeros(self.T + 1, np.int32)])
 
         def window(index: int) -> np.ndarray:
             if index >= count:
@@ -135,16 +151,11 @@ class Data:
             return self.held_out[part][index - (int(ends[part - 1]) if part else 0)]
 
         for first in range(0, count, batch_size):
-            yield self._batch([window(first + row) for row in rows])
+            yield _batch([window(first + row) for row in rows])
 
-    def _batch(self, rows: Sequence[np.ndarray]) -> Batch:
-        tokens = np.stack(rows)
-        segments = np.zeros_like(tokens)
-        if self.starts is not None:
-            segments[:, 1:] = np.cumsum(tokens[:, 1:] == self.starts, axis=1)
-        elif self.ends is not None:
-            segments[:, 1:] = np.cumsum(tokens[:, :-1] == self.ends, axis=1)
-        return Batch(tokens, segments)
+
+def _batch(rows: Sequence[np.ndarray]) -> Batch:
+    return Batch(*np.stack(rows, axis=1))
 
 
 class _Order:
@@ -173,32 +184,38 @@ class _Order:
 
 
 def open_data(
-    config: Recipe, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str, T: int, cache: Path
+    config: Recipe,
+    model: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    tokenizer_digest: str,
+    T: int,
+    cache: Path,
+    known: Sequence[str] = (),
 ) -> Data:
-    """Open all sources of a run, and tokenise what is not in the cache yet.
+    """Open all sources of a run, and tokenize what is not in the cache yet.
 
     Args:
         tokenizer_digest: of the tokenizer's files.
         T: tokens a sequence.
-        cache: folder of tokenised sources; may be shared by runs.
+        cache: folder of tokenized sources; may be shared by runs.
+        known: ``Data.sources`` of the run so far. A source that is gone is read from the cache by its digest.
 
     Raises:
-        MissingInputError: a source is not there.
+        MissingInputError: a source is not there, and its tokens are not in the cache.
         DataError: a source is damaged, or too short for one window; text without a tokenizer.
-        UsageError: no sources, EOS for a model without one, a library is missing.
+        UsageError: no sources; a library is missing.
     """
     if not config.text:
         raise UsageError("text is not set: give files or folders to train on, --text FILE,FOLDER")
-    if config.eos and not model.eos_token_ids:
-        raise UsageError("eos is set, but the model has no eos_token_id: leave it out")
     bos = model.bos_token_id if config.bos else None
-    eos = model.eos_token_ids[0] if config.eos else None
+    eos = next(iter(model.eos_token_ids), None) if config.eos else None
     for name, one in (("bos", bos), ("eos", eos)):
         if one is not None and one >= model.vocab_size:
             raise DataError(f"config.json: {name}_token_id {one} is not in the vocabulary of {model.vocab_size:,}")
     rules = Rules(config, tokenizer, tokenizer_digest, model.vocab_size, bos, eos)
-    streams = [_open(source, rules, T, cache) for source in config.text]
-    apart = [_open(source, rules, T, cache) for source in config.validation_text]
+    digests = itertools.chain(known, itertools.repeat(None))
+    streams = [_open(source, rules, T, cache, next(digests)) for source in config.text]
+    apart = [_open(source, rules, T, cache, next(digests)) for source in config.validation_text]
     training, held_out = [], [_all_windows(stream, T) for stream in apart]
     weights = [Fraction(str(source.weight)) for source in config.text]
     for stream, weight in zip(streams, weights, strict=True):
@@ -206,16 +223,16 @@ def open_data(
         kept_out = 0 if apart else _count_held_out(len(windows), config.validation_share)
         training.append((dataclasses.replace(windows, count=len(windows) - kept_out), weight))
         if kept_out:
-            held_out.append(Windows(stream.ids, T, len(windows) - kept_out, kept_out))
+            held_out.append(Windows(stream, T, len(windows) - kept_out, kept_out))
     notes = [note for stream in streams + apart for note in stream.notes]
     for stream, (windows, weight) in zip(streams, training, strict=True):
         epochs = config.steps * config.batch_size * weight / sum(weights) / len(windows)
         if epochs > 1:
             notes.append(f"{stream.path}: is read {float(epochs):.1f} times in {config.steps:,} steps")
-    if config.isolate and bos is None and eos is None:
-        notes.append("isolate has no effect: without BOS and EOS nothing tells documents apart")
+    for stream in streams + apart:
+        if not len(stream.starts):
+            notes.append(f"warning: {stream.path}: these ids have no BOS or EOS in them, so they count as one document")
     content = rules.to_json() | {
-        "isolate": config.isolate,
         "T": T,
         "validation_share": None if apart else config.validation_share,
         "sources": [[stream.digest, str(weight)] for stream, weight in zip(streams, weights, strict=True)],
@@ -223,18 +240,17 @@ def open_data(
     }
     return Data(
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        sources=tuple(stream.digest for stream in streams + apart),
         tokens=sum(len(stream.ids) for stream in streams),
         notes=tuple(notes),
         T=T,
         training=tuple(training),
         held_out=tuple(held_out),
-        starts=bos if config.isolate else None,
-        ends=eos if config.isolate else None,
     )
 
 
-def _open(source: Source, rules: Rules, T: int, cache: Path) -> Stream:
-    stream = open_stream(Path(source.path), rules, cache)
+def _open(source: Source, rules: Rules, T: int, cache: Path, known: str | None) -> Stream:
+    stream = open_stream(Path(source.path), rules, cache, known)
     if len(stream.ids) <= T:
         raise DataError(
             f"{source.path}: {len(stream.ids):,} tokens, one window takes {T + 1:,}:"
@@ -244,7 +260,7 @@ def _open(source: Source, rules: Rules, T: int, cache: Path) -> Stream:
 
 
 def _all_windows(stream: Stream, T: int) -> Windows:
-    return Windows(stream.ids, T, 0, (len(stream.ids) - 1) // T)
+    return Windows(stream, T, 0, (len(stream.ids) - 1) // T)
 
 
 def _count_held_out(windows: int, share: float) -> int:

@@ -1,4 +1,4 @@
-"""One stream of token ids per source: tokenised once into a file that is mapped into memory from then on."""
+"""One stream of token ids per source: tokenized once into a file that is memory-mapped from then on."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +19,7 @@ from tli_jax.checkpoint.tokens import Tokenizer
 from tli_jax.command import progress
 from tli_jax.config import Recipe
 from tli_jax.data.documents import CHUNK, Documents, list_files
-from tli_jax.errors import DataError
+from tli_jax.errors import DataError, MissingInputError
 
 _PIECE = 2**16  # characters from which on a document is encoded in pieces
 _NEAR = 1000  # characters on either side that tell whether it may be cut
@@ -32,13 +32,15 @@ class Stream:
     """Token ids of a whole source.
 
     Attributes:
-        ids: ``[N]``, unsigned or signed integers, mapped from a file.
-        digest: sha256 over the names and bytes of the source's files.
+        ids: ``[N]``, unsigned or signed integers, memory-mapped.
+        starts: ``[documents]`` int64, ascending: where in ``ids`` each document starts. Empty if nothing tells.
+        digest: sha256 of the source's files, see ``digest_files``.
         notes: what was left out, one line each.
     """
 
     path: Path
     ids: np.ndarray
+    starts: np.ndarray
     digest: str
     notes: tuple[str, ...] = ()
 
@@ -68,7 +70,7 @@ class Rules:
         """All that the ids depend on, but for the source."""
         config = {key: getattr(self.config, key) for key in ("separator", "field", "on_bad")}
         return config | {
-            "version": 1,
+            "version": 2,
             "tokenizer": self.tokenizer_digest,
             "bos": self.bos,
             "eos": self.eos,
@@ -76,33 +78,45 @@ class Rules:
         }
 
 
-def open_stream(path: Path, rules: Rules, cache: Path) -> Stream:
-    """The token ids of a source: from the cache, or tokenised into it; ``.npy`` is used as it is.
+def open_stream(path: Path, rules: Rules, cache: Path, known: str | None = None) -> Stream:
+    """The token ids of a source: from the cache, or tokenized into it; ``.npy`` is used as it is.
+
+    In a ``.npy`` a document starts at each BOS, or after each EOS where the model has no BOS.
+
+    Args:
+        known: digest of the source when it was last read. If the source is gone, its tokens in the cache still serve.
 
     Raises:
         MissingInputError, DataError, UsageError: see ``Documents``; also ids that the model does not have, and text
             without a tokenizer.
     """
-    files = list_files(path)
-    if path.suffix == ".npy":
-        return Stream(path, _open_npy(path, rules.vocab_size), digest_files(path, files))
+    is_gone = known is not None and not path.exists()
+    digest = known if known is not None and is_gone else digest_files(path, list_files(path))
+    if path.suffix == ".npy" and not is_gone:
+        ids, starts = _open_npy(path, rules)
+        return Stream(path, ids, starts, digest)
     if rules.tokenizer is None:
         raise DataError(f"{path}: the model has no tokenizer, so text cannot be read: give token ids, as .npy")
-    digest = digest_files(path, files)
     key = rules.to_json() | {"source": digest}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    file, record_file = cache / f"{name}.ids", cache / f"{name}.json"
+    files = {what: cache / f"{name}.{what}" for what in ("ids", "starts", "json")}
     cache.mkdir(parents=True, exist_ok=True)
-    # Processes on one machine: the first one tokenises, the others find it done.
+    # Processes on one machine: the first one tokenizes, the others find it done.
     with _locked(cache):
-        record = _read_record(record_file, file, key)
+        record = _read_record(files, key)
         if record is None:
+            if is_gone:
+                raise MissingInputError(f"{path}: no such file or folder, and its tokens are not in {cache}")
             record = {"key": key}
-            with _replacing(file) as output:
-                record |= _tokenise(Documents(path, rules.config), rules, output)
-            with _replacing(record_file) as output:
+            with _replacing(files["ids"]) as output, _replacing(files["starts"]) as starts_output:
+                record |= _tokenize(Documents(path, rules.config), rules, output, starts_output)
+            with _replacing(files["json"]) as output:
                 output.write(json.dumps(record, indent=1).encode())
-    return Stream(path, np.memmap(file, rules.dtype, "r"), digest, _describe(path, record))
+    notes = _describe(path, record)
+    if is_gone:
+        notes = (f"{path}: is gone, so the run goes on with its tokens in {cache}", *notes)
+    ids, starts = np.memmap(files["ids"], rules.dtype, "r"), np.memmap(files["starts"], np.int64, "r")
+    return Stream(path, ids, starts, digest, notes)
 
 
 def guess_tokens(path: Path, rules: Rules, sample: int) -> int:
@@ -112,7 +126,7 @@ def guess_tokens(path: Path, rules: Rules, sample: int) -> int:
         MissingInputError, DataError, UsageError: see ``open_stream``, of what is read.
     """
     if path.suffix == ".npy":
-        return len(_open_npy(path, rules.vocab_size))
+        return len(_open_npy(path, rules)[0])
     assert rules.tokenizer is not None
     documents, found, seen = Documents(path, rules.config), 0, 0
     for text in documents:
@@ -125,16 +139,19 @@ def guess_tokens(path: Path, rules: Rules, sample: int) -> int:
 
 
 def digest_files(path: Path, files: Iterable[Path]) -> str:
-    """sha256 over the files of a source: the name of each, relative to it, and the bytes."""
+    """sha256 over the files of a source: the bytes of each, with its name relative to the source.
+
+    Of a source that is one file, only the suffixes of its name count: it may move.
+    """
     total = hashlib.sha256()
     for file in files:
-        name = file.name if file == path else file.relative_to(path).as_posix()
-        with file.open("rb") as opened:
-            total.update(json.dumps([name, hashlib.file_digest(opened, "sha256").hexdigest()]).encode())
+        name = "".join(file.suffixes[-2:]) if file == path else file.relative_to(path).as_posix()
+        total.update(json.dumps([name, _digest(file)]).encode())
     return total.hexdigest()
 
 
-def _open_npy(path: Path, vocab_size: int) -> np.ndarray:
+def _open_npy(path: Path, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
+    """Ids, and where documents start."""
     try:
         # Not np.load: it opens zip files too, whatever they are called.
         ids = np.lib.format.open_memmap(path, mode="r")
@@ -142,36 +159,49 @@ def _open_npy(path: Path, vocab_size: int) -> np.ndarray:
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]}): write it again") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
         raise DataError(f"{path}: is {ids.dtype} {list(ids.shape)}, must be one row of whole numbers, token ids")
+    starts = [np.zeros(0, np.int64)]
     for start in range(0, len(ids), CHUNK):
         part = ids[start : start + CHUNK]
-        wrong = (part < 0) | (part >= vocab_size)
+        wrong = (part < 0) | (part >= rules.vocab_size)
         if wrong.any():
             at = start + int(wrong.argmax())
-            raise DataError(f"{path}: id {ids[at]} at position {at:,}, the model's vocabulary has {vocab_size:,}")
-    return ids
+            raise DataError(f"{path}: id {ids[at]} at position {at:,}, the model's vocabulary has {rules.vocab_size:,}")
+        if rules.bos is not None:
+            starts.append(start + np.flatnonzero(part == rules.bos))
+        elif rules.eos is not None:
+            starts.append(start + np.flatnonzero(part == rules.eos) + 1)
+    return ids, np.concatenate(starts)
 
 
-def _tokenise(documents: Documents, rules: Rules, output: BinaryIO) -> dict[str, Any]:
+def _tokenize(documents: Documents, rules: Rules, output: BinaryIO, starts_output: BinaryIO) -> dict[str, Any]:
+    """Write the ids of all documents and where each starts; returns what the record says of them."""
     assert rules.tokenizer is not None
     encode = rules.tokenizer.encode
     front = [] if rules.bos is None else [rules.bos]
     behind = [] if rules.eos is None else [rules.eos]
-    tokens, shown, digest = 0, 0, hashlib.sha256()
+    tokens, shown, digests = 0, 0, {"ids": hashlib.sha256(), "starts": hashlib.sha256()}
     with progress(f"tokens of {documents.path.name}", documents.nbytes) as advance:
         pieces = ((part, text) for document in documents for part, text in _cut(document, encode))
         for batch in _batched(pieces):
             ids: list[int] = []
+            starts: list[int] = []
             for (part, _), some in zip(batch, rules.tokenizer.encode_batch([text for _, text in batch]), strict=True):
+                starts += [tokens + len(ids)] if "first" in part else []
                 ids += (front if "first" in part else []) + some + (behind if "last" in part else [])
-            data = np.array(ids, rules.dtype).tobytes()
-            digest.update(data)
-            output.write(data)
+            for what, file, values in (
+                ("ids", output, np.array(ids, rules.dtype)),
+                ("starts", starts_output, np.array(starts, np.int64)),
+            ):
+                file.write(values.tobytes())
+                digests[what].update(values.tobytes())
             tokens += len(ids)
             advance(documents.done - shown)
             shown = documents.done
     counts = {"documents": documents.count, "empty": documents.empty, "bad": documents.bad}
     places = [place.removeprefix(f"{documents.path}").lstrip("/: ") for place in documents.places]
-    return {"tokens": tokens, "sha256": digest.hexdigest()} | counts | {"places": places}
+    if not tokens:
+        raise DataError(f"{documents.path}: the tokenizer turns all of it into nothing: give another text")
+    return {"tokens": tokens, "sha256": {k: v.hexdigest() for k, v in digests.items()}} | counts | {"places": places}
 
 
 def _batched(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
@@ -206,15 +236,21 @@ def _cut(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, s
     yield part + " last", text[start:]
 
 
-def _read_record(record_file: Path, file: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of a cache entry, None where there is none or it is damaged."""
+def _read_record(files: Mapping[str, Path], key: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a cache entry, None where there is none or it is damaged."""
     try:
-        record = json.loads(record_file.read_bytes())
-        with file.open("rb") as opened:
-            same = record["key"] == key and hashlib.file_digest(opened, "sha256").hexdigest() == record["sha256"]
+        record = json.loads(files["json"].read_bytes())
+        is_whole = record["key"] == key and all(
+            _digest(files[what]) == record["sha256"][what] for what in ("ids", "starts")
+        )
     except (FileNotFoundError, ValueError, TypeError, LookupError):
         return None
-    return record if same else None
+    return record if is_whole else None
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _describe(path: Path, record: dict[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,15 @@ from tli_jax.models.llama import Llama, Params, Run
 LOGITS = 2**26
 
 
+def next_tokens(tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
+    """The target at each position but the last, int32 ``[B, T-1]``: the token after it; -1 where there is none, which
+    is in padding and where that token starts another document."""
+    targets_BT = tokens_BT[:, 1:]
+    if segments_BT is None:
+        return targets_BT
+    return jnp.where(segments_BT[:, 1:] == segments_BT[:, :-1], targets_BT, -1)
+
+
 def token_losses(
     model: Llama,
     tokens_BT: jax.Array,
@@ -20,15 +29,15 @@ def token_losses(
     run: Run = Run(),  # noqa: B008
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of each token after the first, given those before it, in nats, fp32 ``[B, T-1]``; and the log of
-    the softmax's denominator, likewise, for a z-loss. Both are 0 where the token to predict is -1. And how unevenly
-    experts were used, see ``Llama.hidden``.
+    the softmax's denominator, likewise, for a z-loss. Both are 0 where ``next_tokens`` is -1. And the load-balancing
+    loss of the experts, see ``Llama.hidden``.
 
     Args:
         chunk: positions that the head runs over at a time, counted over the whole batch; by default as many as keep
             the logits within ``LOGITS``, so that memory grows neither with B*T nor with V.
-        segments_BT: the document of each token, which attention does not leave; None for one document.
+        segments_BT: the document of each token, for the targets and for ``run.kernel``; None for one document.
     """
-    inputs_BT, targets_BT = jnp.maximum(tokens_BT[:, :-1], 0), tokens_BT[:, 1:]
+    inputs_BT, targets_BT = jnp.maximum(tokens_BT[:, :-1], 0), next_tokens(tokens_BT, segments_BT)
     x_BTD, _, balance = model.hidden(inputs_BT, None, None if segments_BT is None else segments_BT[:, :-1], run)
     B, T, D = x_BTD.shape
     # Cut along T, so that every device has a share of every chunk.

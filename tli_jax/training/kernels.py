@@ -18,12 +18,13 @@ _PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
 _SPLASH_BLOCK = 128  # the lanes of a TPU: T must be a multiple
 
 
-def choose_kernel(name: str, mesh: Mesh, T: int, head_dim: int, dtype: str) -> tuple[Kernel, str]:
+def choose_kernel(name: str, mesh: Mesh, T: int, head_dim: int, dtype: str, isolate: bool = True) -> tuple[Kernel, str]:
     """The kernel of that name, ``auto`` for the best that runs here, and a line for the log.
 
     Args:
         T: tokens a sequence.
         dtype: in which attention is computed.
+        isolate: whether attention is to stay within documents.
 
     Raises:
         UsageError: it does not run on this platform, or not at this size or dtype.
@@ -43,11 +44,13 @@ def choose_kernel(name: str, mesh: Mesh, T: int, head_dim: int, dtype: str) -> t
         raise UsageError(f"attention: {name} runs on {_PLATFORM[name]}, this is {platform}: choose xla or auto")
     elif why_not.get(name):
         raise UsageError(f"attention: {name} needs {why_not[name]}: choose xla or auto")
-    if name == "xla":
-        return causal, "xla, within documents"
-    if name == "splash":
-        return functools.partial(_splash, mesh), "splash (Pallas), within documents"
-    return _cudnn, "cudnn, which does not respect the boundaries of documents within a window"
+    if name == "cudnn":
+        crosses = "; warning: it crosses document boundaries, although isolate is set" if isolate else ""
+        return _cudnn, f"cudnn, across the documents of a window{crosses}"
+    kernel: Kernel = causal if name == "xla" else functools.partial(_splash, mesh)
+    if isolate:
+        return kernel, f"{name}, within documents"
+    return lambda T, segments_BT: kernel(T, None), f"{name}, across the documents of a window"
 
 
 def _cudnn(T: int, segments_BT: jax.Array | None) -> Attend:

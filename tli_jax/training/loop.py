@@ -4,8 +4,8 @@ that it does not have to: what step n measured is read while step n + 1 runs."""
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -82,6 +82,37 @@ def restore(
     return newest[1], frozen
 
 
+class Measured(NamedTuple):
+    """Cross-entropy summed over ``tokens`` targets, in nats."""
+
+    nats: float
+    tokens: int
+
+    @classmethod
+    def total(cls, parts: Sequence[tuple[np.ndarray, np.ndarray]]) -> "Measured":
+        """The sum of batches, as the device gives them: fp32 and int32, in which the sum would drift and overflow."""
+        return cls(math.fsum(float(nats) for nats, _ in parts), sum(int(count) for _, count in parts))
+
+    @property
+    def mean(self) -> float | None:
+        """Nats per token, which may be NaN; None without targets."""
+        return self.nats / self.tokens if self.tokens else None
+
+    @property
+    def loss(self) -> float | None:
+        """Nats per token; None without targets.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        if not math.isfinite(self.nats):
+            raise DataError(
+                f"the loss is {self.nats}: the weights hold NaN or Inf, or overflow in this dtype: check them with"
+                " python -m tli_jax.upscale, or set --dtypes compute=float32"
+            )
+        return self.mean
+
+
 class Feed:
     """The batches of a run as they go to the mesh: each process has its rows of them."""
 
@@ -108,18 +139,18 @@ class Feed:
 
         return share(batch.tokens), share(batch.segments)
 
-    def validate(
+    def measure(
         self,
         trained: Arrays,
         frozen: Arrays,
         batches: int | None = None,
         advance: Advance = lambda amount, note="", /: None,
-    ) -> float | None:
-        """Loss on what was kept out of training, nats a token; None where nothing was.
+    ) -> Measured:
+        """Loss on the held-out windows.
 
         Args:
             batches: at most so many; by default as configured.
-            advance: told of batches.
+            advance: progress callback, in batches.
         """
         sums = []
         for batch in self.data.validation(self.part, self.local, batches or self.trainer.config.validation_batches):
@@ -127,8 +158,15 @@ class Feed:
             sums.append(self.trainer.validate(trained, frozen, tokens[0], segments[0]))
             jax.block_until_ready(sums[-2:-1])  # or all batches of a long text would wait on the device
             advance(1)
-        losses, counts = zip(*jax.device_get(sums), strict=True) if sums else ((), ())
-        return float(sum(losses)) / float(sum(counts)) if sums else None
+        return Measured.total(jax.device_get(sums))
+
+    def validate(self, trained: Arrays, frozen: Arrays, batches: int | None = None) -> float | None:
+        """Mean loss on the held-out windows, nats per token; None if there are none. See ``measure``.
+
+        Raises:
+            DataError: it is not finite.
+        """
+        return self.measure(trained, frozen, batches).loss
 
 
 def contributions(feed: Feed, trained: Arrays, frozen: Arrays, batches: int) -> dict[str, float]:
@@ -183,7 +221,8 @@ class Loop:
         config, start = self.trainer.config, int(state.step)
         batches = self.data.batches(start, config.batch_size, self.feed.rows, config.seed)
         extra: dict[str, Any] = {}
-        if start == 0 and (loss := self.feed.validate(state.trained, frozen)) is not None:
+        # That of a model which diverges may be NaN, and is then logged as null.
+        if start == 0 and (loss := self.feed.measure(state.trained, frozen).mean) is not None:
             extra = {"validation_loss_before": loss}
         reader = _Reader(self, advance)
         with StopSignal() as signal:
@@ -197,7 +236,7 @@ class Loop:
                 is_last = step == config.steps
                 if step % config.validate_every == 0 or is_last:
                     reader.settle()
-                    loss = self.feed.validate(state.trained, frozen)
+                    loss = self.feed.measure(state.trained, frozen).mean
                     reader.add({} if loss is None else {"validation_loss": loss})
                     reader.restart()
                 self.checkpoints.check()

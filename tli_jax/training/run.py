@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 # What may be another when a run is gone on with: how long, how it is saved and shown, and on what it runs.
 MAY_CHANGE = (
     *("steps", "save_every", "keep", "validate_every", "validation_batches", "track"),
+    # Where the text is. Whether it is the same is told by its digest.
+    *("text", "validation_text"),
     *("run", "mesh", "distributed", "process", "export", "export_only", "max_shard_size", "overwrite"),
 )
 # What may be there of a start that came to nothing.

@@ -14,7 +14,7 @@ from tli_jax.config import TrainConfig
 from tli_jax.models.attention import Kernel
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Run
-from tli_jax.models.loss import LOGITS, token_losses
+from tli_jax.models.loss import LOGITS, next_tokens, token_losses
 from tli_jax.models.moe import Mix, every_expert
 from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
 from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
@@ -114,10 +114,10 @@ class Trainer:
         return token_losses(model, tokens, chunk, segments, self.run)
 
     def _sums(self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> tuple[Any, Any]:
-        """What is differentiated, summed over tokens; and its parts: the cross-entropy, the number of tokens, and how
-        unevenly experts are used."""
+        """What is differentiated, summed over targets; and its parts: the cross-entropy, the number of targets, and the
+        load-balancing loss."""
         losses_BT, log_z_BT, balance = self._token_losses(trained, frozen, tokens, segments)
-        loss, count = losses_BT.sum(), jnp.sum(tokens[:, 1:] >= 0)
+        loss, count = losses_BT.sum(), jnp.sum(next_tokens(tokens, segments) >= 0)
         whole = loss + self.config.z_loss * jnp.square(log_z_BT).sum()
         if not self.model.num_experts:
             return whole, (loss, count)
@@ -176,7 +176,7 @@ class Trainer:
 
     @functools.cached_property
     def validate(self) -> Any:
-        """Jitted ``(trained, frozen, tokens [B, T+1], segments [B, T+1]) -> (summed loss in nats, tokens)``."""
+        """Jitted ``(trained, frozen, tokens [B, T+1], segments [B, T+1]) -> (summed loss in nats, targets)``."""
 
         def sums(trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> Any:
             return self._sums(trained, frozen, tokens, segments)[1][:2]
