@@ -439,7 +439,6 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
         ({"optimizer": "lion", "adam": "b1=0.8"}, "adam was {}, is {'b1': 0.8}"),
         ({"warmup": "5,injected=9"}, "warmup was {'all': 5}, is {'all': 5, 'injected': 9}"),
         ({"model": "elsewhere"}, "is 'elsewhere'"),
-        ({"text": "other.npy"}, "other.npy"),
     ],
 )
 def test_another_configuration_is_refused(start, trained, capsys, changed, said):
@@ -490,6 +489,14 @@ def test_other_data_under_the_same_name_are_refused(own, capsys):
     np.save(own.parent / "ids.npy", ids)
     capsys.readouterr()
     assert here(own) == 2
+    assert "the data is not what the run was started with" in say(capsys)
+
+
+def test_text_from_elsewhere_is_refused_if_it_is_another(own, capsys):
+    ids = np.load(own.parent / "ids.npy")
+    ids[7] ^= 1
+    np.save(own.parent / "other.npy", ids)
+    assert here(own, text=own.parent / "other.npy") == 2
     assert "the data is not what the run was started with" in say(capsys)
 
 

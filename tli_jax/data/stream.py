@@ -90,9 +90,9 @@ def open_stream(path: Path, rules: Rules, cache: Path, known: str | None = None)
         MissingInputError, DataError, UsageError: see ``Documents``; also ids that the model does not have, and text
             without a tokenizer.
     """
-    is_gone = known is not None and not path.exists()
+    is_gone = known is not None and path.suffix != ".npy" and not path.exists()
     digest = known if known is not None and is_gone else digest_files(path, list_files(path))
-    if path.suffix == ".npy" and not is_gone:
+    if path.suffix == ".npy":
         ids, starts = _open_npy(path, rules)
         return Stream(path, ids, starts, digest)
     if rules.tokenizer is None:
