@@ -88,6 +88,9 @@ class Reading:
     field: str = option("text", "JSONL, Parquet, datasets folders: the field that holds the text")
     bos: bool = option(True, "put BOS before each document, if the model has one")
     eos: bool = option(True, "put EOS after each document, if the model has one")
+    special_tokens: Literal["text", "parse"] = option(
+        "text", "special tokens in a document, e.g. </s>: text like any other, or parse: their ids"
+    )
     on_bad: Literal["refuse", "skip"] = option("refuse", "what to do with documents that cannot be read")
     isolate: bool = option(True, "attention stays within a document; no loss crosses documents either way")
     batch_size: Positive = option(8, "sequences a step, over all devices")

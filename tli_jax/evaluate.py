@@ -63,7 +63,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from tli_jax.training.loop import Feed, load
 
     weights = open_checkpoint(hub.resolve(config.model, config.revision))
-    tokenizer, warnings = tokens.open_tokenizer(weights.folder, weights.config)
+    parse_special = config.special_tokens == "parse"
+    tokenizer, warnings = tokens.open_tokenizer(weights.folder, weights.config, parse_special)
     for warning in (*weights.warnings, *warnings):
         command.warn(warning)
     tasks = open_tasks(config.tasks)

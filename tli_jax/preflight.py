@@ -244,7 +244,8 @@ class Preflight:
         if absent := [str(path) for path in paths if not path.exists()]:
             raise _NotCheckedError(f"{', '.join(absent)}: not here")
         folder = _folder(base)
-        tokenizer = tokens.open_tokenizer(folder, base.config)[0] if folder is not None else None
+        parse = train.special_tokens == "parse"
+        tokenizer = tokens.open_tokenizer(folder, base.config, parse)[0] if folder is not None else None
         rules = Rules(train, tokenizer, "", trainer.model.vocab_size, None, None)
         if tokenizer is None and any(path.suffix != ".npy" for path in paths):
             raise _NotCheckedError("text is here, a tokenizer is not")

@@ -15,13 +15,14 @@ from tli_jax import command
 from tli_jax.checkpoint import hub, sidecar, tokens
 from tli_jax.checkpoint.headers import read_json
 from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from tli_jax.checkpoint.tokenizer import tokenizer_digest
 from tli_jax.config import Recipe, TrainConfig, parse
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
 from tli_jax.training.metrics import Metrics, read_metrics
-from tli_jax.training.run import RunFolder, model_digest, replacing, tokenizer_digest
+from tli_jax.training.run import RunFolder, model_digest, replacing
 from tli_jax.values import Source
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Start:
 def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Advance | None) -> Trained:
     has_begun = run.is_begun  # asked once: the first process may begin it before another one asks again
     start = _open_model(config, run)
-    tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model)
+    tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
     for warning in (*(start.weights.warnings if start.weights else ()), *warnings):
         _say(f"warning: {warning}")
 
@@ -123,6 +124,8 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
         check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
     if not has_begun:
         assert start.weights is not None and data is not None
+        for warning in sidecar.left_behind(start.folder):
+            _say(f"warning: {warning}")
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data))

@@ -187,7 +187,7 @@ def prepare(config: UpscaleConfig) -> Job:
     if config.plan_only and tokenizer is None:
         # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.
         warnings = []
-    for warning in (*base.warnings, *warnings):
+    for warning in (*base.warnings, *warnings, *([] if config.plan_only else sidecar.left_behind(folder))):
         command.warn(warning)
     importance = _measure_importance(config, base, tokenizer) if needs_importance(config) else None
     plan = make_plan(config, base, importance)
@@ -197,7 +197,7 @@ def prepare(config: UpscaleConfig) -> Job:
     files = {name: sum(piece.nbytes for piece in shard) for name, shard in shards.items()}
     files |= {INDEX: 0} if list(shards) != [SINGLE] else {}
     files |= dict.fromkeys(("config.json", "growth.json", "README.md"), 0)
-    files |= {file.name: file.stat().st_size for file in sidecar.allowed_files(folder)}
+    files |= {name: file.stat().st_size for name, file in sidecar.allowed_files(folder).items()}
     return Job(config, base, tokenizer, plan, shards, report.describe(base, plan, pieces, files), facts)
 
 

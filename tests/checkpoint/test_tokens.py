@@ -7,6 +7,7 @@ import pytest
 
 from tli_jax.checkpoint import hub
 from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.checkpoint.tokenizer import needs_transformers
 from tli_jax.checkpoint.tokens import embedded_text, open_tokenizer, windows
 
 
@@ -29,7 +30,7 @@ def test_a_lone_sentencepiece_model_gives_the_same_ids(material, tmp_path):
     config = open_checkpoint(whole).config
     (fast, _), (slow, _) = open_tokenizer(whole, config), open_tokenizer(tmp_path, config)
     text = "Once upon a time, there was a little girl named Lily. 한국어, naïve."
-    assert type(fast) is not type(slow)
+    assert needs_transformers(whole) is None and needs_transformers(tmp_path) is not None
     assert fast.encode(text) == slow.encode(text)
     assert fast.size == slow.size == config.vocab_size
 

@@ -55,7 +55,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         head = stream.read(8)
-        _refuse_known_others(file, head + stream.read(120))
+        refuse_pointer(file, head + stream.read(120), "the weights")
         if size < 8:
             raise DataError(f"{file}: {size} bytes are too few for a safetensors header: fetch the file again")
         (length,) = struct.unpack("<Q", head)
@@ -86,12 +86,21 @@ def read_header(file: Path) -> dict[str, Tensor]:
     return {tensor.name: tensor for tensor in tensors}
 
 
-def _refuse_known_others(file: Path, head: bytes) -> None:
+def refuse_pointer(file: Path, head: bytes, what: str) -> None:
+    """Refuse what a failed download leaves in place of a file.
+
+    Args:
+        head: the first 128 bytes.
+        what: what the file should be.
+
+    Raises:
+        DataError: it is a Git-LFS pointer or an HTML page.
+    """
     start = head.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
-        raise DataError(f"{file}: is a Git-LFS pointer, not the weights: run 'git lfs pull' in its folder")
+        raise DataError(f"{file}: is a Git-LFS pointer, not {what}: run 'git lfs pull' in its folder")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise DataError(f"{file}: is an HTML page, not the weights: the download failed, fetch it again")
+        raise DataError(f"{file}: is an HTML page, not {what}: the download failed, fetch it again")
 
 
 def _read_entry(file: Path, data: int, name: str, entry: Any) -> Tensor:
@@ -193,7 +202,7 @@ def inside(folder: Path, name: str) -> Path:
     file = folder / name
     home = folder.resolve()
     target = Path(os.path.realpath(file))  # where links go in circles, Path.resolve raises
-    allowed = [home]
+    allowed = [home / Path(name).parent]
     if home.parent.name == "snapshots":
         # The hub's cache: blobs of this model, or those that models share, one folder deeper.
         repository = home.parent.parent

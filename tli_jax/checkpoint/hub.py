@@ -63,7 +63,8 @@ def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
     commit = Path(hf.hf_hub_download(model, "config.json", revision=revision)).parent.name
 
     def download(*patterns: str) -> Path:
-        never = ["*/*", "*.py", "*.bin"]  # in these patterns a * matches slashes too
+        # In these patterns a * matches slashes too. Only some of ours have a *, and none is meant for a sub-folder's.
+        never = ["*.py", "*.bin", "*/*/*", *(f"{pattern}/*" for pattern in ALLOWED if pattern.endswith("*"))]
         return Path(hf.snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=never))
 
     folder = download(*_CONFIG_FILES, *(() if headers_only else ALLOWED))

@@ -1,14 +1,14 @@
-"""Token ids for a model from text, with the model's own tokenizer."""
+"""Texts to run a model on, and windows of their token ids."""
 
 import hashlib
-import importlib.util
 import sysconfig
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
+from tli_jax.checkpoint.tokenizer import Tokenizer as Tokenizer
+from tli_jax.checkpoint.tokenizer import open_tokenizer as open_tokenizer
 from tli_jax.errors import DataError, MissingInputError
 from tli_jax.models.config import LlamaConfig
 
@@ -17,92 +17,6 @@ _HELD_OUT_EVERY = 40
 _LEFT_OUT = frozenset(
     ["test", "tests", "pydoc_data", "encodings", "idlelib", "turtledemo", "lib2to3", "site-packages", "ensurepip"]
 )
-
-
-class Tokenizer(Protocol):
-    """The little that is needed of one. ``prefix`` is what it puts in front of a text by default: BOS, or nothing."""
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def prefix(self) -> list[int]: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class _Fast:
-    """``tokenizer.json``, read by the tokenizers library: transformers, which wraps it, takes seconds to import."""
-
-    def __init__(self, file: Path):
-        import tokenizers
-
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        self.size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
-        self.prefix = _first_special(self._tokenizer.encode("a", add_special_tokens=True).ids, self.encode("a"))
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
-
-
-class _Slow:
-    """Whatever else transformers can read, e.g. a lone ``tokenizer.model``."""
-
-    def __init__(self, folder: Path):
-        import transformers
-
-        loaded: Any = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        self._tokenizer = loaded
-        self.size: int = 1 + max(loaded.get_vocab().values())
-        self.prefix = _first_special(self._tokenizer.encode("a"), self.encode("a"))
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [self.encode(text) for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids)
-
-
-def _first_special(ids: list[int], text: list[int]) -> list[int]:
-    """What stands in front of a text's own ids."""
-    return next(ids[:i] for i in range(len(ids)) if ids[i : i + len(text)] == text)
-
-
-def open_tokenizer(folder: Path, config: LlamaConfig) -> tuple[Tokenizer | None, list[str]]:
-    """The tokenizer in a model folder, None where there is none, and warnings.
-
-    Raises:
-        DataError: it cannot be read, or has more tokens than the model.
-    """
-    file = folder / "tokenizer.json"
-    if not file.exists():
-        if not (folder / "tokenizer.model").exists():
-            return None, [f"{folder}: no tokenizer, so text cannot be read"]
-        if importlib.util.find_spec("sentencepiece") is None:
-            return None, [f"{folder}: reading tokenizer.model, and so text, needs pip install 'tli_jax[sentencepiece]'"]
-    try:
-        tokenizer: Tokenizer = _Fast(file) if file.exists() else _Slow(folder)
-    except Exception as error:  # the libraries raise bare Exception
-        message = " ".join(str(error).split())[:160]
-        raise DataError(f"{folder}: the tokenizer cannot be read ({message}): mend or remove it") from error
-    if tokenizer.size > config.vocab_size:
-        raise DataError(
-            f"{folder}: the tokenizer has {tokenizer.size:,} tokens, the model's vocabulary {config.vocab_size:,}:"
-            " they do not belong together"
-        )
-    if tokenizer.size < config.vocab_size:
-        unused = f"uses {tokenizer.size:,} of the {config.vocab_size:,} in the model's vocabulary"
-        return tokenizer, [f"{folder}: the tokenizer {unused}"]
-    return tokenizer, []
 
 
 def embedded_text() -> str:

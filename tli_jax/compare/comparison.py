@@ -78,7 +78,10 @@ class _Comparison:
         self.config, self.output = config, output
         self._check_folder()
         self.base = open_checkpoint(hub.resolve(config.model, config.revision))
-        self.tokenizer, _ = tokens.open_tokenizer(self.base.folder, self.base.config)
+        parse_special = config.special_tokens == "parse"
+        self.tokenizer, warnings = tokens.open_tokenizer(self.base.folder, self.base.config, parse_special)
+        for warning in warnings:
+            command.warn(warning)
         for name in ("data", "grown", "runs", "measured", "logs"):
             (output / name).mkdir(exist_ok=True)
         self.contenders, self.left_out = make_contenders(config, self.base)

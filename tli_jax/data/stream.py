@@ -68,7 +68,7 @@ class Rules:
 
     def to_json(self) -> dict[str, Any]:
         """All that the ids depend on, but for the source."""
-        config = {key: getattr(self.config, key) for key in ("separator", "field", "on_bad")}
+        config = {key: getattr(self.config, key) for key in ("separator", "field", "on_bad", "special_tokens")}
         return config | {
             "version": 2,
             "tokenizer": self.tokenizer_digest,

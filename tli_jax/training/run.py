@@ -90,11 +90,13 @@ class RunFolder:
                 for old in [old for old in self.path.iterdir() if old.name not in ("data", "lock", ".fetching")]:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
             self.model.mkdir(exist_ok=True)
-            names = [f"model/{file.name}" for file in (remote / "model").iterdir()]
+            model = [file for file in (remote / "model").rglob("*") if file.is_file()]
+            names = [str(file.relative_to(remote)) for file in model]
             for name in (*names, "growth.json", "config.yaml", "run.json"):
                 # Only the configuration ever changes.
                 is_wanted = name == "config.yaml" or not (self.path / name).is_file()
                 if is_wanted and (remote / name).is_file():
+                    (self.path / name).parent.mkdir(exist_ok=True)
                     with replacing(self.path / name) as temporary:
                         temporary.write_bytes((remote / name).read_bytes())
         return True
@@ -108,6 +110,7 @@ class RunFolder:
         if self.remote is not None:
             with reaching(self.remote):
                 for name in names:
+                    (self.remote / name).parent.mkdir(parents=True, exist_ok=True)
                     (self.remote / name).write_bytes((self.path / name).read_bytes())
 
     def create(self) -> None:
@@ -172,7 +175,8 @@ class RunFolder:
         if model.growth is not None:
             sidecar.write_json(self.path / "growth.json", model.growth)
         sidecar.write_json(self.path / "run.json", facts)
-        self.mirror(*(f"model/{file.name}" for file in self.model.iterdir()), "run.json")
+        files = [file for file in self.model.rglob("*") if file.is_file()]
+        self.mirror(*(file.relative_to(self.path).as_posix() for file in files), "run.json")
         self.mirror(*(["growth.json"] if model.growth is not None else []))
         self.write_config(config)
 
@@ -234,13 +238,4 @@ def model_digest(checkpoint: Checkpoint) -> str:
     for name, tensor in sorted(checkpoint.tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
         digest.update(next(read_chunks(tensor, _SAMPLE)))
-    return digest.hexdigest()
-
-
-def tokenizer_digest(folder: Path) -> str:
-    """Of the files that say how text becomes tokens."""
-    digest = hashlib.sha256()
-    for name in ("tokenizer.json", "tokenizer.model"):
-        if (folder / name).is_file():
-            digest.update(name.encode() + (folder / name).read_bytes())
     return digest.hexdigest()

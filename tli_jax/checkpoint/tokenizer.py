@@ -1,0 +1,467 @@
+"""The tokenizer of a model folder. Its ids are those that transformers gives for the same folder and the same text.
+
+The tokenizers library reads ``tokenizer.json`` in milliseconds, transformers takes seconds to import. So transformers
+is used only where it would build something else than ``tokenizer.json`` describes: see ``needs_transformers``.
+"""
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tli_jax.checkpoint.headers import inside, read_json
+from tli_jax.checkpoint.sidecar import allowed_files
+from tli_jax.errors import DataError
+from tli_jax.models.config import LlamaConfig
+
+if TYPE_CHECKING:
+    import tokenizers
+
+CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+# Any of these is a tokenizer; transformers decides whether it can read it.
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model"),
+    *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
+)
+_FILES = (*_VOCABULARIES, "merges.txt", CONFIG, SPECIAL, ADDED)  # all that ids depend on, beside config.json
+# Keys of tokenizer_config.json that do not change ids, or whose effect `needs_transformers` checks.
+_KNOWN_KEYS = frozenset(
+    [
+        *("tokenizer_class", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
+        *("add_bos_token", "add_eos_token", "add_prefix_space", "legacy", "use_default_system_prompt"),
+        *("model_max_length", "max_len", "max_length", "model_input_names", "return_token_type_ids", "stride"),
+        *("clean_up_tokenization_spaces", "spaces_between_special_tokens", "chat_template", "name_or_path"),
+        *("padding_side", "truncation_side", "truncation_strategy", "pad_token_type_id", "pad_to_multiple_of"),
+        *("special_tokens_map_file", "tokenizer_file", "processor_class", "backend", "is_local", "local_files_only"),
+        *("errors", "sp_model_kwargs", "use_fast", "device_map", "auto_map"),
+    ]
+)
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. No special tokens are added; special tokens in the ids do not appear in decoded text.
+
+    Attributes:
+        size: one more than the largest id.
+        prefix: ids that the tokenizer puts in front of a text by default: BOS, or nothing.
+    """
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def prefix(self) -> list[int]: ...
+    def encode(self, text: str) -> list[int]: ...
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class _Loaded:
+    """What both kinds of tokenizers have in common: no id outside the model's vocabulary gets out.
+
+    Attributes:
+        vocab: ids of all tokens.
+        added: ids of tokens that are found in a text before it is split into tokens.
+        named: special tokens by their key, such as ``bos_token``.
+        prefix, suffix: ids that are put around a text by default.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int, vocab: dict[str, int], added: Iterable[int]):
+        self.folder, self.vocab_size, self.vocab, self.added = folder, vocab_size, vocab, set(added)
+        self.size = 1 + max(vocab.values(), default=-1)
+        self.named: dict[str, str] = {}
+        self.prefix: list[int] = []
+        self.suffix: list[int] = []
+        # Not every tokenizer can encode an "a".
+        for text in itertools.islice(itertools.chain("aA0", vocab), 1000):
+            with contextlib.suppress(DataError):
+                ids = self.encode(text)
+                if ids and (affixes := self._affixes(text, ids)) is not None:
+                    self.prefix, self.suffix = affixes
+                    break
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        with _refusing(f"{self.folder}: the tokenizer cannot encode the text", "use another text or tokenizer"):
+            found = self._encode(texts)
+        if self.size > self.vocab_size:
+            for text, ids in zip(texts, found, strict=True):
+                if (largest := max(ids, default=0)) >= self.vocab_size:
+                    token = next(token for token, index in self.vocab.items() if index == largest)
+                    raise DataError(
+                        f"{self.folder}: the text {text[:40]!r} holds {token!r}, id {largest:,}, which the model's"
+                        f" vocabulary of {self.vocab_size:,} does not have: remove it from the text"
+                    )
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        raise NotImplementedError
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        raise NotImplementedError
+
+    def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
+        """What stands before and after the ids of a text; None if this text does not tell."""
+        raise NotImplementedError
+
+
+class _Rust(_Loaded):
+    """A tokenizer of the tokenizers library, read by it or built by transformers."""
+
+    def __init__(self, folder: Path, vocab_size: int, tokenizer: "tokenizers.Tokenizer", parse_special: bool):
+        # transformers, too, drops what another tool left in the file.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = not parse_special
+        self._tokenizer = tokenizer
+        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder())
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
+        whole = self._tokenizer.encode(text, add_special_tokens=True)
+        if 0 not in whole.special_tokens_mask:
+            return None
+        first = whole.special_tokens_mask.index(0)
+        return whole.ids[:first], whole.ids[first + len(ids) :]
+
+    def parsed_anyway(self) -> list[str]:
+        """Special tokens that the vocabulary itself finds in a text, but for the one that stands for unknown text."""
+        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
+        unknown = {*self._encode(["\U0010fffd"])[0], self.vocab.get(self.named.get("unk_token", ""))}
+        found = zip(special, self._encode(special), strict=True)
+        return [token for token, ids in found if self.vocab[token] in ids and self.vocab[token] not in unknown]
+
+
+class _Python(_Loaded):
+    """One of the few tokenizers that transformers has in Python alone, such as bytes."""
+
+    def __init__(self, folder: Path, vocab_size: int, tokenizer: Any, parse_special: bool):
+        if not parse_special:
+            tokenizer.split_special_tokens = True
+        self._tokenizer = tokenizer
+        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.added_tokens_decoder)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [self._tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+
+    def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
+        whole = self._tokenizer.encode(text, verbose=False)
+        for first in range(len(whole)):
+            if whole[first : first + len(ids)] == ids:
+                return whole[:first], whole[first + len(ids) :]
+        return None
+
+
+def open_tokenizer(
+    folder: Path, config: LlamaConfig, parse_special: bool = False
+) -> tuple[Tokenizer | None, list[str]]:
+    """The tokenizer of a model folder, or None if there is none, and warnings.
+
+    Args:
+        parse_special: whether special tokens in a text (``</s>``) become their ids. By default they are text like any
+            other (``split_special_tokens`` in transformers), so that no document can hold control tokens.
+
+    Raises:
+        DataError: it cannot be read, has more tokens than the model, or adds one that the model does not have.
+    """
+    vocabularies = allowed_files(folder).keys() & set(_VOCABULARIES)  # refuses pipes, links out of the folder, pointers
+    if not vocabularies:
+        return None, [f"{folder}: no tokenizer, so text cannot be read"]
+    with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"):
+        settings = _Settings(folder)
+    warnings = []
+    if settings.code and "tokenizer.json" not in vocabularies:
+        return None, [f"{folder}: the tokenizer is code ({settings.code}), never run here: text cannot be read"]
+    if settings.code:
+        warnings.append(
+            f"{folder / CONFIG}: asks for code ({settings.code}), which is neither run nor copied: the tokenizer is"
+            " what the other files say, and its ids may differ"
+        )
+    if all(name.endswith(".model") for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:
+        what = f"reading {min(vocabularies)}, and so text, needs pip install 'tli_jax[sentencepiece]'"
+        return None, [f"{folder}: {what}"]
+    with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), _quiet():
+        found = _open(folder, settings, config.vocab_size, parse_special)
+    if strange := [one for one in found.prefix if one >= config.vocab_size]:
+        raise DataError(
+            f"{folder}: the tokenizer puts id {strange[0]:,} in front of a text, the model's vocabulary has"
+            f" {config.vocab_size:,}: fix the post-processor of tokenizer.json"
+        )
+    warnings += _compare_sizes(found, config)
+    warnings += _compare_special(found, config)
+    if not parse_special and isinstance(found, _Rust) and (parsed := found.parsed_anyway()):
+        warnings.append(
+            f"{folder}: the vocabulary itself holds the special tokens {', '.join(map(repr, parsed[:5]))}: in a text"
+            " they become their ids, here and in transformers"
+        )
+    return found, warnings
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """sha256 of all files that say how text becomes ids."""
+    digest = hashlib.sha256()
+    for name in _FILES:
+        if (folder / name).is_file():
+            digest.update(json.dumps([name, hashlib.sha256(inside(folder, name).read_bytes()).hexdigest()]).encode())
+    model = _read(folder, "config.json")
+    digest.update(json.dumps([model.get("model_type"), model.get("tokenizer_class")]).encode())
+    return digest.hexdigest()
+
+
+class _Settings:
+    """What the JSON files beside the vocabulary say.
+
+    Attributes:
+        named: special tokens by their key, such as ``bos_token``.
+        extra: further special tokens.
+        kind: the class that transformers is asked for, without ``Fast``.
+        is_llama: whether transformers takes the vocabulary alone and builds LlamaTokenizer's own pipeline around it.
+        code: the class in the folder that is asked for, if any.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises DataError: a file is not JSON, or asks for a class that is no tokenizer."""
+        self.model, self.config = _read(folder, "config.json"), _read(folder, CONFIG)
+        special, self.added = _read(folder, SPECIAL), _read(folder, ADDED)
+        kind = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
+        # transformers finds any of its classes by this name, those that load weights too.
+        if kind is not None and not (isinstance(kind, str) and ("Tokenizer" in kind or kind.endswith("Backend"))):
+            raise DataError(f"{folder / CONFIG}: tokenizer_class {kind!r} is no tokenizer: correct or remove it")
+        self.kind = None if kind is None else kind.removesuffix("Fast")
+        file = folder / "tokenizer.json"
+        self.is_llama = self.kind == "LlamaTokenizer" and file.exists() and b'"ByteLevel"' not in file.read_bytes()
+        defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if self.is_llama else {}
+        self.named: dict[str, str] = {}
+        self.extra: set[str] = set()
+        for key, value in (defaults | special | self.config).items():
+            if key in ("additional_special_tokens", "extra_special_tokens"):
+                parts = value.values() if isinstance(value, dict) else value or []
+                self.extra |= {content for part in parts if (content := _content(part)) is not None}
+            elif key.endswith("_token") and (content := _content(value)) is not None:
+                self.named[key] = content
+        auto_map = self.config.get("auto_map")
+        if isinstance(auto_map, dict):
+            auto_map = auto_map.get("AutoTokenizer")
+        classes = auto_map if isinstance(auto_map, list) else [auto_map]
+        self.code = next((str(one) for one in classes if one), None)
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(inside(folder, name)) if (folder / name).is_file() else {}
+
+
+def _content(token: Any) -> str | None:
+    """Of a special token, as a string or with its options."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _open(folder: Path, settings: _Settings, vocab_size: int, parse_special: bool) -> _Loaded:
+    if (file := folder / "tokenizer.json").exists():
+        import tokenizers
+
+        fast = tokenizers.Tokenizer.from_file(str(file))
+        if _why_transformers(folder, settings, fast) is None:
+            found = _Rust(folder, vocab_size, fast, parse_special)
+            found.named = settings.named
+            return found
+    loaded = _load_with_transformers(folder, settings)
+    # A tokenizer may ask for its special tokens to be read as text.
+    parse_special = parse_special and not loaded.split_special_tokens
+    if hasattr(loaded, "backend_tokenizer"):
+        found = _Rust(folder, vocab_size, loaded.backend_tokenizer, parse_special)
+    else:
+        found = _Python(folder, vocab_size, loaded, parse_special)
+    found.named = dict(loaded.special_tokens_map)
+    return found
+
+
+def _load_with_transformers(folder: Path, settings: _Settings) -> Any:
+    import transformers
+
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except ValueError:
+        if settings.code is None or not (folder / "tokenizer.json").exists():
+            raise
+        # It refuses because the class is code in the folder; the file itself can be read without it.
+        return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
+
+
+def needs_transformers(folder: Path) -> str | None:
+    """Why the ids of a folder are not simply those of its ``tokenizer.json``; None if they are.
+
+    Raises:
+        DataError: a file of the tokenizer cannot be read.
+    """
+    if not (folder / "tokenizer.json").exists():
+        return "no tokenizer.json"
+    import tokenizers
+
+    with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), _quiet():
+        fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return _why_transformers(folder, _Settings(folder), fast)
+
+
+def _why_transformers(folder: Path, settings: _Settings, fast: "tokenizers.Tokenizer") -> str | None:
+    """Compare ``tokenizer.json`` with what transformers 5 builds from it and the files beside it.
+
+    It takes the file as it is (``TokenizersBackend``), unless the class is one that builds its own pipeline around the
+    vocabulary. It then adds the special tokens of the other files that the file lacks. It ignores ``add_bos_token``
+    and ``add_eos_token``, or follows them, depending on its version: where they agree with the file, it is all the
+    same.
+    """
+    config, added = settings.config, fast.get_added_tokens_decoder()
+    contents = {token.content for token in added.values()}
+    if unknown := sorted(key for key in config if key not in {*_KNOWN_KEYS, *settings.named} and config[key]):
+        return f"{CONFIG} has {unknown[0]}"
+    if settings.code:
+        return f"{CONFIG} has auto_map"
+    if (folder / "tekken.json").exists():
+        return "tekken.json"
+    if settings.is_llama:
+        if settings.model.get("model_type") != "llama" or not _is_llama_pipeline(fast, config):
+            return "LlamaTokenizer builds another pipeline than tokenizer.json has"
+        # It keeps the vocabulary and adds the other tokens anew, one after the other.
+        vocab = fast.get_vocab(with_added_tokens=False)
+        beyond = sorted(i for i, token in added.items() if vocab.get(token.content) != i)
+        if beyond != list(range(len(vocab), len(vocab) + len(beyond))):
+            return "LlamaTokenizer gives added tokens other ids"
+    elif settings.kind not in (None, "PreTrainedTokenizer", "TokenizersBackend", "LlamaTokenizer"):
+        return f"tokenizer_class {settings.kind}"
+    elif config.get("add_prefix_space") is not None:
+        return f"{CONFIG} has add_prefix_space"
+    padding = {fast.padding["pad_token"]} if fast.padding else set()
+    if lacking := sorted({*settings.named.values(), *settings.extra, *padding} - contents):
+        return f"special token {lacking[0]!r} is not in tokenizer.json"
+    if (listed := config.get("added_tokens_decoder")) is not None:
+        import tokenizers
+
+        try:
+            tokens = {int(index): repr(tokenizers.AddedToken(**token)) for index, token in listed.items()}
+        except (TypeError, ValueError, AttributeError):
+            return "added_tokens_decoder is not understood"
+        own = {index: repr(token) for index, token in added.items()}
+        if not set(tokens.values()) <= set(own.values()) or (settings.is_llama and tokens != own):
+            return f"{CONFIG} has added tokens that tokenizer.json has not, or with other options"
+    elif any(index not in added or added[index].content != token for token, index in settings.added.items()):
+        return f"{ADDED} has tokens that tokenizer.json has not"
+    if any(config.get(key) is not None for key in ("add_bos_token", "add_eos_token")):
+        with_file = _Rust(folder, sys.maxsize, fast, False)
+        affixes = {"add_bos_token": with_file.prefix, "add_eos_token": with_file.suffix}
+        if any(bool(ids) != config[key] for key, ids in affixes.items() if config.get(key) is not None):
+            return "add_bos_token or add_eos_token is not what tokenizer.json does"
+    return None
+
+
+def _is_llama_pipeline(fast: "tokenizers.Tokenizer", config: Mapping[str, Any]) -> bool:
+    """Whether it is already the pipeline that LlamaTokenizer of transformers 5 builds around any vocabulary."""
+    model: Any = fast.model
+    before: Any = fast.pre_tokenizer
+    scheme = "always" if config.get("legacy") else "first"
+    if config.get("add_prefix_space") is False:
+        scheme = "never"
+    return (
+        type(model).__name__ == "BPE"
+        and (model.fuse_unk, model.byte_fallback, model.ignore_merges) == (True, True, False)
+        and (model.dropout, model.unk_token) == (None, None)
+        and not model.continuing_subword_prefix
+        and not model.end_of_word_suffix
+        and fast.normalizer is None
+        and type(before).__name__ == "Metaspace"
+        and (before.replacement, before.prepend_scheme, before.split) == ("▁", scheme, False)
+    )
+
+
+def _compare_sizes(found: _Loaded, config: LlamaConfig) -> list[str]:
+    """Raises DataError: the vocabulary is larger than the model's by more than added tokens."""
+    size = config.vocab_size
+    if found.size < size:
+        return [f"{found.folder}: the tokenizer uses {found.size:,} of the {size:,} in the model's vocabulary"]
+    if found.size == size:
+        return []
+    beyond = {index: token for token, index in found.vocab.items() if index >= size}
+    if not beyond.keys() <= found.added:
+        raise DataError(
+            f"{found.folder}: the tokenizer has {found.size:,} tokens, the model's vocabulary {size:,}: they do not"
+            " belong together"
+        )
+    first = min(beyond)
+    others = f" and {len(beyond) - 1:,} more" if len(beyond) > 1 else ""
+    return [
+        f"{found.folder}: the model's vocabulary of {size:,} does not have the tokenizer's added token"
+        f" {beyond[first]!r} (id {first:,}){others}: a text that holds it is refused"
+    ]
+
+
+def _compare_special(found: _Loaded, config: LlamaConfig) -> list[str]:
+    """One warning if config.json, generation_config.json and the tokenizer name other ids for BOS or EOS."""
+    generation = _read(found.folder, "generation_config.json")
+    bos = () if config.bos_token_id is None else (config.bos_token_id,)
+    parts = []
+    for name, used, affix in (("bos", bos, found.prefix), ("eos", config.eos_token_ids, found.suffix)):
+        others: dict[str, list[int]] = {}
+        if (value := generation.get(f"{name}_token_id")) is not None:
+            others["generation_config.json"] = value if isinstance(value, list) else [value]
+        named = found.vocab.get(found.named.get(f"{name}_token", ""))
+        if affix or found.named:
+            others["the tokenizer"] = affix[-1:] or ([] if named is None else [named])
+        differing = [
+            f"{_ids(ids)} in {where}" for where, ids in others.items() if not {*ids} & {*used} and (ids or used)
+        ]
+        if differing:
+            parts.append(f"{name}_token_id is {_ids(used)} in config.json, {', '.join(differing)}")
+    return [f"{found.folder}: {'; '.join(parts)}: config.json is followed"] if parts else []
+
+
+def _ids(ids: Iterable[Any]) -> str:
+    return ", ".join(map(str, ids)) or "none"
+
+
+@contextlib.contextmanager
+def _refusing(what: str, advice: str) -> Iterator[None]:
+    """Turn whatever the libraries raise into a DataError: bare exceptions, and panics of Rust, which are no Exception.
+
+    Raises:
+        DataError: always, in place of what was raised.
+    """
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        message = " ".join(str(error).split())[:160]
+        raise DataError(f"{what} ({message}): {advice}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep off stderr what Rust writes there about a panic, and what transformers logs while it loads."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
