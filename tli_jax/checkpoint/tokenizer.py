@@ -192,11 +192,22 @@ def open_tokenizer(
             f"{folder / CONFIG}: asks for code ({settings.code}), which is neither run nor copied: the tokenizer is"
             " what the other files say, and its ids may differ"
         )
+    if vocabularies == {"vocab.json"} and settings.kind is None:
+        how = f'name the class in {CONFIG} that reads it, e.g. {{"tokenizer_class": "GPT2Tokenizer"}}'
+        return None, [f"{folder}: vocab.json does not say how to use it, so text cannot be read: {how}"]
     if all(name.endswith(".model") for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:
         what = f"reading {min(vocabularies)}, and so text, needs pip install 'tli_jax[sentencepiece]'"
         return None, [f"{folder}: {what}"]
     with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), _quiet():
         found = _open(folder, settings, config.vocab_size, parse_special)
+    if "tokenizer.json" not in vocabularies and "vocab.json" in vocabularies:
+        # The class may be one that does not read this file, and then knows nothing but its special tokens.
+        expected = len(json.loads((folder / "vocab.json").read_bytes()))
+        if len(found.vocab) < expected:
+            raise DataError(
+                f"{folder}: {settings.kind} has {len(found.vocab):,} tokens, vocab.json {expected:,}: name the class in"
+                f' {CONFIG} that reads it, e.g. {{"tokenizer_class": "GPT2Tokenizer"}}'
+            )
     if strange := [one for one in found.prefix if one >= config.vocab_size]:
         raise DataError(
             f"{folder}: the tokenizer puts id {strange[0]:,} in front of a text, the model's vocabulary has"
@@ -228,7 +239,7 @@ class _Settings:
 
     Attributes:
         named: special tokens by their key, such as ``bos_token``.
-        extra: further special tokens.
+        mentioned: all special tokens, those too that another file overrides.
         kind: the class that transformers is asked for, without ``Fast``.
         is_llama: whether transformers takes the vocabulary alone and builds LlamaTokenizer's own pipeline around it.
         code: the class in the folder that is asked for, if any.
@@ -247,13 +258,19 @@ class _Settings:
         self.is_llama = self.kind == "LlamaTokenizer" and file.exists() and b'"ByteLevel"' not in file.read_bytes()
         defaults = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"} if self.is_llama else {}
         self.named: dict[str, str] = {}
-        self.extra: set[str] = set()
-        for key, value in (defaults | special | self.config).items():
-            if key in ("additional_special_tokens", "extra_special_tokens"):
-                parts = value.values() if isinstance(value, dict) else value or []
-                self.extra |= {content for part in parts if (content := _content(part)) is not None}
-            elif key.endswith("_token") and (content := _content(value)) is not None:
-                self.named[key] = content
+        self.mentioned: set[str] = set()
+        # The newer file has all there is; before it did, the other one was followed.
+        files = [special, self.config] if "added_tokens_decoder" in self.config else [self.config, special]
+        for values in (defaults, *files):
+            for key, value in values.items():
+                if key in ("additional_special_tokens", "extra_special_tokens"):
+                    parts = value.values() if isinstance(value, dict) else value or []
+                    self.mentioned |= {content for part in parts if (content := _content(part)) is not None}
+                elif key.endswith("_token"):
+                    self.named.pop(key, None)
+                    if (content := _content(value)) is not None:
+                        self.named[key] = content
+                        self.mentioned.add(content)
         auto_map = self.config.get("auto_map")
         if isinstance(auto_map, dict):
             auto_map = auto_map.get("AutoTokenizer")
@@ -328,7 +345,7 @@ def _why_transformers(folder: Path, settings: _Settings, fast: "tokenizers.Token
     same.
     """
     config, added = settings.config, fast.get_added_tokens_decoder()
-    contents = {token.content for token in added.values()}
+    special = {token.content for token in added.values() if token.special}
     if unknown := sorted(key for key in config if key not in {*_KNOWN_KEYS, *settings.named} and config[key]):
         return f"{CONFIG} has {unknown[0]}"
     if settings.code:
@@ -348,8 +365,8 @@ def _why_transformers(folder: Path, settings: _Settings, fast: "tokenizers.Token
     elif config.get("add_prefix_space") is not None:
         return f"{CONFIG} has add_prefix_space"
     padding = {fast.padding["pad_token"]} if fast.padding else set()
-    if lacking := sorted({*settings.named.values(), *settings.extra, *padding} - contents):
-        return f"special token {lacking[0]!r} is not in tokenizer.json"
+    if lacking := sorted((settings.mentioned | padding) - special):
+        return f"special token {lacking[0]!r} is not one in tokenizer.json"
     if (listed := config.get("added_tokens_decoder")) is not None:
         import tokenizers
 
