@@ -47,6 +47,9 @@ SHARDED: dict[str, bytes] = {
     "model.fp16.safetensors": b"and in half precision",
     "consolidated.safetensors": b"and in the layout of the authors",
     "tokenizer.json": b"{}",
+    "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
+    "additional_chat_templates/more/deep.jinja": b"transformers does not look here",
+    "additional_chat_templates/tool.py": b"raise SystemExit('a template was run')",
     "LICENSE.txt": b"be nice",
     "USE_POLICY.md": b"be very nice",
     "README.md": b"# A model",
@@ -252,6 +255,7 @@ def test_what_is_neither_a_folder_nor_a_hub_id_never_reaches_the_hub(model: str,
 def test_only_what_a_checkpoint_needs_is_fetched(hub: Hub, tmp_path: Path) -> None:
     sharded, single, again = run(hub.endpoint, tmp_path, ("org/sharded", "main"), ("org/single",), ("org/single",))
     needed = {"config.json", INDEX, *SHARDS, "tokenizer.json", "LICENSE.txt", "USE_POLICY.md"}
+    needed |= {"additional_chat_templates/tool_use.jinja"}
     assert Path(sharded["folder"]).name == COMMIT
     assert set(sharded["files"]) == needed
     assert set(single["files"]) == set(SINGLE)

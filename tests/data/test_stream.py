@@ -68,6 +68,7 @@ def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path)
         dataclasses.replace(rules, tokenizer_digest="other"),
         dataclasses.replace(rules, vocab_size=70_000),
         dataclasses.replace(rules, config=dataclasses.replace(rules.config, separator="b")),
+        dataclasses.replace(rules, config=dataclasses.replace(rules.config, special_tokens="parse")),
     ):
         open_stream(path, other, cache)
         assert rules.tokenizer.calls > calls

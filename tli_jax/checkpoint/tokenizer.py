@@ -4,17 +4,15 @@ The tokenizers library reads ``tokenizer.json`` in milliseconds, transformers ta
 is used only where it would build something else than ``tokenizer.json`` describes: see ``needs_transformers``.
 """
 
-import contextlib
 import hashlib
 import importlib.util
-import itertools
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
+from tli_jax.checkpoint.encoding import Loaded, PythonTokenizer, RustTokenizer, Tokenizer, quiet, refusing
 from tli_jax.checkpoint.headers import inside, read_json
 from tli_jax.checkpoint.sidecar import allowed_files
 from tli_jax.errors import DataError
@@ -44,129 +42,6 @@ _KNOWN_KEYS = frozenset(
 )
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. No special tokens are added; special tokens in the ids do not appear in decoded text.
-
-    Attributes:
-        size: one more than the largest id.
-        prefix: ids that the tokenizer puts in front of a text by default: BOS, or nothing.
-    """
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def prefix(self) -> list[int]: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class _Loaded:
-    """What both kinds of tokenizers have in common: no id outside the model's vocabulary gets out.
-
-    Attributes:
-        vocab: ids of all tokens.
-        added: ids of tokens that are found in a text before it is split into tokens.
-        named: special tokens by their key, such as ``bos_token``.
-        prefix, suffix: ids that are put around a text by default.
-    """
-
-    def __init__(self, folder: Path, vocab_size: int, vocab: dict[str, int], added: Iterable[int]):
-        self.folder, self.vocab_size, self.vocab, self.added = folder, vocab_size, vocab, set(added)
-        self.size = 1 + max(vocab.values(), default=-1)
-        self.named: dict[str, str] = {}
-        self.prefix: list[int] = []
-        self.suffix: list[int] = []
-        # Not every tokenizer can encode an "a".
-        for text in itertools.islice(itertools.chain("aA0", vocab), 1000):
-            with contextlib.suppress(DataError):
-                ids = self.encode(text)
-                if ids and (affixes := self._affixes(text, ids)) is not None:
-                    self.prefix, self.suffix = affixes
-                    break
-
-    def encode(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        with _refusing(f"{self.folder}: the tokenizer cannot encode the text", "use another text or tokenizer"):
-            found = self._encode(texts)
-        if self.size > self.vocab_size:
-            for text, ids in zip(texts, found, strict=True):
-                if (largest := max(ids, default=0)) >= self.vocab_size:
-                    token = next(token for token, index in self.vocab.items() if index == largest)
-                    raise DataError(
-                        f"{self.folder}: the text {text[:40]!r} holds {token!r}, id {largest:,}, which the model's"
-                        f" vocabulary of {self.vocab_size:,} does not have: remove it from the text"
-                    )
-        return found
-
-    def decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        raise NotImplementedError
-
-    def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        """What stands before and after the ids of a text; None if this text does not tell."""
-        raise NotImplementedError
-
-
-class _Rust(_Loaded):
-    """A tokenizer of the tokenizers library, read by it or built by transformers."""
-
-    def __init__(self, folder: Path, vocab_size: int, tokenizer: "tokenizers.Tokenizer", parse_special: bool):
-        # transformers, too, drops what another tool left in the file.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        tokenizer.encode_special_tokens = not parse_special
-        self._tokenizer = tokenizer
-        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder())
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-    def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        whole = self._tokenizer.encode(text, add_special_tokens=True)
-        if 0 not in whole.special_tokens_mask:
-            return None
-        first = whole.special_tokens_mask.index(0)
-        return whole.ids[:first], whole.ids[first + len(ids) :]
-
-    def parsed_anyway(self) -> list[str]:
-        """Special tokens that the vocabulary itself finds in a text, but for the one that stands for unknown text."""
-        special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special]
-        unknown = {*self._encode(["\U0010fffd"])[0], self.vocab.get(self.named.get("unk_token", ""))}
-        found = zip(special, self._encode(special), strict=True)
-        return [token for token, ids in found if self.vocab[token] in ids and self.vocab[token] not in unknown]
-
-
-class _Python(_Loaded):
-    """One of the few tokenizers that transformers has in Python alone, such as bytes."""
-
-    def __init__(self, folder: Path, vocab_size: int, tokenizer: Any, parse_special: bool):
-        if not parse_special:
-            tokenizer.split_special_tokens = True
-        self._tokenizer = tokenizer
-        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.added_tokens_decoder)
-
-    def decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [self._tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
-
-    def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        whole = self._tokenizer.encode(text, verbose=False)
-        for first in range(len(whole)):
-            if whole[first : first + len(ids)] == ids:
-                return whole[:first], whole[first + len(ids) :]
-        return None
-
-
 def open_tokenizer(
     folder: Path, config: LlamaConfig, parse_special: bool = False
 ) -> tuple[Tokenizer | None, list[str]]:
@@ -182,7 +57,7 @@ def open_tokenizer(
     vocabularies = allowed_files(folder).keys() & set(_VOCABULARIES)  # refuses pipes, links out of the folder, pointers
     if not vocabularies:
         return None, [f"{folder}: no tokenizer, so text cannot be read"]
-    with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"):
+    with refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"):
         settings = _Settings(folder)
     warnings = []
     if settings.code and "tokenizer.json" not in vocabularies:
@@ -198,9 +73,9 @@ def open_tokenizer(
     if all(name.endswith(".model") for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:
         what = f"reading {min(vocabularies)}, and so text, needs pip install 'tli_jax[sentencepiece]'"
         return None, [f"{folder}: {what}"]
-    with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), _quiet():
+    with refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), quiet():
         found = _open(folder, settings, config.vocab_size, parse_special)
-    if "tokenizer.json" not in vocabularies and "vocab.json" in vocabularies:
+    if vocabularies == {"vocab.json"}:
         # The class may be one that does not read this file, and then knows nothing but its special tokens.
         expected = len(json.loads((folder / "vocab.json").read_bytes()))
         if len(found.vocab) < expected:
@@ -215,7 +90,7 @@ def open_tokenizer(
         )
     warnings += _compare_sizes(found, config)
     warnings += _compare_special(found, config)
-    if not parse_special and isinstance(found, _Rust) and (parsed := found.parsed_anyway()):
+    if not parse_special and isinstance(found, RustTokenizer) and (parsed := found.parsed_anyway()):
         warnings.append(
             f"{folder}: the vocabulary itself holds the special tokens {', '.join(map(repr, parsed[:5]))}: in a text"
             " they become their ids, here and in transformers"
@@ -253,6 +128,10 @@ class _Settings:
         # transformers finds any of its classes by this name, those that load weights too.
         if kind is not None and not (isinstance(kind, str) and ("Tokenizer" in kind or kind.endswith("Backend"))):
             raise DataError(f"{folder / CONFIG}: tokenizer_class {kind!r} is no tokenizer: correct or remove it")
+        # transformers would open these wherever they are.
+        files = [self.config.get("gguf_file"), *(self.config.get("fast_tokenizer_files") or [])]
+        if outside := [one for one in files if one and "/" in str(one)]:
+            raise DataError(f"{folder / CONFIG}: names the file {outside[0]!r}, not a plain name: correct or remove it")
         self.kind = None if kind is None else kind.removesuffix("Fast")
         file = folder / "tokenizer.json"
         self.is_llama = self.kind == "LlamaTokenizer" and file.exists() and b'"ByteLevel"' not in file.read_bytes()
@@ -288,22 +167,22 @@ def _content(token: Any) -> str | None:
     return content if isinstance(content, str) else None
 
 
-def _open(folder: Path, settings: _Settings, vocab_size: int, parse_special: bool) -> _Loaded:
+def _open(folder: Path, settings: _Settings, vocab_size: int, parse_special: bool) -> Loaded:
     if (file := folder / "tokenizer.json").exists():
         import tokenizers
 
         fast = tokenizers.Tokenizer.from_file(str(file))
         if _why_transformers(folder, settings, fast) is None:
-            found = _Rust(folder, vocab_size, fast, parse_special)
+            found = RustTokenizer(folder, vocab_size, fast, parse_special)
             found.named = settings.named
             return found
     loaded = _load_with_transformers(folder, settings)
     # A tokenizer may ask for its special tokens to be read as text.
     parse_special = parse_special and not loaded.split_special_tokens
     if hasattr(loaded, "backend_tokenizer"):
-        found = _Rust(folder, vocab_size, loaded.backend_tokenizer, parse_special)
+        found = RustTokenizer(folder, vocab_size, loaded.backend_tokenizer, parse_special)
     else:
-        found = _Python(folder, vocab_size, loaded, parse_special)
+        found = PythonTokenizer(folder, vocab_size, loaded, parse_special)
     found.named = dict(loaded.special_tokens_map)
     return found
 
@@ -331,7 +210,7 @@ def needs_transformers(folder: Path) -> str | None:
         return "no tokenizer.json"
     import tokenizers
 
-    with _refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), _quiet():
+    with refusing(f"{folder}: the tokenizer cannot be read", "fix or delete its files"), quiet():
         fast = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         return _why_transformers(folder, _Settings(folder), fast)
 
@@ -380,7 +259,7 @@ def _why_transformers(folder: Path, settings: _Settings, fast: "tokenizers.Token
     elif any(index not in added or added[index].content != token for token, index in settings.added.items()):
         return f"{ADDED} has tokens that tokenizer.json has not"
     if any(config.get(key) is not None for key in ("add_bos_token", "add_eos_token")):
-        with_file = _Rust(folder, sys.maxsize, fast, False)
+        with_file = RustTokenizer(folder, sys.maxsize, fast, False)
         affixes = {"add_bos_token": with_file.prefix, "add_eos_token": with_file.suffix}
         if any(bool(ids) != config[key] for key, ids in affixes.items() if config.get(key) is not None):
             return "add_bos_token or add_eos_token is not what tokenizer.json does"
@@ -406,7 +285,7 @@ def _is_llama_pipeline(fast: "tokenizers.Tokenizer", config: Mapping[str, Any]) 
     )
 
 
-def _compare_sizes(found: _Loaded, config: LlamaConfig) -> list[str]:
+def _compare_sizes(found: Loaded, config: LlamaConfig) -> list[str]:
     """Raises DataError: the vocabulary is larger than the model's by more than added tokens."""
     size = config.vocab_size
     if found.size < size:
@@ -427,7 +306,7 @@ def _compare_sizes(found: _Loaded, config: LlamaConfig) -> list[str]:
     ]
 
 
-def _compare_special(found: _Loaded, config: LlamaConfig) -> list[str]:
+def _compare_special(found: Loaded, config: LlamaConfig) -> list[str]:
     """One warning if config.json, generation_config.json and the tokenizer name other ids for BOS or EOS."""
     generation = _read(found.folder, "generation_config.json")
     bos = () if config.bos_token_id is None else (config.bos_token_id,)
@@ -449,36 +328,3 @@ def _compare_special(found: _Loaded, config: LlamaConfig) -> list[str]:
 
 def _ids(ids: Iterable[Any]) -> str:
     return ", ".join(map(str, ids)) or "none"
-
-
-@contextlib.contextmanager
-def _refusing(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever the libraries raise into a DataError: bare exceptions, and panics of Rust, which are no Exception.
-
-    Raises:
-        DataError: always, in place of what was raised.
-    """
-    try:
-        yield
-    except (DataError, MemoryError):
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        message = " ".join(str(error).split())[:160]
-        raise DataError(f"{what} ({message}): {advice}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep off stderr what Rust writes there about a panic, and what transformers logs while it loads."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        sys.stderr.flush()
-        os.dup2(saved, 2)
-        os.close(saved)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tli_jax.checkpoint.tokenizer import Tokenizer as Tokenizer
+from tli_jax.checkpoint.encoding import Tokenizer as Tokenizer
 from tli_jax.checkpoint.tokenizer import open_tokenizer as open_tokenizer
 from tli_jax.errors import DataError, MissingInputError
 from tli_jax.models.config import LlamaConfig
