@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
@@ -199,6 +200,9 @@ def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
     environment, objects = storage
     model = shutil.copytree(start / "grown", tmp_path / "model")
     (model / "LICENSE").write_text("a licence")
+    template = Path("additional_chat_templates", "tools.jinja")
+    (model / template).parent.mkdir()
+    (model / template).write_text("a template")
     here, there = ({**environment, "XDG_CACHE_HOME": tmp_path / name} for name in ("here", "there"))
     run = "gs://bucket/some/run"
     command(here, *options(start, model), "--run", tmp_path / "run", "--export", tmp_path / "straight")
@@ -219,6 +223,7 @@ def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
     assert {name.split("/")[1] for name in done if name.startswith("checkpoints/")} == {str(STEPS), "frozen"}
     assert tensors(tmp_path / "out") == tensors(tmp_path / "straight")
     assert (tmp_path / "out" / "LICENSE").read_text() == "a licence"
+    assert (tmp_path / "out" / template).read_text() == "a template"
 
     assert "run" in command(here, run, script=("-m", "tli_jax.report"))
     command(here, *options(start, run, steps=2), "--run", "gs://bucket/next")

@@ -193,7 +193,8 @@ told = []
 for call in json.loads(sys.argv[1]):
     try:
         folder = resolve(*call)
-        files = {p.name: [p.stat().st_size, p.stat().st_blocks * 512] for p in folder.iterdir()}
+        paths = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+        files = {name: [p.stat().st_size, p.stat().st_blocks * 512] for name, p in paths.items()}
         heads, weights = {}, False
         for p in folder.glob("*.safetensors"):
             with open(p, "rb") as file:

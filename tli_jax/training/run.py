@@ -90,8 +90,8 @@ class RunFolder:
                 for old in [old for old in self.path.iterdir() if old.name not in ("data", "lock", ".fetching")]:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
             self.model.mkdir(exist_ok=True)
-            model = [file for file in (remote / "model").rglob("*") if file.is_file()]
-            names = [str(file.relative_to(remote)) for file in model]
+            found = [file for depth in ("*", "*/*") for file in (remote / "model").glob(depth)]
+            names = [file.relative_to(remote).as_posix() for file in found if file.is_file()]
             for name in (*names, "growth.json", "config.yaml", "run.json"):
                 # Only the configuration ever changes.
                 is_wanted = name == "config.yaml" or not (self.path / name).is_file()
