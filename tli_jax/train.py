@@ -134,7 +134,7 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
         facts = run.check_facts({})
     _introduce(trainer, [*notes, *(data.notes if data else ())])
 
-    checkpoints = Checkpoints(run.checkpoints, config.keep)
+    checkpoints = Checkpoints(run.checkpoints, config.keep, run.identity)
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)
     if restored is None:
         if start.weights is None:
@@ -160,7 +160,8 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
         finally:
             if metrics is not None:
                 metrics.close()
-        _say(summary(run))
+        if processes.is_first():  # other machines have no metrics
+            _say(summary(run))
     else:
         _say(f"run {run}: {done} steps are done")
     checkpoints.close()
@@ -321,8 +322,8 @@ def _export_other(other: RunFolder, config: TrainConfig, folder: Path) -> None:
     here = {"mesh": config.mesh, "batch_size": config.batch_size, "accumulation": 1, "attention": "auto"}
     theirs = dataclasses.replace(theirs, **here)
     trainer, _, _ = make_trainer(theirs, start.model, start.plan)
-    facts = read_json(other.path / "run.json")
-    checkpoints = Checkpoints(other.checkpoints, theirs.keep, read_only=True)
+    facts = other.read_facts()
+    checkpoints = Checkpoints(other.checkpoints, theirs.keep, other.identity, read_only=True)
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)
     checkpoints.close()
     if restored is None:

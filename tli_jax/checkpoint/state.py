@@ -4,99 +4,112 @@
 
     RUN/checkpoints/frozen/          the tensors that do not train, written once a run
     RUN/checkpoints/STEP/state/      the arrays of a step, by Orbax
-    RUN/checkpoints/STEP/meta/       a JSON document: what the caller gave, and a digest of every array
+    RUN/checkpoints/STEP/meta/       a JSON document: the run it belongs to, the caller's metadata, a digest per array
     RUN/checkpoints/STEP.damaged     a step that was given up; removed when a later one is complete
+    RUN/checkpoints/STEP.foreign     a step of another run that was found here; never removed
 
 Orbax makes a folder visible only when it is complete, but hands out flipped bits without a word, and zeros for some
-files that are gone. On several processes every method but ``check`` is called by all of them at the same point.
+files that are gone. With several processes all of them call every method but ``check`` at the same point.
 """
 
 import contextlib
-import functools
 import gc
 import hashlib
+import itertools
 import json
-import logging
 import os
 import re
-import sys
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
 
 from tli_jax.checkpoint.digest import digests
-from tli_jax.errors import DataError, OutputError, StorageError
+from tli_jax.checkpoint.failures import DamagedError, first, hush_orbax, line, system_error, together
+from tli_jax.errors import DataError, OutputError, StorageError, TliError, UsageError
 
 _FROZEN, _META_FILE = "frozen", "meta.json"
-_DAMAGED, _REMOVED = ".damaged", ".removed"
+_DAMAGED, _FOREIGN, _REMOVED = ".damaged", ".foreign", ".removed"
+_STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 
-_T = TypeVar("_T")
 
-
-class _DamagedError(Exception):
-    """What was saved cannot be had back; the message says why."""
+class _ForeignError(Exception):
+    """A checkpoint belongs to another run; the message says to which."""
 
 
 class Checkpoints:
-    """The checkpoints of a run in a folder, which a lock of the caller keeps for this run alone."""
+    """The checkpoints of a run in a folder, which the caller has locked."""
 
-    def __init__(self, folder: epath.Path | Path, keep: int, *, read_only: bool = False) -> None:
+    def __init__(
+        self, folder: epath.Path | Path, keep: int, run: Mapping[str, str] | None = None, *, read_only: bool = False
+    ) -> None:
         """Open or create the folder, and clear away what a killed run left half-written.
 
         Args:
             folder: local, or ``gs://…``.
-            keep: how many steps are kept. One more is there while the next is being written.
-            read_only: change nothing in the folder, which may be another run's that is being written to.
+            keep: how many steps are kept. There is one more while the next is being written.
+            run: the run's ``id``, and digests of whatever makes it this run. Every checkpoint carries them, and one
+                that carries others is not restored.
+            read_only: change nothing in the folder; another process may be writing to it.
 
         Raises:
             OutputError: the folder cannot be created.
+            StorageError: it cannot be read.
         """
-        _hush_orbax()
+        hush_orbax()
         path = epath.Path(folder)
         self._folder = path if path.is_absolute() else path.resolve()  # a gs:// path would lose its scheme
         self._is_remote = "://" in str(self._folder)
         self._keep = keep
+        self._run = dict(run or {})
         self._read_only = read_only
         self._saving = False
         try:
             if not read_only:
                 self._folder.mkdir(parents=True, exist_ok=True)
-            self._clear()
         except OSError as error:
             raise OutputError(
-                f"{folder}: cannot be used for checkpoints ({_line(error)}): choose another run"
+                f"{folder}: cannot be used for checkpoints ({line(error)}): choose another run folder"
             ) from error
+        with self._as_storage_error("reading"):
+            self._clear()
         # Weights do not compress, and the processors have other work.
         self._arrays = ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)
         # Not ocp.CheckpointManager: it keeps the error of a failed save until the next save.
-        self._writer = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(state=self._arrays, meta=ocp.JsonCheckpointHandler(_META_FILE))
+        # Its folders are made at once: if a background thread fails to, the threads that are to write into them wait
+        # for its signal until they time out, minutes later, and keep the process alive.
+        options = ocp.AsyncOptions(create_directories_asynchronously=False)
+        handler = ocp.CompositeCheckpointHandler(
+            composite_options=ocp.CompositeOptions(async_options=options),
+            state=self._arrays,
+            meta=ocp.JsonCheckpointHandler(_META_FILE),
         )
+        self._writer = ocp.AsyncCheckpointer(handler, async_options=options)
 
     def save_frozen(self, frozen: Any) -> None:
-        """Write the tensors that do not train, and wait for it. If they are there, only compare.
+        """Write the tensors that do not train, and wait for it. If they exist, only compare.
 
         Raises:
-            DataError: those that are there are others, or their metadata is damaged.
-            StorageError: the disk is full, or failed.
+            DataError: the existing ones differ, or their metadata is damaged.
+            UsageError: the existing ones belong to another run.
+            StorageError: the system refused to write or read.
         """
         flat = _flat(frozen)
         if not flat:
             return
         self.finish()
         path = self._folder / _FROZEN
-        if not _first(path.exists()):
+        if not first(self._is_folder(path)):
             self._write(path, flat, {})
             self.finish()
             return
-        with _as_data_error(path):
-            recorded = _read(path)["arrays"]
+        with _as_refusal(path):
+            recorded = self._read(path)["arrays"]
         _compare(path, recorded, flat)
         if changed := _changed(recorded, flat):
             raise DataError(f"{path}: {changed} is not what this run started with: use another run folder")
@@ -109,14 +122,16 @@ class Checkpoints:
 
         Raises:
             DataError: damaged, or not those of ``abstract``; a tensor is named.
+            UsageError: they belong to another run.
+            StorageError: the system refused to read.
         """
         if not _flat(abstract):
             return abstract
         self.finish()
         path = self._folder / _FROZEN
-        if not _first(path.exists()):
+        if not first(self._is_folder(path)):
             return None
-        with _as_data_error(path):
+        with _as_refusal(path):
             return self._restore(path, abstract)[0]
 
     def save(self, step: int, state: Any, meta: Mapping[str, Any]) -> bool:
@@ -135,7 +150,7 @@ class Checkpoints:
             StorageError: the step before could not be written, or this one not be begun.
         """
         self.finish()
-        if _first(step in self.steps()):
+        if first(step in self.steps()):
             return False
         self._write(self._folder / str(step), _flat(state), meta)
         return True
@@ -170,56 +185,64 @@ class Checkpoints:
         with self._as_storage_error("reading"):
             if self._is_remote and not self._folder.exists():  # as long as nothing is in it
                 return []
-            return sorted(int(path.name) for path in self._folder.iterdir() if _is_step(path))
+            return sorted(int(path.name) for path in self._folder.iterdir() if self._is_step(path))
 
     def read_meta(self) -> dict[str, Any] | None:
-        """The metadata of the newest step where it can be read, or None where there is no step. Reads no arrays.
+        """The metadata of the newest step whose metadata is whole, or None if there is no step. Reads no arrays.
 
         Raises:
-            DataError: it can be read of no step.
+            DataError, UsageError, StorageError: see ``restore_newest``.
         """
-        why = None
+        refusal = None
         for step in self._newest_first():
+            path = self._folder / str(step)
             try:
-                return _read(self._folder / str(step))["meta"]
-            except _DamagedError as error:
-                why = f"{self._folder / str(step)}: {error}"
-        return self._none_is_good(why)
+                return self._read(path)["meta"]
+            except (DamagedError, _ForeignError) as error:
+                refusal = self._refusal(path, error)
+        if refusal is not None:
+            raise refusal
+        return None
 
     def restore_newest(self, abstract: Any, report: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]] | None:
-        """The newest step that is whole, as (step, state, metadata), or None where there is no step.
+        """The newest step that is whole and belongs to this run, as (step, state, metadata), or None if there is none.
 
-        Those newer than it are set aside, once an older one is restored: a run that starts anew for want of a good
-        step must be its user's decision.
+        The steps newer than it are set aside, but only once an older one is restored: to start anew for want of a good
+        step is for the user to decide.
 
         Args:
             abstract: a pytree of ``jax.ShapeDtypeStruct`` with shardings, which may differ from the saved ones.
             report: gets one line for each step that is given up.
 
         Raises:
-            DataError: none is whole, or one that is whole does not have the paths, shapes and dtypes of ``abstract``.
+            DataError: no step is whole, or a whole one does not have the paths, shapes and dtypes of ``abstract``.
+            UsageError: all steps belong to another run, or this run's own digests have changed since.
+            StorageError: the system refused to read; nothing is set aside.
         """
         self.finish()
-        given_up: list[int] = []
-        why = None
+        given_up: dict[int, str] = {}
+        refusal = None
         for step in self._newest_first():
+            path = self._folder / str(step)
             try:
-                state, meta = self._restore(self._folder / str(step), abstract)
-            except _DamagedError as error:
-                why = f"{self._folder / str(step)}: {error}"
+                state, meta = self._restore(path, abstract)
+            except (DamagedError, _ForeignError) as error:
+                refusal = self._refusal(path, error)
+                given_up[step] = _FOREIGN if isinstance(error, _ForeignError) else _DAMAGED
+                report(f"{path}: {error}: set aside, resuming from the step before")
             else:
                 with self._as_storage_error():
                     self._set_aside(given_up)
                 return step, state, meta
-            report(f"{why}: going on from the step before")
-            given_up.append(step)
-            gc.collect()  # or else the arrays of this try may fill the device during the next
-        return self._none_is_good(why)
+            gc.collect()  # or the arrays of this try may fill the device during the next
+        if refusal is not None:
+            raise refusal
+        return None
 
     def close(self) -> None:
         """Wait for what is being written, and remove what failed saves left.
 
-        After the death of another process leave with ``os._exit`` instead: this would wait for it.
+        After the death of another process leave with ``os._exit`` instead: this would wait for that process.
 
         Raises:
             StorageError: what was being written could not be.
@@ -238,7 +261,7 @@ class Checkpoints:
         }
         if self._read_only:
             raise ValueError(f"{self._folder} was opened to be read only")
-        content = {"meta": dict(meta), "arrays": arrays}
+        content = {"name": path.name, "run": self._run, "meta": dict(meta), "arrays": arrays}
         document = {"sha256": _sha256(content), "content": content}
         stored = {name: array for name, array in flat.items() if array.size}  # Orbax refuses arrays of size zero
         with self._as_storage_error(only=OSError):
@@ -252,29 +275,84 @@ class Checkpoints:
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in _flat(abstract).items()
         }
-        content = _read(path)
+        content = self._read(path)
         _compare(path, content["arrays"], wanted)
+        if not self._is_remote:
+            together("state", lambda: _check_kinds(path / "state"))
         stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
         arguments = ocp.args.PyTreeRestore(stored, ocp.checkpoint_utils.construct_restore_args(stored))
         # By the handler, not the checkpointer, which has a barrier behind it: a process that fails would not come.
-        restored = _together("state", lambda: self._arrays.restore(path / "state", args=arguments))
+        restored = together("state", lambda: self._arrays.restore(path / "state", args=arguments))
         flat = {name: restored[name] if leaf.size else _empty(leaf) for name, leaf in wanted.items()}
         if changed := _changed(content["arrays"], flat):
-            raise _DamagedError(f"{changed} is not what was saved")
+            raise DamagedError(f"{changed} is not what was saved")
         return jax.tree.unflatten(jax.tree.structure(abstract), flat.values()), content["meta"]
+
+    def _read(self, path: epath.Path) -> dict[str, Any]:
+        """The document of a checkpoint, in every process.
+
+        Raises:
+            DamagedError, StorageError: see ``together``.
+            _ForeignError: it belongs to another run.
+            UsageError: it belongs to this run, whose digests have changed since.
+        """
+        file = f"meta/{_META_FILE}"
+        content = together(file, lambda: self._parse(path / file))
+        owner = content["run"]
+        if owner.get("id") != self._run.get("id"):
+            raise _ForeignError(f"belongs to another run (id {owner.get('id', 'unknown')})")
+        if changed := [name for name in self._run | owner if self._run.get(name) != owner.get(name)]:
+            raise UsageError(
+                f"{path}: was saved with another {', '.join(changed)}: restore that from a copy, or use another run"
+                " folder"
+            )
+        if content["name"] != path.name:
+            raise DamagedError(f"is a copy of {content['name']}")
+        return content
+
+    def _parse(self, file: epath.Path) -> dict[str, Any]:
+        if not self._is_remote and not stat.S_ISREG(Path(file).stat().st_mode):
+            raise ValueError("is not a file")
+        try:
+            data = file.read_bytes()
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # object storage has exceptions of its own
+            raise StorageError(system_error(error) or line(error)) from error
+        document = json.loads(data)
+        content = document["content"]
+        if _sha256(content) != document["sha256"]:
+            raise ValueError("is not what was saved")
+        if not isinstance(content["name"], str) or not all(
+            isinstance(content[key], dict) for key in ("run", "meta", "arrays")
+        ):
+            raise ValueError("was saved by another version")
+        return content
+
+    def _refusal(self, path: epath.Path, error: Exception) -> TliError:
+        kind, what = (DataError, "whole") if isinstance(error, DamagedError) else (UsageError, "of this run")
+        return kind(
+            f"{path}: {error}; no other step is {what}: restore {self._folder} from a copy, or use another run folder"
+        )
 
     def _newest_first(self) -> Iterator[int]:
         """As the first process sees them, since the others may see a network folder later."""
         steps = self.steps()
-        while (step := _first(max(steps, default=-1))) >= 0:
+        while (step := first(max(steps, default=-1))) >= 0:
             yield step
             steps = [other for other in steps if other < step]
 
-    def _none_is_good(self, why: str | None) -> None:
-        if why is not None:
-            raise DataError(
-                f"{why}; no other step is whole: restore {self._folder} from a copy, or use another run folder"
-            )
+    def _is_step(self, path: epath.Path) -> bool:
+        return bool(_STEP.fullmatch(path.name)) and self._is_folder(path) and ocp.path.step.is_path_finalized(path)
+
+    def _is_folder(self, path: epath.Path) -> bool:
+        """Unlike ``Path.is_dir``, raises if the system does not let us see."""
+        if self._is_remote:
+            return path.is_dir()
+        try:
+            return stat.S_ISDIR(Path(path).stat().st_mode)
+        except FileNotFoundError:
+            return False
 
     def _retain(self) -> None:
         if jax.process_index() == 0:
@@ -289,15 +367,20 @@ class Checkpoints:
                 path.rmtree()
             for path in list(self._folder.glob(f"*{_DAMAGED}")):
                 name = path.name.removesuffix(_DAMAGED)
-                if name.isdecimal() and int(name) <= max(steps, default=-1):
+                if _STEP.fullmatch(name) and int(name) <= max(steps, default=-1):
                     path.rmtree()
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _set_aside(self, steps: Mapping[int, str]) -> None:
+        """Rename steps; by step, what is added to its name."""
         if jax.process_index() == 0 and not self._read_only:
-            for path in [self._folder / str(step) for step in steps]:
-                aside = path.with_name(path.name + _DAMAGED)
-                if aside.exists():
+            for step, suffix in steps.items():
+                path = self._folder / str(step)
+                aside = path.with_name(path.name + suffix)
+                if suffix == _DAMAGED and aside.exists():
                     aside.rmtree()
+                elif aside.exists():  # someone else's, and none of ours to remove
+                    names = (path.with_name(f"{path.name}{suffix}-{number}") for number in itertools.count(2))
+                    aside = next(name for name in names if not name.exists())
                 path.rename(aside)
 
     def _clear(self) -> None:
@@ -315,8 +398,8 @@ class Checkpoints:
             raise
         except only as error:
             raise StorageError(
-                f"{self._folder}: {doing} a checkpoint failed ({_line(error)}): make room if the disk is full; "
-                "run again to go on from the last complete step"
+                f"{self._folder}: {doing} a checkpoint failed ({line(error)}): free space or fix permissions, then run"
+                " the same command again to resume from the last complete step"
             ) from error
 
 
@@ -358,16 +441,12 @@ def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     )
 
 
-def _read(path: epath.Path) -> dict[str, Any]:
-    file = f"meta/{_META_FILE}"
-
-    def read() -> dict[str, Any]:
-        document = json.loads((path / file).read_bytes())
-        if _sha256(document["content"]) != document["sha256"]:
-            raise ValueError("not what was saved")
-        return document["content"]
-
-    return _together(file, read)
+def _check_kinds(folder: epath.Path) -> None:
+    """Refuse a FIFO or a device before TensorStore opens it, which would block for ever."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not stat.S_ISREG(Path(parent, name).stat().st_mode):
+                raise ValueError(f"{name} is not a file")
 
 
 def _sha256(content: Any) -> str:
@@ -376,60 +455,10 @@ def _sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(again, sort_keys=True).encode()).hexdigest()
 
 
-def _is_step(path: epath.Path) -> bool:
-    return path.name.isdecimal() and path.is_dir() and ocp.path.step.is_path_finalized(path)
-
-
-def _together(what: str, action: Callable[[], _T]) -> _T:
-    """What the action gives, if it succeeds in every process; or else _DamagedError in every process."""
-    result, failure = None, None
-    try:
-        result = action()
-    except Exception as error:  # a damaged file shows as whatever its reader stumbles over
-        failure = error
-    bad = [failure is not None]
-    if jax.process_count() > 1:
-        bad = multihost_utils.process_allgather(np.array(bad)).ravel().tolist()
-    if any(bad):
-        why = _line(failure) if failure else f"cannot be read by process {bad.index(True)}"
-        raise _DamagedError(f"{what}: {why}") from failure
-    return result  # pyright: ignore[reportReturnType]
-
-
-def _first(value: int) -> int:
-    """The value that the first process has."""
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
-
-
 @contextlib.contextmanager
-def _as_data_error(path: epath.Path) -> Iterator[None]:
+def _as_refusal(path: epath.Path) -> Iterator[None]:
     try:
         yield
-    except _DamagedError as error:
-        raise DataError(f"{path}: {error}: restore it from a copy, or use another run folder") from error
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if code := re.search(r"os_error_code='(\d+)'", text):  # behind pages of TensorStore's
-        return os.strerror(int(code[1]))
-    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-@functools.cache
-def _hush_orbax() -> None:
-    """Keep the tracebacks of Orbax off stderr, where a user gets one line: what matters in them is raised too.
-
-    On the first error it also closes its event loop under all that is still reading or writing, each of which would
-    then leave a traceback of its own, some of them much later.
-    """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
-    hook = sys.unraisablehook
-
-    def unraisable(problem: Any) -> None:
-        code = getattr(problem.object, "cr_code", None)  # of a coroutine
-        if "orbax" not in getattr(code, "co_filename", "") and str(problem.exc_value) != "Event loop is closed":
-            hook(problem)
-
-    sys.unraisablehook = unraisable
+    except (DamagedError, _ForeignError) as error:
+        kind = DataError if isinstance(error, DamagedError) else UsageError
+        raise kind(f"{path}: {error}: restore it from a copy, or use another run folder") from error

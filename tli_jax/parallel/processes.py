@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tli_jax.errors import OutputError, UnavailableError, UsageError
+from tli_jax.errors import OutputError, StorageError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
     import jax
@@ -216,15 +216,20 @@ class StopSignal:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold ``folder/lock``, in process 0. The system lets it go with the process, however that ends.
+    """Hold ``folder/lock``, in process 0. The system releases it with the process, however that ends.
 
     Raises:
         OutputError: another process holds it.
+        StorageError: the system refused to open it.
     """
     if not is_first():
         yield
         return
-    with (folder / "lock").open("a") as file:
+    try:  # to read and write: to open a FIFO for writing alone would wait for its reader
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise StorageError(f"{folder / 'lock'}: cannot be opened ({error.strerror}): fix its permissions") from error
+    with open(file, "rb", buffering=0):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
