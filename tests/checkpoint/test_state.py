@@ -1,6 +1,7 @@
-"""Checkpoints of a training run: bit-equal, whole or not there, and never silently wrong."""
+"""Checkpoints of a training run: bit-equal, whole or absent, and never silently wrong."""
 
 import contextlib
+import json
 import math
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +28,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tli_jax.checkpoint.digest import _program, digests
+from tli_jax.checkpoint.failures import DamagedError, system_error, together
 from tli_jax.checkpoint.state import Checkpoints
-from tli_jax.errors import DataError, OutputError, StorageError
+from tli_jax.errors import DataError, OutputError, StorageError, UsageError
 
 
 class Moments(NamedTuple):
@@ -270,7 +272,7 @@ def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: 
         checkpoints.restore_frozen(abstract(frozen, other))
 
 
-def run_script(*arguments: str) -> subprocess.Popen[str]:
+def run_script(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
     script = textwrap.dedent("""
         import os, sys
         import jax, numpy as np
@@ -287,7 +289,7 @@ def run_script(*arguments: str) -> subprocess.Popen[str]:
     """)
     flags = {} if len(arguments) < 5 else {"XLA_FLAGS": ""}  # the number of devices is set in another way
     return subprocess.Popen(
-        [sys.executable, "-c", script + textwrap.dedent(arguments[0]), *arguments[1:]],
+        [*prefix, sys.executable, "-c", script + textwrap.dedent(arguments[0]), *arguments[1:]],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -380,7 +382,7 @@ def test_nothing_but_the_report(tmp_path: Path, mesh: Mesh):
     with run_script(script, str(tmp_path)) as process:
         out, err = process.communicate()
     assert not err
-    assert re.fullmatch(rf"{tmp_path}/2: state: .*: going on from the step before\n", out)
+    assert re.fullmatch(rf"{tmp_path}/2: state: .*: set aside, resuming from the step before\n", out)
 
 
 @pytest.mark.parametrize("way", ["tmpfs", "limit"])
@@ -442,6 +444,210 @@ def test_no_permission(tmp_path: Path):
         checkpoints.steps()
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def save_run(folder: Path, mesh: Mesh, run: dict[str, str], *steps: int, keep: int = 9) -> None:
+    """Steps of a run, each full of its number, and what is frozen."""
+    checkpoints = Checkpoints(folder, keep, run)
+    checkpoints.save_frozen({"f": place(mesh, np.ones(8, np.float32))})
+    for step in steps:
+        checkpoints.save(step, {"a": place(mesh, np.full(8, step, np.float32))}, {"step": step})
+    checkpoints.close()
+
+
+def test_checkpoints_of_another_run_are_set_aside(tmp_path: Path, mesh: Mesh):
+    mine, other = {"id": "mine", "data": "1"}, {"id": "other", "data": "1"}
+    save_run(tmp_path / "mine", mesh, mine, 2, 4, 6)
+    save_run(tmp_path / "other", mesh, other, 4, 6)
+    for step in ("4", "6"):
+        shutil.rmtree(tmp_path / "mine" / step)
+        shutil.copytree(tmp_path / "other" / step, tmp_path / "mine" / step)
+    (tmp_path / "mine" / "6.foreign").mkdir()  # someone else's
+    wanted = {"a": place(mesh, np.ones(8, np.float32))}
+    before = names(tmp_path / "mine")
+    reader, reports = Checkpoints(tmp_path / "mine", 1, mine, read_only=True), []
+    found = reader.restore_newest(wanted, reports.append)
+    assert found is not None and found[0] == 2 and names(tmp_path / "mine") == before
+    assert reader.read_meta() == {"step": 2}
+    checkpoints = Checkpoints(tmp_path / "mine", 1, mine)
+    found = checkpoints.restore_newest(wanted, reports.append)
+    assert found is not None and found[0] == 2 and (np.asarray(found[1]["a"]) == 2).all()
+    assert (
+        reports[2:]
+        == reports[:2]
+        == [
+            f"{tmp_path}/mine/{step}: belongs to another run (id other): set aside, resuming from the step before"
+            for step in (6, 4)
+        ]
+    )
+    checkpoints.save(8, wanted, {})
+    checkpoints.close()
+    assert names(tmp_path / "mine") == ["4.foreign", "6.foreign", "6.foreign-2", "8", "frozen"]
+
+
+def test_only_checkpoints_of_another_run_are_refused(tmp_path: Path, mesh: Mesh):
+    save_run(tmp_path, mesh, {"id": "other"}, 4)
+    checkpoints = Checkpoints(tmp_path, 1, {"id": "mine"})
+    wanted = {"a": place(mesh, np.ones(8, np.float32))}
+    with pytest.raises(UsageError, match=r"/4: belongs to another run \(id other\); no other step is of this run"):
+        checkpoints.restore_newest(wanted, lambda _: None)
+    with pytest.raises(UsageError, match="belongs to another run"):
+        checkpoints.read_meta()
+    frozen = {"f": place(mesh, np.ones(8, np.float32))}
+    for refused in (checkpoints.restore_frozen, checkpoints.save_frozen):
+        with pytest.raises(UsageError, match="frozen: belongs to another run"):
+            refused(frozen)
+    assert names(tmp_path) == ["4", "frozen"]
+
+
+def test_a_run_whose_own_facts_changed_is_refused(tmp_path: Path, mesh: Mesh):
+    save_run(tmp_path, mesh, {"id": "mine", "data": "1", "plan": "1"}, 2, 4)
+    checkpoints = Checkpoints(tmp_path, 1, {"id": "mine", "data": "2", "plan": "1"})
+    with pytest.raises(UsageError, match="/4: was saved with another data: restore that"):
+        checkpoints.restore_newest({"a": place(mesh, np.ones(8, np.float32))}, refuse)
+    assert names(tmp_path) == ["2", "4", "frozen"]
+
+
+def test_a_step_under_another_number_is_damaged(tmp_path: Path, mesh: Mesh):
+    save_run(tmp_path, mesh, {"id": "mine"}, 2, 4)
+    shutil.copytree(tmp_path / "2", tmp_path / "6")
+    for name in ("08", "٣", "1" * 30):  # no steps
+        (tmp_path / name).mkdir()
+    checkpoints, reports = Checkpoints(tmp_path, 9, {"id": "mine"}), []
+    found = checkpoints.restore_newest({"a": place(mesh, np.ones(8, np.float32))}, reports.append)
+    assert found is not None and found[0] == 4 and checkpoints.steps() == [2, 4]
+    assert reports == [f"{tmp_path}/6: is a copy of 2: set aside, resuming from the step before"]
+
+
+@pytest.mark.parametrize("file", ["meta/meta.json", "state/manifest.ocdbt"])
+def test_a_fifo_does_not_hang(tmp_path: Path, mesh: Mesh, file: str):
+    save_run(tmp_path, mesh, {}, 2, 4)
+    (tmp_path / "4" / file).unlink()
+    os.mkfifo(tmp_path / "4" / file)
+    found = Checkpoints(tmp_path, 9).restore_newest({"a": place(mesh, np.ones(8, np.float32))}, lambda _: None)
+    assert found is not None and found[0] == 2
+
+
+# Without the capabilities that let root read everything.
+PLAIN = "--bounding-set=-dac_override,-dac_read_search,-fowner,-chown"
+PLAIN_USER = ["setpriv", PLAIN, PLAIN.replace("bounding-set", "inh-caps")]
+
+
+def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh):
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root can read everything, and setpriv is missing")
+    save_run(tmp_path / "run", mesh, {}, 2, 4)
+    script = """
+        from pathlib import Path
+        from tli_jax.errors import StorageError
+        folder = Path(sys.argv[1])
+        checkpoints = Checkpoints(folder, keep=2)
+        wanted = {"a": jax.ShapeDtypeStruct((8,), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
+        def restore():
+            return checkpoints.restore_newest(wanted, print)[0], checkpoints.restore_frozen({"f": wanted["a"]}) is None
+        parts = [folder, *(p for name in ("4", "frozen") for p in [folder / name, *(folder / name).rglob("*")])]
+        before = sorted(folder.rglob("*"))
+        # Orbax reads no step's own metadata.
+        for path in [path for path in parts if path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")]:
+            for mode in (0, 0o444) if path.is_dir() else (0,):  # without x, names are all that can be read
+                path.chmod(mode)
+                try:
+                    print("restored", path, mode, restore())
+                except StorageError as error:
+                    assert "Permission denied" in str(error), error
+                finally:
+                    path.chmod(0o755)
+        assert sorted(folder.rglob("*")) == before
+        print(len(parts), restore())
+    """
+    with run_script(script, str(tmp_path / "run"), prefix=PLAIN_USER if os.geteuid() == 0 else []) as process:
+        out, err = process.communicate(timeout=60)
+    assert not err and process.returncode == 0
+    count, rest = out.split(maxsplit=1)
+    assert int(count) > 20 and rest == "(4, False)\n"
+
+
+def test_which_errors_are_the_system_s():
+    import errno
+
+    def wrapped(inner: Exception) -> Exception:
+        try:
+            try:
+                raise inner
+            except Exception as error:
+                raise ValueError("cannot read") from error
+        except ValueError as error:
+            return error
+
+    tensorstore = ValueError("PERMISSION_DENIED: Error opening [source locations='x'] [os_error_code='13']")
+    for error in (OSError(errno.EIO, "x"), PermissionError(errno.EACCES, "x"), MemoryError(), tensorstore):
+        assert system_error(error) and system_error(wrapped(error)) == system_error(error)
+        assert system_error(ExceptionGroup("several", [ValueError("x"), error])) == system_error(error)
+        with pytest.raises(StorageError, match=r"file: .*nothing was changed"):
+            together("file", lambda error=error: (_ for _ in ()).throw(error))
+    assert system_error(tensorstore) == "Permission denied"
+    assert "RESOURCE_EXHAUSTED" in (system_error(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")) or "")
+    missing = ValueError("NOT_FOUND [os_error_code='2']")
+    for error in (FileNotFoundError(errno.ENOENT, "x"), missing, ValueError("x"), json.JSONDecodeError("x", "y", 0)):
+        assert system_error(error) is None
+        with pytest.raises(DamagedError):
+            together("file", lambda error=error: (_ for _ in ()).throw(error))
+
+
+@pytest.mark.parametrize("what", ["inodes", "bytes", "read only"])
+def test_a_save_that_fails_at_any_of_its_steps(tmp_path: Path, what: str):
+    """With room for one more file, or some kB more, at a time, until it succeeds."""
+    script = """
+        import subprocess, time
+        from tli_jax.errors import StorageError
+        folder, what = sys.argv[1:3]
+        def remount(option):
+            subprocess.run(["mount", "-o", f"remount,{option}", folder], check=True)
+        values = np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32)
+        checkpoints = Checkpoints(folder, keep=2)
+        checkpoints.save(1, {"a": put(values)}, {})
+        checkpoints.close()
+        stats = os.statvfs(folder)
+        files, size = stats.f_files - stats.f_ffree, (stats.f_blocks - stats.f_bfree) * stats.f_frsize
+        slowest, failures = 0, 0
+        for more in range(100):
+            if what == "inodes":
+                remount(f"nr_inodes={files + more}")
+            elif what == "bytes":
+                remount(f"size={size + (more + 1) * 16384}")
+            else:
+                remount("ro" if more == 0 else "rw")
+            start = time.monotonic()
+            try:
+                checkpoints = Checkpoints(folder, keep=2)
+                checkpoints.save(2, {"a": put(values)}, {})
+                checkpoints.finish()
+                break
+            except StorageError as error:
+                assert str(error).startswith(f"{folder}: writing a checkpoint failed ("), error
+                assert checkpoints.steps() == [1]
+                failures += 1
+            slowest = max(slowest, time.monotonic() - start)
+        assert checkpoints.restore_newest(abstract, print)[0] == 2
+        print(failures, slowest, flush=True)
+    """
+    options = "size=64m,nr_inodes=100k"
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tli_jax_test", str(tmp_path)], check=False)
+    if done.returncode:
+        pytest.skip("only root may mount")
+    try:
+        with run_script(script, str(tmp_path), what) as process:
+            out, err = process.communicate(timeout=120)  # which it would not keep to if a thread stayed behind
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert not err and process.returncode == 0
+    failures, slowest = map(float, out.split())
+    assert failures >= {"inodes": 10, "bytes": 5, "read only": 1}[what]
+    assert slowest < 10
+
+
 def test_two_processes(tmp_path: Path):
     """Saved by two, damaged for the second alone, restored by two and by one."""
     script = """
@@ -451,7 +657,7 @@ def test_two_processes(tmp_path: Path):
             sha256 = state._sha256
             def fail(content):
                 if content["meta"] == {"step": 2}:
-                    raise OSError("bad sector")
+                    raise ValueError("garbage")
                 return sha256(content)
         checkpoints = Checkpoints(sys.argv[1], keep=2)
         frozen = {"a": put(np.arange(4096, dtype=np.float32))}
@@ -483,8 +689,8 @@ def test_two_processes(tmp_path: Path):
         for index, process in enumerate(processes):
             out, err = process.communicate(timeout=60)
             assert not process.returncode, err
-            why = "OSError: bad sector" if index else "cannot be read by process 1"
-            given_up = f"{tmp_path}/2: meta/meta.json: {why}: going on from the step before"
+            why = "ValueError: garbage" if index else "process 1 cannot read it"
+            given_up = f"{tmp_path}/2: meta/meta.json: {why}: set aside, resuming from the step before"
             assert [line for line in out.splitlines() if "Gloo" not in line] == [given_up]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "frozen"]
     checkpoints = Checkpoints(tmp_path, keep=2)

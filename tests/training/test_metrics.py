@@ -1,13 +1,15 @@
 """What a run measures is written down a line a step, also for TensorBoard and Weights & Biases; and drawn."""
 
 import json
+import os
+import resource
 import time
 from pathlib import Path
 
 import pytest
 
 from tli_jax.config import TrainConfig
-from tli_jax.errors import DataError, UsageError
+from tli_jax.errors import DataError, StorageError, UsageError
 from tli_jax.report.run import draw_curves, read_run, tabulate, validation
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.run import RunFolder
@@ -37,6 +39,64 @@ def test_a_line_a_step_cut_back_to_where_a_run_goes_on(folder):
     metrics.close()
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in lines] == list(range(1, 9))
+
+
+BAD = {
+    "not UTF-8": b"\xff\xfe",
+    "null": b"null",
+    "empty": b"{}",
+    "no JSON": b"{'step': 3}",
+    "wrong key": json.dumps({**line(3), "stdp": 3} | {"step": None}).encode(),
+    "lacks one": json.dumps({k: v for k, v in line(3).items() if k != "skipped"}).encode(),
+    "text": json.dumps(line(3) | {"loss": "3.0"}).encode(),
+    "truth": json.dumps(line(3) | {"skipped": True}).encode(),
+    "list": json.dumps(line(3) | {"validation_loss": [1]}).encode(),
+    "NaN": json.dumps(line(3) | {"loss": float("nan")}).encode(),
+    "huge": json.dumps(line(3)).encode().replace(b"100.0", b"1e999"),
+    "long": json.dumps(line(3)).encode().replace(b"24", b"2" * 5000),
+    "large": json.dumps(line(3) | {"loss": 10**400}).encode(),
+    "deep": b"[" * 100_000,
+    "no rate": json.dumps(line(3) | {"tokens_per_second": 0}).encode(),
+    "before": json.dumps(line(1)).encode(),
+    "twice": json.dumps(line(2)).encode(),
+    "far ahead": json.dumps(line(10**6)).encode(),
+    "negative": json.dumps(line(3) | {"step": -3}).encode(),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_damaged_line_is_dropped_and_counted(folder, name, capsys):
+    file = folder / "metrics.jsonl"
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"\n".join([*lines[:2], BAD[name], *lines[2:], b'{"step": 11, "lo']))
+    whole = [json.loads(text) for text in lines]
+    assert read_run(folder) == whole
+    assert f"{file}: 1 of 11 lines are damaged and ignored" in capsys.readouterr().err
+    tabulate({"a": read_run(folder)})
+    Metrics(RunFolder(folder), TrainConfig(), 7, "id").close()
+    capsys.readouterr()
+    assert read_run(folder) == whole[:7] and not capsys.readouterr().err
+
+
+def test_nothing_but_damage(folder, capsys):
+    (folder / "metrics.jsonl").write_bytes(os.urandom(2000) + b"\n")
+    assert read_metrics(RunFolder(folder)) == []
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_in_one_line(tmp_path):
+    metrics = Metrics(RunFolder(tmp_path), TrainConfig(), 0, "id")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        for step in range(1, 4):
+            metrics.write(line(step))
+        with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot be written \(File too large\)"):
+            metrics.write(line(4))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    metrics.close()
+    assert [entry["step"] for entry in read_metrics(RunFolder(tmp_path))] == [1, 2, 3]
 
 
 def test_tensorboard(tmp_path):

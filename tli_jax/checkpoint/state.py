@@ -278,7 +278,7 @@ class Checkpoints:
         content = self._read(path)
         _compare(path, content["arrays"], wanted)
         if not self._is_remote:
-            together("state", lambda: _check_kinds(path / "state"))
+            together("state", lambda: _check_readable(path / "state"))
         stored = {name: leaf for name, leaf in wanted.items() if leaf.size}
         arguments = ocp.args.PyTreeRestore(stored, ocp.checkpoint_utils.construct_restore_args(stored))
         # By the handler, not the checkpointer, which has a barrier behind it: a process that fails would not come.
@@ -441,12 +441,18 @@ def _empty(leaf: jax.ShapeDtypeStruct) -> jax.Array:
     )
 
 
-def _check_kinds(folder: epath.Path) -> None:
-    """Refuse a FIFO or a device before TensorStore opens it, which would block for ever."""
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if not stat.S_ISREG(Path(parent, name).stat().st_mode):
-                raise ValueError(f"{name} is not a file")
+def _check_readable(folder: epath.Path) -> None:
+    """Find what Orbax and TensorStore take for damage, or wait for without end: no permission, a FIFO."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, _, names in os.walk(folder, onerror=fail):
+        for file in (Path(parent, name) for name in names):
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise ValueError(f"{file.name} is not a file")
+            with file.open("rb"):
+                pass
 
 
 def _sha256(content: Any) -> str:

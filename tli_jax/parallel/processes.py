@@ -229,7 +229,7 @@ def lock(folder: Path) -> Iterator[None]:
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise StorageError(f"{folder / 'lock'}: cannot be opened ({error.strerror}): fix its permissions") from error
-    with open(file, "rb", buffering=0):
+    with os.fdopen(file, "rb", buffering=0):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
