@@ -3,6 +3,7 @@
 Where the end of a process matters, real processes with one device; elsewhere within this one, which has eight.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -423,7 +424,7 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
     assert here(run, export=tmp_path / "out") == 0
     said = say(capsys)
     for step in (30, 40):
-        assert re.search(rf"{run}/checkpoints/{step}: .*: going on from the step before", said)
+        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the step before", said)
     assert losses(run) == losses(trained / "run")
     assert state_digests(run) == state_digests(trained / "run")
     assert tensors(tmp_path / "out") == tensors(trained / "out")
@@ -447,17 +448,25 @@ def test_another_configuration_is_refused(start, trained, capsys, changed, said)
     assert said in error and "use another run" in error
 
 
+@pytest.fixture(scope="session")
+def relative(once, start):
+    """A finished run whose model and text are nobody else's, by relative paths: the folder can be copied."""
+
+    def make(folder):
+        shutil.copytree(start / "grown", folder / "model")
+        shutil.copy(start / "ids.npy", folder / "ids.npy")
+        with contextlib.chdir(folder):
+            options = usual(start, only="injected", keep=100) | {"model": "model", "text": "ids.npy"}
+            assert here("run", **options) == 0
+
+    return once("relative", make)
+
+
 @pytest.fixture
-def own(start, trained, tmp_path):
-    """A finished run whose model and text are nobody else's."""
-    run = copy_run(trained / "run", tmp_path / "run")
-    shutil.copytree(start / "grown", tmp_path / "model")
-    shutil.copy(start / "ids.npy", tmp_path / "ids.npy")
-    config = (run / "config.yaml").read_text()
-    config = config.replace(str(start / "grown"), str(tmp_path / "model")).replace(str(start), str(tmp_path))
-    (run / "config.yaml").write_text(config)
-    assert here(run) == 0
-    return run
+def own(relative, tmp_path, monkeypatch):
+    shutil.copytree(relative, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
 
 
 def test_other_model_under_the_same_name_is_refused(own, start, capsys):
@@ -540,6 +549,115 @@ def test_a_run_needs_its_model_no_longer(own, trained, tmp_path):
     shutil.rmtree(own.parent / "model")
     assert here(own, export=tmp_path / "out") == 0
     assert tensors(tmp_path / "out") == tensors(trained / "out")
+
+
+def test_checkpoints_of_another_run_are_not_taken(start, trained, small, tmp_path, capsys):
+    """Steps copied in from another run, and all that is left in a folder that is used again."""
+    run = copy_run(trained / "run", tmp_path / "run", until=30)
+    foreign = json.loads((small / "run" / "run.json").read_text())["id"]
+    shutil.copytree(small / "run" / "checkpoints" / "2", run / "checkpoints" / "40")
+    assert here(run, export_only=True, export=tmp_path / "out") == 0
+    said = say(capsys)
+    assert f"{run}/checkpoints/40: belongs to another run (id {foreign}): set aside" in said
+    assert "30 steps are done" in said and (run / "checkpoints" / "40.foreign").is_dir() and newest(run) == 30
+    for step in ("10", "20", "30"):
+        shutil.rmtree(run / "checkpoints" / step)
+    (run / "checkpoints" / "40.foreign").rename(run / "checkpoints" / "40")
+    assert here(run) == 2
+    assert "no other step is of this run" in say(capsys)
+    # The frozen tensors are checked even if they are the same.
+    other = copy_run(small / "run", tmp_path / "other")
+    shutil.rmtree(other / "checkpoints" / "frozen")
+    shutil.copytree(trained / "run" / "checkpoints" / "frozen", other / "checkpoints" / "frozen")
+    assert here(other) == 2
+    assert "frozen: belongs to another run" in say(capsys)
+    # Used again, with what was begun removed.
+    (run / "config.yaml").unlink()
+    options = usual(start, only="injected")
+    assert here(run, **options) == 2
+    assert "holds checkpoints of an earlier run" in say(capsys)
+    # As a start from another run would read it.
+    other = tmp_path / "third"
+    assert here(other, **options | {"model": run, "steps": 1}) != 0
+    capsys.readouterr()
+
+
+def test_another_run_is_started_from_only_with_its_own_checkpoints(small, trained, start, tmp_path, capsys):
+    other = copy_run(trained / "run", tmp_path / "other", until=10)
+    shutil.rmtree(other / "checkpoints" / "10")
+    shutil.copytree(small / "run" / "checkpoints" / "2", other / "checkpoints" / "2")
+    assert here(tmp_path / "run", **usual(start) | {"model": other}) == 2
+    assert "checkpoints/2: belongs to another run" in say(capsys)
+    assert (other / "checkpoints" / "2").is_dir()
+
+
+def replace_in(file, before, after):
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "said"),
+    [
+        (
+            lambda run: replace_in(run / "config.yaml", "seed: 0", "seed: 1"),
+            2,
+            "config.yaml: does not match run.json: seed was 0",
+        ),
+        (lambda run: replace_in(run / "config.yaml", "only: injected", "only: all"), 2, "config.yaml: does not match"),
+        (lambda run: replace_in(run / "config.yaml", "seed: 0", "seed: [0"), 2, "config.yaml: is not YAML"),
+        (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), 2, "config.yaml: is not YAML"),
+        (lambda run: replace_in(run / "model" / "config.json", "10000.0", "20000.0"), 2, "config.json: was changed"),
+        (lambda run: (run / "model" / "config.json").unlink(), 2, "config.json: was removed"),
+        (lambda run: (run / "model" / "tokenizer.json").write_text("{}"), 2, "tokenizer.json: was added"),
+        (lambda run: replace_in(run / "growth.json", "tli", "dus"), 2, "growth.json: was changed"),
+        (lambda run: (run / "growth.json").unlink(), 2, "growth.json: was removed"),
+        (lambda run: (run / "run.json").unlink(), 66, "run.json: is missing"),
+        (lambda run: (run / "run.json").write_text("{"), 65, "run.json"),
+        (lambda run: (run / "run.json").write_text("{}"), 65, "run.json: .*id.* is missing or damaged"),
+        (lambda run: replace_in(run / "run.json", '"id": "', '"id": 1, "was": "'), 65, "run.json: id is missing"),
+        (lambda run: replace_in(run / "run.json", '"dtypes"', '"dtype"'), 65, "run.json: dtypes is missing"),
+        (lambda run: replace_in(run / "run.json", '"growth.json"', '"../../x"'), 65, "run.json: files is missing"),
+        (lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'), 2, "saved with another run.json"),
+        (lambda run: replace_in(run / "run.json", '"seed": 0', '"seed": 1'), 2, "config.yaml: does not match"),
+        (lambda run: replace_in(run / "run.json", '"id": "', '"id": "0'), 2, "belongs to another run"),
+        (lambda run: fifo(run / "run.json"), 66, "run.json: is missing"),
+        (lambda run: fifo(run / "model" / "config.json"), 2, "config.json: was changed"),
+        (lambda run: fifo(run / "lock"), 0, ""),
+        (lambda run: fifo(run / "metrics.jsonl"), 0, ""),
+    ],
+)
+def test_files_of_a_run_changed_behind_its_back(trained, tmp_path, capsys, change, code, said):
+    run = copy_run(trained / "run", tmp_path / "run")
+    change(run)
+    steps = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert here(run) == code
+    error = say(capsys)
+    assert code == 0 or re.search(f"error: .*{said}", error)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps
+
+
+def fifo(file):
+    file.unlink()
+    os.mkfifo(file)
+
+
+def test_what_may_change_may_be_edited(trained, tmp_path, capsys):
+    run = copy_run(trained / "run", tmp_path / "run")
+    replace_in(run / "config.yaml", f"steps: {STEPS}", "steps: 20")
+    assert here(run) == 0
+    assert "40 steps are done" in say(capsys)
+
+
+def test_a_damaged_log_does_not_block_resuming(trained, tmp_path, capsys):
+    run = copy_run(trained / "run", tmp_path / "run", until=30)
+    lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    (run / "metrics.jsonl").write_bytes(b"\n".join([*lines[:5], b"null", b"\xff", *lines[6:]]) + b"\n")
+    assert here(run) == 0
+    assert "metrics.jsonl: 2 of 41 lines are damaged and ignored" in say(capsys)
+    steps = [line["step"] for line in metrics(run)]
+    assert steps == [*range(1, 6), *range(7, STEPS + 1)]
 
 
 def test_finished_run_exports(trained, tmp_path, capsys):

@@ -168,7 +168,10 @@ class RunFolder:
         changed = [key for key in recorded if key not in MAY_CHANGE and recorded[key] != now.get(key)]
         if changed:
             what = "; ".join(f"{key} was {recorded[key]!r}, is {now.get(key)!r}" for key in changed)
-            raise UsageError(f"{self.config}: was changed after the run had begun: {what}: change it back")
+            raise UsageError(
+                f"{self.config}: does not match run.json: {what}: one of them was changed after the run had begun,"
+                " restore it"
+            )
         if what := difference(stored, config, MAY_CHANGE):
             raise UsageError(f"run {self}: was started with other options: {what}: change them, or use another run")
 
