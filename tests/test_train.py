@@ -803,6 +803,41 @@ def test_disk_full_while_saving(trained, tmp_path, capsys):
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a disk of its own, and a function that remounts it with other options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = "size=64m,nr_inodes=100k"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tli_jax_test", folder], check=False).returncode:
+        pytest.skip("only root may mount")
+    yield folder, lambda options: subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["nr_inodes", "size"])
+def test_a_disk_that_is_full_at_any_moment(disk, small, start, tmp_path, capsys, what):
+    """Room for some files, or some pages, more at a time, until a run gets through: from its start, and resumed."""
+    folder, remount = disk
+    options = SMALL | {"model": small / "grown", "text": start / "ids.npy", "save-every": 1}
+    failures = 0
+    for steps, more in [(2, range(1, 200, 3)), (4, range(0, 200, 5))]:
+        stats = os.statvfs(folder)
+        used = {"nr_inodes": stats.f_files - stats.f_ffree, "size": (stats.f_blocks - stats.f_bfree) * 4096}[what]
+        for room in more:
+            remount(f"{what}={used + room * (1 if what == 'nr_inodes' else 4096)}")
+            if (code := here(folder / "run", **options | {"steps": steps})) == 0:
+                break
+            error = say(capsys).splitlines()[-1]
+            assert code in (73, 74) and str(folder) in error and "No space left" in error, error
+            failures += 1
+        assert code == 0
+        say(capsys)
+    assert [line["step"] for line in metrics(folder / "run")] == [1, 2, 3, 4]
+    assert failures > 10
+
+
 def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
     section = SMALL | {"text": start / "ids.npy", "run": tmp_path / "run", "steps": 100}
     file = tmp_path / "both.yaml"

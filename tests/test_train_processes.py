@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -201,6 +202,25 @@ def test_kill_of_one_ends_the_other_soon(stories):
 def test_one_goes_on_with_what_two_began(stories, one):
     assert found(stories, "alone")[:2] == [[0], [[]]]
     np.testing.assert_allclose(losses(stories / "killed"), losses(one / "run"), rtol=2e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_disk_that_is_full_for_one_ends_both(stories, start, compiled, tmp_path, index):
+    """The limit on file sizes stands for the disk: it is of one process alone."""
+    run = shutil.copytree(stories / "early", tmp_path / "run")
+    group = Group(compiled, run, usual(start), since=21).wait_for(22)
+    supervisor = group.started[index].pid
+    (child,) = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    log = (run / "metrics.jsonl").stat().st_size
+    resource.prlimit(int(child), resource.RLIMIT_FSIZE, (log + 8000, log + 8000))  # the log has room, a step has not
+    codes, errors, took = group.end()
+    assert (codes[index], codes[1 - index]) in [(74, 69), (74, 74)]
+    assert "writing a checkpoint failed" in errors[index][0]
+    assert took < 60  # from step 22 on, slowed down, and 30 s from the save
+    assert newest(run) == 20
+    assert Group(compiled, run, {}).end()[0] == [0, 0]
+    np.testing.assert_allclose(losses(run), losses(stories / "both"), rtol=2e-4)
 
 
 @pytest.mark.long

@@ -106,6 +106,12 @@ class Pair:
             assert all(process.poll() is None for process in self.started), self.printed()
             time.sleep(0.02)
 
+    def end_after(self, frozen):
+        """Wake up what was frozen; exit codes and stderr of all."""
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        return self.end()
+
     def end(self):
         """Exit codes and stderr of all."""
         try:
@@ -220,6 +226,25 @@ def test_several_processes_end_together(names, tmp_path):
         return
     (alone,) = runs["0 alone"].result()[1]
     assert alone.startswith("error: the other processes did not come within 3 s") and alone.count("\n") == 1
+
+
+def freeze(folder, index):
+    """SIGSTOP to one of two; the exit code of the other, and then of both, once the first is woken up."""
+    pair = Pair(folder, "", 2, 60)
+    frozen = [pair.started[index].pid, pair.running()[index]]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        return pair.started[1 - index].wait(timeout=30), *pair.end_after(frozen)
+    finally:
+        for process in pair.started:
+            process.kill()
+
+
+@pytest.mark.long
+def test_a_frozen_process_counts_as_gone(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(lambda index: freeze(tmp_path, index), (0, 1))) == [(69, [69, 69], [LOST, LOST])] * 2
 
 
 def test_one_process_needs_nothing():
