@@ -50,7 +50,7 @@ MAY_CHANGE = (
 _BEFORE = {"lock", "model", "data", "start", "run.json", "growth.json"}
 # What run.json must hold; of the mappings marked so, every value must be text.
 _TEXTS = {"files", "dtypes", "versions"}
-_FACTS = {"id": str, "model": str, "data": str, "config": dict} | dict.fromkeys(_TEXTS, dict)
+_FACTS = {"id": str, "model": str, "data": str, "sources": list, "config": dict} | dict.fromkeys(_TEXTS, dict)
 _COVERED = re.compile(r"growth\.json|model(/(?!\.\.?(/|$))[^/\\\0]+)+")
 _SAMPLE = 4096  # bytes of each tensor that tell one model from another
 
@@ -285,6 +285,8 @@ def _parse_facts(content: bytes, where: str) -> dict[str, Any]:
     bad += [key for key in sorted(_TEXTS - set(bad)) if not all(isinstance(text, str) for text in facts[key].values())]
     if not bad and not all(map(_COVERED.fullmatch, facts["files"])):
         bad = ["files"]
+    if not bad and not all(isinstance(digest, str) for digest in facts["sources"]):
+        bad = ["sources"]
     if bad:
         raise DataError(
             f"{where}: {', '.join(bad)} is missing or damaged: restore the file from a copy, or use another run folder"
