@@ -1,8 +1,12 @@
 """Sources in every format, and data opened from them by the embedded model's tokenizer."""
 
 import dataclasses
+import bz2
+import csv
 import gzip
+import io
 import json
+import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,10 +44,27 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     def write(name: str, texts: list[Any], separator: str = "<>") -> Path:
         path = tmp_path / name
         rows = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-        data = rows if ".jsonl" in name else separator.join(texts).encode()
-        if name.endswith(".parquet"):
-            pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
-            pq.write_table(pa.table({"text": texts, "n": list(range(len(texts)))}), path, row_group_size=2)
+        data = rows if ".jsonl" in name or ".lines.json" in name else separator.join(texts).encode()
+        if ".array.json" in name:
+            data = json.dumps([{"n": [n], "text": text} for n, text in enumerate(texts)], indent=1).encode()
+        if ".csv" in name or ".tsv" in name:
+            table = io.StringIO(newline="")
+            csv.writer(table, "excel-tab" if ".tsv" in name else "excel").writerows(
+                [("n", "text"), *(((n, text)) for n, text in enumerate(texts))]
+            )
+            data = table.getvalue().encode()
+        if name.endswith((".parquet", ".arrow", ".feather")):
+            pa, ipc = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.ipc")
+            column = pa.array(texts, pa.string_view() if "view" in name else pa.string())
+            column = column.dictionary_encode() if "dictionary" in name else column
+            table = pa.table({"n": list(range(len(texts))), "text": column})
+            if name.endswith(".parquet"):
+                pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=2)
+            else:
+                new = ipc.new_stream if "stream" in name else ipc.new_file
+                options = ipc.IpcWriteOptions(compression="zstd" if "zstd" in name else None)
+                with new(str(path), table.schema, options=options) as writer:
+                    writer.write_table(table, max_chunksize=2)
         elif name.endswith(".array_record"):
             _array_record(path, [text.encode() for text in texts])
         elif name.endswith(".json.arrayrecord"):
@@ -53,6 +74,10 @@ def write(tmp_path: Path) -> Callable[..., Path]:
             made = datasets.Dataset.from_dict({"text": texts})
             made = datasets.DatasetDict({"train": made, "test": made}) if name.endswith("dict") else made
             made.save_to_disk(str(path), num_shards=2) if not name.endswith("dict") else made.save_to_disk(str(path))
+        elif name.endswith(".xz"):
+            path.write_bytes(lzma.compress(data))
+        elif name.endswith(".bz2"):
+            path.write_bytes(bz2.compress(data))
         elif name.endswith(".gz"):
             path.write_bytes(gzip.compress(data))
         elif name.endswith(".zst"):

@@ -14,7 +14,7 @@ import numpy as np
 
 from tli_jax.checkpoint.tokens import Tokenizer
 from tli_jax.config import Recipe
-from tli_jax.data.documents import need
+from tli_jax.data.formats import need
 from tli_jax.data.stream import Rules, Stream, open_stream
 from tli_jax.errors import DataError, UsageError
 from tli_jax.models.config import LlamaConfig

@@ -18,7 +18,9 @@ import numpy as np
 from tli_jax.checkpoint.tokens import Tokenizer
 from tli_jax.command import progress
 from tli_jax.config import Recipe
-from tli_jax.data.documents import CHUNK, Documents, list_files
+from tli_jax.data.documents import Documents
+from tli_jax.data.formats import CHUNK
+from tli_jax.data.sources import Found, find_files
 from tli_jax.errors import DataError, MissingInputError
 
 _PIECE = 2**16  # characters from which on a document is encoded in pieces
@@ -70,7 +72,7 @@ class Rules:
         """All that the ids depend on, but for the source."""
         config = {key: getattr(self.config, key) for key in ("separator", "field", "on_bad", "special_tokens")}
         return config | {
-            "version": 2,
+            "version": 3,
             "tokenizer": self.tokenizer_digest,
             "bos": self.bos,
             "eos": self.eos,
@@ -91,7 +93,8 @@ def open_stream(path: Path, rules: Rules, cache: Path, known: str | None = None)
             without a tokenizer.
     """
     is_gone = known is not None and path.suffix != ".npy" and not path.exists()
-    digest = known if known is not None and is_gone else digest_files(path, list_files(path))
+    found = Found([], []) if is_gone else find_files(path)
+    digest = known if known is not None and is_gone else digest_files(path, found.files)
     if path.suffix == ".npy":
         ids, starts = _open_npy(path, rules)
         return Stream(path, ids, starts, digest)
@@ -112,7 +115,7 @@ def open_stream(path: Path, rules: Rules, cache: Path, known: str | None = None)
                 record |= _tokenize(Documents(path, rules.config), rules, output, starts_output)
             with _replacing(files["json"]) as output:
                 output.write(json.dumps(record, indent=1).encode())
-    notes = _describe(path, record)
+    notes = (*found.notes, *_describe(path, record))
     if is_gone:
         notes = (f"{path}: is gone, so the run goes on with its tokens in {cache}", *notes)
     ids, starts = np.memmap(files["ids"], rules.dtype, "r"), np.memmap(files["starts"], np.int64, "r")
@@ -198,6 +201,7 @@ def _tokenize(documents: Documents, rules: Rules, output: BinaryIO, starts_outpu
             advance(documents.done - shown)
             shown = documents.done
     counts = {"documents": documents.count, "empty": documents.empty, "bad": documents.bad}
+    counts |= {"notes": documents.notes}
     places = [place.removeprefix(f"{documents.path}").lstrip("/: ") for place in documents.places]
     if not tokens:
         raise DataError(f"{documents.path}: the tokenizer turns all of it into nothing: give another text")
@@ -260,7 +264,7 @@ def _describe(path: Path, record: dict[str, Any]) -> tuple[str, ...]:
         notes.append(f"{path}: {sum(record['bad'].values()):,} left out ({kinds}): {'; '.join(record['places'])}")
     if record["empty"]:
         notes.append(f"{path}: {record['empty']:,} empty documents left out")
-    return tuple(notes)
+    return tuple(notes + [f"{path}: {note}" for note in record["notes"]])
 
 
 @contextlib.contextmanager
