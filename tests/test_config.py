@@ -1,12 +1,16 @@
 """What a run is told: flags, a YAML file, flags over the file; and what is refused, by name."""
 
 import dataclasses
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pydantic
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tli_jax.config import CompareConfig, TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
 from tli_jax.errors import MissingInputError, UsageError
@@ -128,6 +132,10 @@ def test_yaml_of_other_shapes(file) -> None:
     assert file("output: null\nevery: ~") == UpscaleConfig()
     assert file("# nothing but this\n{}") == UpscaleConfig()
     assert file("scale: 1") == UpscaleConfig(scale=1.0)
+    assert file("\ufeffoutput: 2024-01-31") == UpscaleConfig(output="2024-01-31")
+    assert file("revision: 0123") == UpscaleConfig(revision="0123")
+    assert file("output: 5") == UpscaleConfig(output="5")
+    assert file("every: 010") == UpscaleConfig(every=10)
     assert file("output: grün/더 깊이") == UpscaleConfig(output="grün/더 깊이")
 
 
@@ -139,6 +147,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "--no-profe": ("--no-profe is not known",),
     "--over": ("--over is not known",),  # no abbreviations
     "-e 2": ("-e is not known",),
+    "--output \udcff": (r"output is '\udcff': not UTF-8",),
     "stray": ("stray is not known", "--help"),
     "--every": ("--every", "expected one argument"),
     "--overwrite=yes": ("--overwrite", "yes"),
@@ -179,7 +188,24 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "proof: 3": ("proof is 3", "boolean"),
     "proof: maybe": ("proof is 'maybe'", "boolean"),
     "proof: null": ("proof is None", "boolean"),
-    "model: 5": ("model is 5", "string"),
+    "model: 1.10": ("model is 1.1", "quotes"),
+    "max_shard_size: 1.5": ("max_shard_size is 1.5", "quotes"),
+    "text: ~nobodyatall/x": ("text is '~nobodyatall/x'", "no home folder"),
+    'output: "a\\0b"': ("output is 'a\\x00b'", "NUL"),
+    'output: "a\\ud800"': ("half a surrogate pair", "line 1"),
+    "every: 2\ndrop: 3\nevery: 4": ("key 'every' is there twice", "line 3"),
+    "shape: {a: 1, a: 1}": ("key 'a' is there twice",),
+    "every: &a 2\ndrop: *a": ("alias *a", "line 2"),
+    "<<: {every: 2}": ("key '<<' is not known",),
+    "? [a, b]\n: c": ("a key must be a word",),
+    "shape: !!map [1]": ("must be keys and values",),
+    "every: !!int x": ("is not YAML",),
+    "every: !!bool x": ("is not YAML",),
+    "every: !!timestamp x": ("is not YAML",),
+    "every: " + "9" * 5000: ("is not YAML",),
+    "every: " + "9" * 30: ("every is 9999", "less than"),
+    "train: {batch_size: 1000000000000}": ("train.batch_size is 1000000000000", "less than"),
+    "#" * 2**20: ("larger than",),
     "output: yes": ("output is True", "string"),
     "layers: yes": ("layers is True", "string"),
     "layers: [0, 1]": ("layers is [0, 1]", "string"),
@@ -343,3 +369,54 @@ def test_a_comparison_comes_back_as_written(tmp_path: Path) -> None:
     config = compare("--methods", "tli:half,dus", "--old-text", "a.txt,b.txt", "--learning-rate", "1e-3,injected=2e-3")
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(CompareConfig, tmp_path / "config.yaml") == config
+
+
+def test_home_is_meant_by_a_tilde_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    home.mkdir()
+    (home / "up.yaml").write_text(
+        "model: ~/m\noutput: ~/g\ntext: ~/t\ntrain: {run: ~/r, export: ~/e}\n", encoding="utf-8"
+    )
+    config = read("--config", "~/up.yaml", "--train.validation-text", "~/v,~/w")
+    assert config.train is not None
+    found = [config.model, config.output, config.text, config.train.run, config.train.export]
+    assert found == [f"{home}/{name}" for name in "mgtre"]
+    assert config.train.validation_text == (Source(f"{home}/v"), Source(f"{home}/w"))
+    compared = compare(
+        "--model", "~/m", "--output", "~/o", "--text", "~/t", "--old-text", "~/s", "--tasks", "~/q,embedded"
+    )
+    assert (compared.model, compared.output, compared.tasks) == (f"{home}/m", f"{home}/o", (f"{home}/q", "embedded"))
+    assert (compared.text, compared.old_text) == ((Source(f"{home}/t"),), (Source(f"{home}/s"),))
+    as_is = ["gs://bucket/~/x", "embedded", "a//b/", "org/name", "./~"]
+    assert [read_train("--model", name).model for name in as_is] == as_is
+
+
+def test_a_comma_may_be_part_of_a_path_that_exists(tmp_path: Path, file) -> None:
+    (tmp_path / "a,b.txt").touch()
+    here = str(tmp_path)
+    assert read_train("--text", f"{here}/a,b.txt").text == (Source(f"{here}/a,b.txt"),)
+    assert read_train("--text", f"{here}/a,c.txt").text == (Source(f"{here}/a"), Source("c.txt"))
+    assert compare("--tasks", f"{here}/a,b.txt").tasks == (f"{here}/a,b.txt",)
+    assert file("train: {text: ['x,y', {path: 'x,z'}]}").train.text == (Source("x,y"), Source("x,z"))
+
+
+@given(st.text())
+def test_any_text_comes_back_from_yaml(text: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "c.yaml").write_text(to_yaml(UpscaleConfig(sample=text, revision=text)), encoding="utf-8")
+        config = from_yaml(UpscaleConfig, Path(folder) / "c.yaml")
+    assert (config.sample, config.revision) == (text, text)
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for name in (str(tmp_path / "fifo"), "/dev/zero"):
+        with pytest.raises(MissingInputError, match="no such configuration file"):
+            read("--config", name)
+
+
+def test_a_message_stays_short(file) -> None:
+    with pytest.raises(UsageError) as caught:
+        file(f"after: [{','.join(['x' * 5000] * 20)}]\noutput: {['y'] * 3000}")
+    assert len(str(caught.value)) < 2500 and "and 16 more" in str(caught.value)

@@ -7,9 +7,11 @@ not known is refused, with the nearest name.
 
 import argparse
 import dataclasses
+import re
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -20,6 +22,7 @@ from tli_jax.values import (
     Adam,
     Amount,
     Auxiliary,
+    BatchSize,
     Contenders,
     Degrees,
     FloatType,
@@ -29,8 +32,10 @@ from tli_jax.values import (
     Number,
     Only,
     Paths,
+    PathText,
     Positive,
     Rates,
+    Seeds,
     Separator,
     Shape,
     Share,
@@ -93,7 +98,7 @@ class Reading:
     )
     on_bad: Literal["refuse", "skip"] = option("refuse", "what to do with documents that cannot be read")
     isolate: bool = option(True, "attention stays within a document; no loss crosses documents either way")
-    batch_size: Positive = option(8, "sequences a step, over all devices")
+    batch_size: BatchSize = option(8, "sequences a step, over all devices")
     sequence_length: Positive | None = option(None, "tokens a sequence (default: the model's context, 2048 at most)")
     dtypes: FloatTypes = option(
         {}, "of what trains, its first moment, and of activations: param=float32,moment=float32,compute=bfloat16"
@@ -172,10 +177,10 @@ class Recipe(Reading):
 class TrainConfig(Recipe):
     """What ``python -m tli_jax.train`` is to do: continued pretraining."""
 
-    model: str = option("", "what to start from: folder (grown or not), run folder, hub id or 'embedded'")
+    model: PathText = option("", "what to start from: folder (grown or not), run folder, hub id or 'embedded'")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    run: str = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
-    export: str | None = option(None, "Hugging Face folder to write at the end")
+    run: PathText = option("", "run folder: checkpoints, metrics, configuration; what is there is gone on with")
+    export: PathText | None = option(None, "Hugging Face folder to write at the end")
     export_only: bool = option(False, "do not train: export the newest checkpoint of the run")
     only: str = option("all", "layers that train: all, injected, last_n(N) or layers(0,3,7-9)")
     distributed: bool = option(False, "several processes, which find each other on Cloud TPU, GKE and Slurm")
@@ -195,8 +200,8 @@ class TrainConfig(Recipe):
 class UpscaleConfig:
     """What ``python -m tli_jax.upscale`` is to do. Options of the methods are ``None`` where not given."""
 
-    model: str = option("", "folder, hub id, or 'embedded': the small base that the package carries")
-    output: str | None = option(None, "folder to write; not needed with --plan-only")
+    model: PathText = option("", "folder, hub id, or 'embedded': the small base that the package carries")
+    output: PathText | None = option(None, "folder to write; not needed with --plan-only")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     method: Method = option("tli", f"one of {', '.join(get_args(Method))} (default tli)")
     every: Whole | None = option(None, "tli, average: inject after every K base layers (default 4)")
@@ -225,7 +230,7 @@ class UpscaleConfig:
         None,
         "noise as a share of a tensor's root mean square (default 0.01); upcycle drop: share drawn anew (default 0.5)",
     )
-    text: str | None = option(
+    text: PathText | None = option(
         None, "UTF-8 text for the proof, and for adept; by default the one that the package carries"
     )
     proof: bool = option(True, "run base and grown model and compare every logit")
@@ -257,7 +262,7 @@ class PreflightConfig(UpscaleConfig):
 class EvaluateConfig(Reading):
     """What ``python -m tli_jax.evaluate`` is to measure."""
 
-    model: str = option("", "folder, hub id, or 'embedded'")
+    model: PathText = option("", "folder, hub id, or 'embedded'")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
     tasks: Paths = option((), _TASKS)
     shots: NotNegative = option(0, "solved questions in front of each, from the train.jsonl beside a task's file")
@@ -271,16 +276,16 @@ class EvaluateConfig(Reading):
 class CompareConfig(Recipe):
     """What ``python -m tli_jax.compare`` is to do: several growths of one base, trained alike."""
 
-    model: str = option("", "the base: folder, hub id, or 'embedded'")
+    model: PathText = option("", "the base: folder, hub id, or 'embedded'")
     revision: str | None = option(None, "branch, tag or commit of a hub id")
-    output: str = option("", "folder for results, models and runs; what is there is gone on with")
+    output: PathText = option("", "folder for results, models and runs; what is there is gone on with")
     methods: Contenders = option(
         (),
         "ways to grow, METHOD or METHOD:INIT (moe:UPCYCLE) with commas between; in YAML also {method, name, …} with any"
         " option of the method",
     )
     every: Positive = option(4, "K: all are grown to the size of tli with this K, or to the next below that they reach")
-    seeds: Positive = option(3, "runs of each, on data in another order and with other draws, from seed on")
+    seeds: Seeds = option(3, "runs of each, on data in another order and with other draws, from seed on")
     only: Only = option(("all", "injected"), "what trains: all, injected, or all,injected for one run of each")
     steps: NotNegative = option(1000, "optimizer steps of each run; 0 for the losses before any training alone")
     baselines: bool = option(
@@ -302,6 +307,10 @@ class CompareConfig(Recipe):
 
 
 Config = TypeVar("Config")
+
+_LARGEST_FILE = 2**17  # bytes of YAML, which takes seconds to read
+_SHOWN = 5  # problems in a message
+_LONGEST = 100  # characters of a value in a message
 
 
 class _Parser(argparse.ArgumentParser):
@@ -334,8 +343,11 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
         raise UsageError(f"{word} is not known{nearest(word, switches)}; see --help")
     flags = vars(given)
     flags.pop("debug", None)  # for the frame of a command, which looks for the word itself
+    for name, value in flags.items():
+        if isinstance(value, str) and not _is_unicode(value):
+            raise UsageError(f"command line: {name} is {value!r}: not UTF-8")
     path = flags.pop("config", None)
-    values = _read_yaml(Path(path)) if path else {}
+    values = _read_yaml(Path(path).expanduser()) if path else {}
     if kind is TrainConfig and isinstance(values.get("train"), dict):
         values = {"model": values.get("output", "")} | values["train"]
     elif kind is PreflightConfig and "run" in values:  # of a run without growth
@@ -345,7 +357,18 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
 
 def to_yaml(config: Any) -> str:
     """A configuration as the YAML that ``parse`` reads, every key in it."""
-    return yaml.safe_dump(plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, width=120)
+    values = plain(dataclasses.asdict(config))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """In quotes, with escapes, what is not printable: else PyYAML turns U+0085 and U+2028 into line breaks."""
+
+    def represent_str(self, data: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def from_yaml(kind: type[Config], path: Path) -> Config:
@@ -404,12 +427,79 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+class _Loader(yaml.SafeLoader):
+    """YAML with what a configuration needs: text, numbers, yes and no, null, lists and mappings.
+
+    No aliases, which make a kilobyte into gigabytes; no key twice, where one would win silently; and no numbers but
+    decimal ones: 0123, 1:30 and 2024-01-01 stay text.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {}
+    yaml_constructors: ClassVar = {
+        tag: constructor
+        for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"alias *{event.anchor}: write it out", problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: Any) -> Any:
+        text = super().construct_scalar(node)
+        if not _is_unicode(text):
+            raise yaml.MarkedYAMLError(problem="half a surrogate pair", problem_mark=node.start_mark)
+        return text
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        found: dict[Any, Any] = {}
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(problem="must be keys and values", problem_mark=node.start_mark)
+        for key_node, value_node in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str | int | float | None):
+                raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
+            if key in found:
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=key_node.start_mark)
+            found[key] = self.construct_object(value_node, deep=deep)
+        return found
+
+
+# Nothing is a number or a date here that is none to PyYAML, which writes configurations.
+for _tag, _form, _starts in (
+    ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
+    ("int", r"0|-?[1-9][0-9]*", "-0123456789"),
+    (
+        "float",
+        r"(?:[-+]?[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_form})$"), list(_starts))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written anywhere. The system gives bytes of arguments that are not UTF-8 as lone surrogates."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
-        raise MissingInputError(f"{path}: no such configuration file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingInputError(f"{path}: no such configuration file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_FILE + 1)
+        if len(data) > _LARGEST_FILE:
+            raise ValueError(f"is larger than {_LARGEST_FILE:,} bytes")
+        content = yaml.load(data.decode("utf-8-sig"), _Loader)  # a safe loader
+    except (yaml.YAMLError, ValueError, LookupError, RecursionError) as error:
         raise UsageError(f"{path}: is not YAML ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(content, dict):
         raise UsageError(f"{path}: must hold keys and values, is {type(content).__name__}")
@@ -435,5 +525,12 @@ def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any],
             if found["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(parts) <= 1 + key.count("."):
                 problems.append(f"{where}: key {key!r} is not known{nearest(key, _flat_fields(kind))}")
             else:
-                problems.append(f"{where}: {key} is {found['input']!r}: {found['msg']}")
-        raise UsageError("; ".join(problems)) from None
+                problems.append(f"{where}: {key} is {_shorten(found['input'])}: {found['msg']}")
+        more = f"; and {len(problems) - _SHOWN:,} more" if len(problems) > _SHOWN else ""
+        raise UsageError("; ".join(problems[:_SHOWN]) + more) from None
+
+
+def _shorten(value: Any) -> str:
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = _LONGEST
+    return short.repr(value)

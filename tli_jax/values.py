@@ -1,6 +1,8 @@
 """Types of a configuration's keys: how what stands in YAML, or on a command line, is read, and what it may be."""
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -21,7 +23,21 @@ def _refuse_bool(value: Any) -> Any:
 
 def _text(value: Any) -> Any:
     """``layers: 0`` in YAML is a number, and meant as text."""
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    if isinstance(value, float):
+        raise ValueError("is a number to YAML, and 1.10 would become 1.1: put the text in quotes")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _home(path: str) -> str:
+    """``~`` at the start of a path is the home folder; the system's own calls would take it as a name."""
+    if "\0" in path:
+        raise ValueError("must not hold a NUL character")
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError(f"no home folder of that user is known: write ./{path} for a file here") from None
 
 
 def _pairs(value: Any) -> Any:
@@ -45,9 +61,15 @@ def _by_group(value: Any) -> Any:
     return value
 
 
+def _split_paths(value: Any) -> Any:
+    """Paths with commas between, unless the whole is a path that exists."""
+    is_path = isinstance(value, str) and os.path.lexists(_home(value))
+    return [value] if is_path else _split(value)
+
+
 def _sources(value: Any) -> Any:
     """A path, paths with commas between, or a list of paths and of sources."""
-    listed = _split(value)
+    listed = _split_paths(value)
     if not isinstance(listed, list | tuple):
         listed = [listed]
     return [{"path": one} if isinstance(one, str) else one for one in listed]
@@ -73,12 +95,18 @@ def _contenders(value: Any) -> Any:
     return [read(one) for one in listed]
 
 
-Whole = Annotated[int, pydantic.BeforeValidator(_refuse_bool)]
+# No count of anything is larger, and all arrays and random seeds can hold it.
+_LARGEST = 2**31 - 1
+
+Whole = Annotated[int, pydantic.BeforeValidator(_refuse_bool), pydantic.Field(ge=-_LARGEST, le=_LARGEST)]
 Number = Annotated[float, pydantic.BeforeValidator(_refuse_bool)]
 Layers = Annotated[tuple[Whole, ...], pydantic.BeforeValidator(_split)]
 Text = Annotated[str, pydantic.BeforeValidator(_text)]
-Paths = Annotated[tuple[Text, ...], pydantic.BeforeValidator(_split)]
+PathText = Annotated[str, pydantic.BeforeValidator(_text), pydantic.AfterValidator(_home)]
+Paths = Annotated[tuple[PathText, ...], pydantic.BeforeValidator(_split_paths)]
 Positive = Annotated[Whole, pydantic.Field(ge=1)]
+BatchSize = Annotated[Positive, pydantic.Field(le=2**20)]  # a batch is allocated on the host before anything can refuse
+Seeds = Annotated[Positive, pydantic.Field(le=1000)]
 NotNegative = Annotated[Whole, pydantic.Field(ge=0)]
 Share = Annotated[Number, pydantic.Field(ge=0, le=1)]
 Amount = Annotated[Number, pydantic.Field(ge=0, allow_inf_nan=False)]
@@ -105,7 +133,7 @@ Contenders = Annotated[tuple[dict[str, Any], ...], pydantic.BeforeValidator(_con
 class Source:
     """Something to read documents from, and its share in the mixture."""
 
-    path: Text
+    path: PathText
     weight: Annotated[Number, pydantic.Field(gt=0, allow_inf_nan=False)] = 1.0
 
 

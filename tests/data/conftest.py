@@ -1,8 +1,8 @@
 """Sources in every format, and data opened from them by the embedded model's tokenizer."""
 
-import dataclasses
 import bz2
 import csv
+import dataclasses
 import gzip
 import io
 import json

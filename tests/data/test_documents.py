@@ -111,7 +111,9 @@ def test_a_separator_that_never_occurs_is_noted(tmp_path):
     assert not read(tmp_path, separator="\n\n")[1].notes
 
 
-@given(st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9)), max_size=5), st.integers(1, 40), st.booleans())
+@given(
+    st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9)), max_size=5), st.integers(1, 40), st.booleans()
+)
 def test_an_array_is_parsed_in_any_pieces(items, size, is_indented):
     data = json.dumps(items, ensure_ascii=False, indent=2 if is_indented else None).encode()
     chunks = (data[i : i + size] for i in range(0, len(data), size))
@@ -165,7 +167,8 @@ def test_a_bad_row_of_values_is_refused_or_left_out(data, message, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("header", "why"), [("story,label", "is not there: set field to one of story, label"), ("text,text", "is there twice")]
+    ("header", "why"),
+    [("story,label", "is not there: set field to one of story, label"), ("text,text", "is there twice")],
 )
 def test_a_table_without_the_column_is_refused(header, why, tmp_path):
     (tmp_path / "a.csv").write_text(f"{header}\none,two\n")
@@ -206,7 +209,7 @@ def test_a_table_is_known_by_its_content_unless_the_name_says_otherwise(source, 
     path = write(source, documents)
     assert read(path.rename(path.with_name("part-00000")))[0] == documents
     path.with_name("part-00000").rename(path.with_name("a.txt"))
-    with pytest.raises(DataError, match="is (Parquet|an Arrow)"):
+    with pytest.raises(DataError, match=r"is (Parquet|an Arrow)"):
         read(path.with_name("a.txt"))
 
 

@@ -118,11 +118,12 @@ class Documents:
     def _split(self, chunks: Iterator[bytes]) -> Iterator[Record]:
         """The parts of a plain text."""
         separator = formats.with_line_feeds(self.config.separator.encode()) if self.config.separator else None
-        parts = -1
-        for parts, (line, part) in enumerate(formats.split(formats.universal_newlines(chunks), separator)):
+        number = 0
+        for line, part in formats.split(formats.universal_newlines(chunks), separator):
+            number += 1
             yield Record(line, part)
         if separator:
-            self._separators = (self._separators or 0) + max(parts, 0)
+            self._separators = (self._separators or 0) + max(number - 1, 0)
 
 
 def read_plain(file: Path) -> str:

@@ -141,7 +141,7 @@ def find_kind(file: Path) -> str:
         raise DataError(f"{file}: token ids cannot be mixed with text files: give this file as a source of its own")
     with file.open("rb") as opened:
         found = recognise(opened.read(HEAD))
-    kind = _READABLE.get(found or "", None)
+    kind = _READABLE.get(found or "")
     if kind and named in (None, kind):
         return kind
     if found and not (found == "an HTML page" and file.suffix.lower() in (".html", ".htm", ".xhtml")):
@@ -181,7 +181,7 @@ def _unpack(raw: BinaryIO, suffix: str) -> Iterator[bytes]:
     if suffix == ".gz":
         read = gzip.GzipFile(fileobj=raw).read1  # read1: what comes before damage is returned first
     elif suffix == ".xz":
-        read = lzma.LZMAFile(raw).read1
+        read = lzma.LZMAFile(raw).read1  # noqa: SIM115  # whoever opened ``raw`` closes it
     elif suffix == ".bz2":
         read = bz2.BZ2File(raw).read1
     else:

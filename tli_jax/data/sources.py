@@ -12,14 +12,18 @@ from tli_jax.errors import DataError, MissingInputError
 
 _SHOWN = 8  # names in a note
 
-# Files that come with text and are none of it, by name without extensions; and those that are so as JSON.
+# Names, without extensions, of files that come with text and are none of it; and of those that are so as JSON.
 _BESIDE = frozenset(
-    ["readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"]
-    + ["requirements", "checksums", "md5sums", "sha256sums", "vocab", "merges"]
+    (
+        *("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"),
+        *("requirements", "checksums", "md5sums", "sha256sums", "vocab", "merges"),
+    )
 )
 _BESIDE_JSON = frozenset(
-    ["dataset_info", "dataset_infos", "dataset_dict", "state", "metadata", "config", "generation_config"]
-    + ["tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"]
+    (
+        *("dataset_info", "dataset_infos", "dataset_dict", "state", "metadata", "config", "generation_config"),
+        *("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"),
+    )
 )
 _SPLITS = {
     "train": "train",
@@ -33,7 +37,7 @@ _SPLITS = {
     "eval": "test",
     "evaluation": "test",
 }
-# ``train``, ``test-2``, ``validation_00000-of-00001``; and ``train_sft-00000-of-00003``, as the Hugging Face hub has it.
+# ``train``, ``test-2``, ``validation_00000-of-00001``; and the hub's ``train_sft-00000-of-00003``.
 _WHOLE_NAME = re.compile(r"([a-z]+)(?:[-_. ]?\d+(?:-of-\d+)?)?|([a-z]+)[-_][\w-]*-\d{5}-of-\d{5}")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
@@ -61,7 +65,7 @@ def find_files(path: Path) -> Found:
             raise DataError(f"{path}: is neither a file nor a folder: give one of these")
         raise MissingInputError(f"{path}: no such file or folder to read text from")
     texts, others = _list(path)
-    train, held_out, loose = _by_split(path, texts)
+    train, held_out, loose, doubtful = _by_split(path, texts)
     if not texts:
         there = f", only {_enumerate(others)}" if others else ""
         known = f"{', '.join(KINDS)}, also with {', '.join(PACKED)}"
@@ -81,8 +85,11 @@ def find_files(path: Path) -> Found:
     elif held_out:
         names = [file.relative_to(path).as_posix() for files in held_out.values() for file in files]
         notes.append(f"{path}: left out, as a split for evaluation: {_enumerate(names)}; give it by itself to read it")
+    if doubtful and not train:
+        names = [file.relative_to(path).as_posix() for file in doubtful]
+        notes.append(f"{path}: read, though the name may mean a split for evaluation: {_enumerate(names)}")
     if others:
-        notes.append(f"{path}: left out, as no text by name: {_enumerate(others)}")
+        notes.append(f"{path}: left out, being hidden, linked folders or no text by name: {_enumerate(others)}")
     return Found(train or loose, notes)
 
 
@@ -121,8 +128,16 @@ def _is_text(file: Path) -> bool:
     return kind_by_name(file) is not None and stem not in _BESIDE and not (is_json and stem in _BESIDE_JSON)
 
 
-def _by_split(folder: Path, files: Sequence[Path]) -> tuple[list[Path], dict[str, list[Path]], list[Path]]:
-    """Files of the split for training, of the others by name, and of none."""
+class _Splits(NamedTuple):
+    """Files of the training split; of the others, by name; of none; and of these, those that may be of the others."""
+
+    train: list[Path]
+    held_out: dict[str, list[Path]]
+    loose: list[Path]
+    doubtful: list[Path]
+
+
+def _by_split(folder: Path, files: Sequence[Path]) -> _Splits:
     certain: dict[Path, str] = {}
     guesses: dict[str, dict[Path, str]] = {}
     for file in files:
@@ -140,15 +155,22 @@ def _by_split(folder: Path, files: Sequence[Path]) -> tuple[list[Path], dict[str
             others = stem[: word.start()] + "*" + stem[word.end() :]
             alike = re.sub(r"\d+", "#", "/".join([*folders, others]))
             guesses.setdefault(alike, {})[file] = _SPLITS[word[1]]
+    doubtful = []
     for group in guesses.values():
         if len(set(group.values())) > 1:
             certain |= group
-    train = [file for file in files if certain.get(file) == "train"]
-    held_out: dict[str, list[Path]] = {}
+        else:
+            doubtful += [file for file, split in group.items() if split != "train"]
+    splits = _Splits([], {}, [], doubtful)
     for file in files:
-        if (split := certain.get(file, "train")) != "train":
-            held_out.setdefault(split, []).append(file)
-    return train, held_out, [file for file in files if file not in certain]
+        split = certain.get(file)
+        if split is None:
+            splits.loose.append(file)
+        elif split == "train":
+            splits.train.append(file)
+        else:
+            splits.held_out.setdefault(split, []).append(file)
+    return splits
 
 
 def _list_saved(folder: Path) -> list[Path]:
