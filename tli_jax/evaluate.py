@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import rich.box
 import rich.table
+import rich.text
 
 from tli_jax import command
 from tli_jax import train as training
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
         if not processes.is_first():
             return
         if config.json:
-            print(json.dumps(found, indent=1, ensure_ascii=False))
+            print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
         else:
             for table in tabulate(found):
                 command.console().print(table)
@@ -125,7 +126,8 @@ def _of_text(path: str, measured: "Measured", data: "Data", tokenizer: tokens.To
     found: dict[str, Any] = {"tokens": measured.tokens, "loss": loss, "perplexity": math.exp(min(loss, 700))}
     if tokenizer is not None:
         nbytes = sum(len(tokenizer.decode(windows.targets().tolist()).encode()) for windows in data.held_out)
-        found["bits_per_byte"] = measured.nats / math.log(2) / nbytes
+        if nbytes:  # none if all tokens are special
+            found["bits_per_byte"] = measured.nats / math.log(2) / nbytes
     return found
 
 
@@ -138,7 +140,9 @@ def tabulate(found: dict[str, Any]) -> list[rich.table.Table]:
             table.add_column(heading, justify="left" if heading == "text" else "right")
         for path, one in found["texts"].items():
             bits = f"{one['bits_per_byte']:.4f}" if "bits_per_byte" in one else "–"
-            table.add_row(path, f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", bits)
+            table.add_row(
+                rich.text.Text(path), f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", bits
+            )
         tables.append(table)
     if found["tasks"]:
         table = rich.table.Table(box=rich.box.SIMPLE)
@@ -147,7 +151,7 @@ def tabulate(found: dict[str, Any]) -> list[rich.table.Table]:
         for name, one in found["tasks"].items():
             stderr = "–" if one["stderr"] is None else f"{one['stderr']:.4f}"
             values = (f"{one[key]:.4f}" for key in ("accuracy_normalised", "f1"))
-            table.add_row(name, f"{one['questions']:,}", f"{one['accuracy']:.4f}", stderr, *values)
+            table.add_row(rich.text.Text(name), f"{one['questions']:,}", f"{one['accuracy']:.4f}", stderr, *values)
         tables.append(table)
     return tables
 

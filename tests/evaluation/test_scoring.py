@@ -1,10 +1,12 @@
 """Scores of choices: against a plain softmax, against lm-evaluation-harness, and what is made of them."""
 
+import dataclasses
 import gzip
 import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import tli_jax
 from tli_jax import train
@@ -20,11 +23,17 @@ from tli_jax.checkpoint.hf import open_checkpoint
 from tli_jax.checkpoint.hub import resolve
 from tli_jax.config import TrainConfig
 from tli_jax.errors import DataError
-from tli_jax.evaluation.scoring import score, summarise
+from tli_jax.evaluation.scoring import encode, evaluate, score, summarise
 from tli_jax.evaluation.tasks import Question, Task, open_tasks
 from tli_jax.training.loop import load
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
+
+
+def measure(opened, task: Task, advance=lambda *_: None):
+    """Log-likelihoods of a task, without shots."""
+    trainer, arrays, tokenizer = opened
+    return score(trainer, arrays, task, encode(tokenizer, task, 0, 0, trainer.model).rows, advance)
 
 
 def opened(folder: Path | str, **options):
@@ -48,9 +57,9 @@ def test_score_is_the_log_probability_of_the_choice(embedded) -> None:
         Question("", ("class", "zebra"), 0),
         Question("for i in range(10):\n" * 20, ("pass", "    print(i)"), 0),
     )
-    trainer, arrays, tokenizer = embedded
+    _, _, tokenizer = embedded
     told = []
-    found = score(trainer, arrays, tokenizer, Task("t", questions), 0, 0, lambda n, note="": told.append(n))
+    found = measure(embedded, Task("t", questions), lambda n, note="": told.append(n))
     assert sum(told) == len(questions)
     config, params = tli_jax.load_hf("embedded", dtype="float32")
     for question, scores in zip(questions, found, strict=True):
@@ -64,27 +73,115 @@ def test_score_is_the_log_probability_of_the_choice(embedded) -> None:
 
 
 def test_too_long_a_context_loses_its_left_end(embedded) -> None:
-    trainer, arrays, tokenizer = embedded
+    trainer, _, tokenizer = embedded
     limit = trainer.model.max_position_embeddings
     long = "a = 1\n" * limit
     whole, choice = (
         tokenizer.encode(f"{long} b = 2"),
         tokenizer.encode(f"{long} b = 2")[len(tokenizer.encode(long.rstrip())) :],
     )
-    (found,) = score(trainer, arrays, tokenizer, Task("t", (Question(long, ("b = 2", "c"), 0),)), 0, 0, lambda *_: None)
+    task = Task("t", (Question(long, ("b = 2", "c"), 0), Question("a", ("b", "c"), 0)))
+    assert encode(tokenizer, task, 0, 0, trainer.model).truncated == 2
+    found, _ = measure(embedded, task)
     config, params = tli_jax.load_hf("embedded", dtype="float32")
     window = jnp.array([whole[-limit - 1 :]])
     expected = -float(tli_jax.losses(config, params, window)[0, -len(choice) :].sum())
     assert found[0] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(DataError, match="question 1: a choice of"):
-        score(trainer, arrays, tokenizer, Task("t", (Question("a", (long, "b"), 0),)), 0, 0, lambda *_: None)
+        measure(embedded, Task("t", (Question("a", (long, "b"), 0),)))
+
+
+def changed(folder: Path, config=None, tokenizer=None, weights=None) -> Path:
+    """The embedded model with other values in its files."""
+    shutil.copytree(resolve("embedded"), folder)
+    for name, values in (("config.json", config), ("tokenizer.json", tokenizer)):
+        raw = json.loads((folder / name).read_text(encoding="utf-8"))
+        (folder / name).write_text(json.dumps(raw | (values or {})), encoding="utf-8")
+    if weights is not None:
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        tensors[weights] = np.full_like(tensors[weights], np.nan)
+        save_file(tensors, file, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("config", [{}, {"bos_token_id": None, "eos_token_id": [5, 7]}])
+def test_without_a_context_all_tokens_follow_bos_or_else_eos(tmp_path, config) -> None:
+    """The tokenizer puts nothing in front. As lm-evaluation-harness has it: prefix_token_id, then all of the choice."""
+    model = opened(changed(tmp_path / "m", config, {"post_processor": None}))
+    assert model[2].prefix == []
+    first = 5 if config else model[0].model.bos_token_id
+    questions = (
+        Question("", ("class", "zebra crossing"), 0),
+        Question(" \n", ("class", "x"), 0),
+        Question("a", ("b", "c"), 0),
+    )
+    found = measure(model, Task("t", questions))
+    settings, params = tli_jax.load_hf("embedded", dtype="float32")
+    for question, scores in zip(questions, found, strict=True):
+        for choice, ours in zip(question.choices, scores, strict=True):
+            whole, context = (
+                model[2].encode(text) for text in (f"{question.context} {choice}", question.context.strip())
+            )
+            ids = whole if context else [first, *whole]
+            padded = jnp.array([ids + [0] * (16 - len(ids))])  # one length compiles once
+            losses = np.asarray(tli_jax.losses(settings, params, padded), np.float64)[0, : len(ids) - 1]
+            assert ours == pytest.approx(-losses[max(len(context), 1) - 1 :].sum(), abs=1e-3)
+
+
+def test_without_any_token_to_start_from_it_is_refused(tmp_path) -> None:
+    model = opened(changed(tmp_path / "m", {"bos_token_id": None, "eos_token_id": None}, {"post_processor": None}))
+    with pytest.raises(DataError, match="t: question 2: no context, and the model has neither"):
+        measure(model, Task("t", (Question("a", ("b", "c"), 0), Question("", ("b", "c"), 0))))
+
+
+def test_one_token_choices_are_as_likely_as_the_softmax_says(embedded) -> None:
+    """Of all tokens, one by one, the probabilities sum to one."""
+    _, _, tokenizer = embedded
+    texts = [tokenizer.decode([i]) for i in range(tokenizer.size)]
+    choices = tuple(
+        text[1:] for text in texts if text.startswith(" ") and text.strip() and len(tokenizer.encode(text)) == 1
+    )
+    (found,) = measure(embedded, Task("t", (Question("import", choices, 0),)))
+    config, params = tli_jax.load_hf("embedded", dtype="float32")
+    ids = [config.bos_token_id, *tokenizer.encode("import")]
+    logits = np.asarray(tli_jax.forward(config, params, jnp.array([ids]))[0, -1], np.float64)
+    expected = logits[[tokenizer.encode(f" {one}")[0] for one in choices]] - np.logaddexp.reduce(logits)
+    assert len(choices) > 50
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_nan_is_refused(tmp_path, embedded) -> None:
+    trainer, arrays, tokenizer = opened(changed(tmp_path / "m", weights="model.norm.weight"))
+    task = Task("t", (Question("a", ("b", "c"), 0),))
+    with pytest.raises(DataError, match=r"t: question 1: log-likelihood nan.*: the model's weights hold NaN"):
+        evaluate(trainer, arrays, tokenizer, [task])
+
+
+def test_ids_that_the_model_does_not_have_are_refused(embedded) -> None:
+    trainer, _, tokenizer = embedded
+    small = dataclasses.replace(trainer.model, vocab_size=300)
+    task = Task("t", (Question("import os", ("import sys", "c"), 0),))
+    with pytest.raises(DataError, match=r"t: question 1: has token id [\d,]+, the model's vocabulary 300 ids"):
+        encode(tokenizer, task, 0, 0, small)
+
+
+def test_what_is_cut_or_tied_is_reported(embedded, capsys) -> None:
+    trainer, arrays, tokenizer = embedded
+    long = "a = 1\n" * trainer.model.max_position_embeddings
+    task = Task("t", (Question(long, ("b", "c"), 0), Question("a", ("b", "b", "c"), 0)))
+    found = evaluate(trainer, arrays, tokenizer, [task])["t"]
+    assert found["truncated"] == 2 and found["tied"] == 1
+    shown = capsys.readouterr().err
+    assert "t: 2 of 5 inputs exceed the model's context of" in shown
+    assert "t: choices of 1 of 2 questions are the same tokens" in shown
 
 
 def test_on_a_mesh_the_same(embedded) -> None:
     (task,) = open_tasks(["embedded"])
     task = Task("few", task.questions[:12])
-    one = score(*embedded, task, 0, 0, lambda *_: None)
-    other = score(*opened(resolve("embedded"), mesh={"data": 2, "fsdp": 2, "tensor": 2}), task, 0, 0, lambda *_: None)
+    one = measure(embedded, task)
+    other = measure(opened(resolve("embedded"), mesh={"data": 2, "fsdp": 2, "tensor": 2}), task)
     np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), rtol=1e-5)
 
 
@@ -92,7 +189,7 @@ def test_base_knows_its_own_domain(embedded) -> None:
     """The line that comes next in modules kept out of its training, of four: far above a quarter."""
     (task,) = open_tasks(["embedded"])
     task = Task("some", task.questions[:80])
-    found = summarise(task, score(*embedded, task, 0, 0, lambda *_: None))
+    found = summarise(task, measure(embedded, task))
     assert found["accuracy"] > 0.25 + 3 * found["stderr"]
 
 
@@ -120,7 +217,7 @@ def test_kobest_as_lm_eval_scores_it(material, name) -> None:
     with gzip.open(material / "kobest" / "lm_eval_reference" / f"kobest_{name}_local.jsonl.gz", "rt") as lines:
         expected = [json.loads(line) for line in itertools.islice(lines, 12)]
     task = Task(name, task.questions[:12])
-    found = score(*opened(material / "stories260k"), task, 0, 0, lambda *_: None)
+    found = measure(opened(material / "stories260k"), task)
     for question, ours, theirs in zip(task.questions, found, expected, strict=True):
         assert theirs["ctx"] == question.context
         np.testing.assert_allclose(ours, theirs["ll"], rtol=2e-5, atol=2e-3)

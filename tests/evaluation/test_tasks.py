@@ -24,6 +24,14 @@ def test_format_of_our_own(tmp_path) -> None:
     assert task.questions == (Question("One, two,", ("three", "one"), 0),) * 2
 
 
+def test_files_of_windows(tmp_path) -> None:
+    rows = json.dumps(OWN).encode()
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + rows + b"\r\n\r\n" + rows)
+    (tmp_path / "b.jsonl").write_bytes(rows + b"\n" + rows)
+    marked, plain = open_tasks([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert marked.questions == plain.questions
+
+
 @pytest.mark.parametrize(
     ("row", "context", "choices"),
     [
@@ -92,15 +100,21 @@ def test_embedded_asks_for_the_true_line() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[1, 2]", "line 1: is no question"),
-        ("{", "line 1: is no question"),
+        ("[1, 2]", "line 1: is not a question"),
+        ("{", "line 1: is not a question"),
         ('{"context": "a", "choices": ["b"], "answer": 0}', "choices: List should have at least 2"),
         ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "answer is 2"),
         ('{"context": "a", "choices": ["b", "c"], "answer": "1"}', "answer: Input should be a valid integer"),
         ('{"sentence": "a", "label": 2}', "label: Input should be 0 or 1"),
         ('{"text": "a"}', "has keys text; known are context, choices, answer;"),
         ("", "has no questions"),
-        ("\udcff", "line 1: is no question"),
+        ('{"context": "a", "choices": ["b", "b"], "answer": 0}', "two choices are the same"),
+        ('{"context": "a", "choices": ["b", " "], "answer": 0}', "a choice is empty"),
+        ('{"context": "a", "choices": ["b", "c"], "answer": 0, "answer": 1}', "has a key twice"),
+        ('{"context": "a", "choices": ["b", "\\ud800"], "answer": 0}', "line 1: is not a question"),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+        ("<!doctype html>\n", "is an HTML page"),
+        ("\udcff", "line 1: is not a question"),
     ],
 )
 def test_no_questions(tmp_path, text, message) -> None:

@@ -3,19 +3,21 @@
 KoBEST's prompts are those of lm-evaluation-harness, so that figures can be held against others'.
 """
 
+import codecs
 import dataclasses
 import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
 from pydantic.dataclasses import dataclass
 
 from tli_jax.checkpoint import tokens
 from tli_jax.checkpoint.hub import EMBEDDED
+from tli_jax.data.formats import HEAD, recognise
 from tli_jax.errors import DataError, MissingInputError, UsageError
 
 # Of the task that the package makes for itself.
@@ -94,24 +96,47 @@ def _open(path: str) -> Iterator[Task]:
 def _read_task(name: str, file: Path) -> Task:
     train = file.with_name("train.jsonl")
     has_examples = train.is_file() and train != file
+    # A name that is not UTF-8 is shown with escapes.
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return Task(name, _read(file), _read(train) if has_examples else ())
 
 
 def _read(file: Path) -> tuple[Question, ...]:
     found = []
     with file.open("rb") as lines:
+        if what := recognise(lines.read(HEAD)):
+            raise DataError(f"{file}: is {what}: give JSON lines")
+        lines.seek(0)
         for number, line in enumerate(lines, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
-                found.append(pydantic.TypeAdapter(_kind(json.loads(line))).validate_json(line).ask())
+                kind = _kind(json.loads(line, object_pairs_hook=_refuse_twice))
+                found.append(_check(pydantic.TypeAdapter(kind).validate_json(line).ask()))
             except (ValueError, RecursionError) as error:
                 why = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
                 what = f"{'.'.join(map(str, why['loc']))}: {why['msg']}" if why else str(error)
-                raise DataError(f"{file}: line {number}: is no question ({what}): mend it") from None
+                raise DataError(f"{file}: line {number}: is not a question ({what}): fix it") from None
     if not found:
         raise DataError(f"{file}: has no questions in it")
     return tuple(found)
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("has a key twice")
+    return row
+
+
+def _check(question: Question) -> Question:
+    """Refuse choices among which none can be told right."""
+    if any(not choice.strip() for choice in question.choices):
+        raise ValueError("a choice is empty")
+    if len(set(question.choices)) < len(question.choices):
+        raise ValueError("two choices are the same")
+    return question
 
 
 def _kind(row: object) -> type["_Row"]:
