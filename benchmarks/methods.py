@@ -29,6 +29,7 @@ from tli_jax import command, upscale
 from tli_jax.checkpoint import hub, proof, tokens
 from tli_jax.checkpoint.hf import Checkpoint, load_hf, open_checkpoint
 from tli_jax.checkpoint.save import save_hf
+from tli_jax.data.documents import read_plain
 from tli_jax.growth.plan import Plan
 
 RESULTS = Path(__file__).parent / "results"
@@ -143,8 +144,8 @@ def main() -> None:
         texts = [
             tokens.windows(tokenizer.encode(text), base.config, TOKENS, WINDOW)
             for text in (
-                tokens.read_text(options.text) if options.text else tokens.embedded_text(),
-                tokens.read_text(options.other) if options.other else "\n".join(tokens.topics()),
+                read_plain(options.text) if options.text else tokens.embedded_text(),
+                read_plain(options.other) if options.other else "\n".join(tokens.topics()),
             )
         ]
         rows = {}

@@ -434,7 +434,7 @@ class _Loader(yaml.SafeLoader):
     decimal ones: 0123, 1:30 and 2024-01-01 stay text.
     """
 
-    yaml_implicit_resolvers: ClassVar = {}
+    yaml_implicit_resolvers: ClassVar = {}  # pyright: ignore[reportIncompatibleVariableOverride]
     yaml_constructors: ClassVar = {
         tag: constructor
         for tag, constructor in yaml.SafeLoader.yaml_constructors.items()

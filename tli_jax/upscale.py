@@ -27,6 +27,7 @@ from tli_jax.checkpoint.stream import (
     write_safetensors,
 )
 from tli_jax.config import UpscaleConfig, parse
+from tli_jax.data.documents import read_plain
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.experts import Experts
 from tli_jax.growth.plan import Plan
@@ -267,7 +268,7 @@ def _read_ids(config: UpscaleConfig, base: Checkpoint, tokenizer: tokens.Tokeniz
                 f"{base.folder}: no tokenizer, which --text, --sample and --method adept need: leave them out"
             )
         return None
-    text = tokens.embedded_text() if config.text is None else tokens.read_text(Path(config.text))
+    text = tokens.embedded_text() if config.text is None else read_plain(Path(config.text))
     ids = tokenizer.encode(text)
     tokens.windows(ids, base.config, tokens.FEWEST, tokens.FEWEST)  # refuses what is too short
     return ids

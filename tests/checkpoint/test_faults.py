@@ -643,9 +643,10 @@ def test_what_is_not_there(case: str, cli: Command) -> None:
 
 
 TEXTS: dict[str, tuple[bytes | None, int, str]] = {
-    "not UTF-8": ("eins\nzwei\ndr\u00fcben\n".encode("latin-1"), 65, "line 3 is not UTF-8 (byte 12)"),
-    "empty": (b"", 65, "is empty"),
-    "blank": (b" \n\n", 65, "is empty"),
+    "not UTF-8": ("eins\nzwei\ndr\u00fcben\n".encode("latin-1"), 65, "line 3: not UTF-8"),
+    "empty": (b"", 65, "empty file"),
+    "blank": (b" \n\n", 65, "no document with text"),
+    "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", 65, "is a Git LFS pointer"),
     "short": (b"a few words", 65, "the text has 11 tokens, the proof needs 128"),
     "absent": (None, 66, "no such text file"),
 }

@@ -12,6 +12,7 @@ import pytest
 from tli_jax.checkpoint import proof, tokens
 from tli_jax.checkpoint.headers import read_folder
 from tli_jax.checkpoint.hf import load_hf, open_checkpoint
+from tli_jax.data.documents import read_plain
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
@@ -271,7 +272,7 @@ def stories_tokens(material: Path) -> np.ndarray:
     base = open_checkpoint(material / "stories260k")
     tokenizer, warnings = tokens.open_tokenizer(base.folder, base.config)
     assert tokenizer is not None and warnings == []
-    text = tokens.read_text(material / "text" / "tinystories_sample_4kb.txt")
+    text = read_plain(material / "text" / "tinystories_sample_4kb.txt")
     return tokens.windows(tokenizer.encode(text), base.config, 4096, 512)
 
 

@@ -195,7 +195,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("name", "data", "message"), WRONG)
+@pytest.mark.parametrize(("name", "data", "message"), WRONG, ids=[f"{one[0]} {one[2]}" for one in WRONG])
 def test_a_file_that_is_not_what_its_name_says_is_named(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
@@ -289,7 +289,7 @@ def test_a_packed_file_that_is_cut_gives_what_came_before(name, write, many):
     path = write(name, many)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 4])
-    with pytest.raises(DataError, match=r"after line \d+: broken file \(.+\): fix it"):
+    with pytest.raises(DataError, match=r"after line \d+ of the unpacked text: broken file \(.+\): fix it"):
         read(path, separator="<>")
     got, found = read(path, separator="<>", on_bad="skip")
     assert len(many) // 2 < len(got) < len(many) and got == many[: len(got)]

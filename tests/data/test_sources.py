@@ -40,9 +40,8 @@ def test_what_is_no_text_is_left_out_and_listed(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "data")
     files, note = find(tmp_path)
     assert files == ["a.txt", "b.jsonl", "config.txt", "d.csv.gz", "data/c.JSONL"]
-    assert (
-        f"{tmp_path}: left out, being hidden, linked folders or no text by name: .git/, .gitattributes, LICENSE, LICENSE.txt, README.md"
-        in note
+    assert note.startswith(
+        f"{tmp_path}: left out, being hidden, linked folders or no text by name: .git/, .gitattributes"
     )
     assert note.endswith("and 4 more")
     with pytest.raises(DataError, match=r"has no files of text, only load\.py: give other files"):

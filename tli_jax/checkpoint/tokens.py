@@ -9,7 +9,7 @@ import numpy as np
 
 from tli_jax.checkpoint.encoding import Tokenizer as Tokenizer
 from tli_jax.checkpoint.tokenizer import open_tokenizer as open_tokenizer
-from tli_jax.errors import DataError, MissingInputError
+from tli_jax.errors import DataError
 from tli_jax.models.config import LlamaConfig
 
 FEWEST = 128  # tokens that a proof needs at least
@@ -47,26 +47,6 @@ def library_files() -> tuple[list[Path], list[Path]]:
 def held_out_modules() -> list[str]:
     """Texts of the modules held out of the embedded base's training."""
     return [file.read_text(encoding="utf-8") for file in library_files()[1]]
-
-
-def read_text(file: Path) -> str:
-    """A UTF-8 text.
-
-    Raises:
-        MissingInputError: it is not there.
-        DataError: it is empty or not UTF-8; names the line.
-    """
-    if not file.is_file():
-        raise MissingInputError(f"{file}: no such text file")
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{file}: line {line} is not UTF-8 (byte {error.start:,}): convert the file") from None
-    if not text.strip():
-        raise DataError(f"{file}: is empty, text is needed")
-    return text
 
 
 def windows(ids: list[int], config: LlamaConfig, tokens: int, length: int) -> np.ndarray:

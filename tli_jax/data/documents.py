@@ -42,6 +42,7 @@ class Documents:
         self.bad: Counter[str] = Counter()
         self.places: list[str] = []
         self.notes: list[str] = []
+        self.advice = "fix it, or leave out such documents with --on-bad skip"
         self._separators: int | None = None  # found in plain text; None where there was none to look into
 
     def __iter__(self) -> Iterator[str]:
@@ -71,16 +72,16 @@ class Documents:
                 try:
                     yield _parse(content, kind, self.config.field)
                 except BadDocumentError as bad:
-                    self._report(bad.reason, f"{file}: {formats.unit(kind)} {number + bad.lines}")
+                    self._report(bad.reason, f"{file}: {_place(file, kind, number + bad.lines)}")
         except BadDocumentError as bad:
             self._report(bad.reason, str(file))
         except _BrokenFileError as broken:
             why = " ".join(str(broken).split())[:100]
-            self._report("broken file", f"{file}: after {formats.unit(kind)} {number}", f" ({why})")
+            self._report("broken file", f"{file}: after {_place(file, kind, number)}", f" ({why})")
 
     def _report(self, reason: str, place: str, detail: str = "") -> None:
         if self.config.on_bad == "refuse":
-            raise DataError(f"{place}: {reason}{detail}: fix it, or leave out such documents with --on-bad skip")
+            raise DataError(f"{place}: {reason}{detail}: {self.advice}")
         self.bad[reason] += 1
         self.places += [place] * (len(self.places) < _PLACES)
 
@@ -138,7 +139,12 @@ def read_plain(file: Path) -> str:
     if (kind := formats.kind_by_name(file) or "text") != "text":
         raise DataError(f"{file}: is {kind} by its name, plain text is needed")
     documents = Documents(file, Recipe())
+    documents.advice = "fix it, or give another file"
     return "".join(documents)
+
+
+def _place(file: Path, kind: str, number: int) -> str:
+    return f"{formats.unit(kind)} {number}{' of the unpacked text' if formats.is_packed(file) else ''}"
 
 
 class _BrokenFileError(Exception):
@@ -153,19 +159,16 @@ def _parse(content: Any, kind: str, field: str) -> str:
     """
     if isinstance(content, BadDocumentError):
         raise content
-    if content is None and kind != "json":
-        raise BadDocumentError("null")
-    text = content
     if isinstance(content, bytes):
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            lines = content.count(b"\n", 0, error.start) if kind == "text" else 0
-            raise BadDocumentError("not UTF-8", lines) from None
+        text = _decode(content, kind)
         if (kind == "json" and text.strip()) or (kind == "array_record" and text.startswith("{")):
             text = _parse_line(text, field, may_be_text=kind == "array_record")
     elif kind == "json":
         text = _take_field(content, field)
+    elif content is None:
+        raise BadDocumentError("null")
+    else:
+        text = content
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -173,6 +176,14 @@ def _parse(content: Any, kind: str, field: str) -> str:
     if (nul := text.find("\0")) >= 0:
         raise BadDocumentError("NUL character", text.count("\n", 0, nul) if kind == "text" else 0)
     return text
+
+
+def _decode(content: bytes, kind: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        lines = content.count(b"\n", 0, error.start) if kind == "text" else 0
+        raise BadDocumentError("not UTF-8", lines) from None
 
 
 def _parse_line(line: str, field: str, may_be_text: bool) -> str:
