@@ -10,6 +10,7 @@ from typing import Any
 
 from tli_jax.config import Recipe
 from tli_jax.data import formats
+from tli_jax.data.arrow import read_arrow
 from tli_jax.data.formats import BadDocumentError, Record
 from tli_jax.data.sources import find_files
 from tli_jax.errors import DataError, MissingInputError, TliError, nearest
@@ -106,7 +107,7 @@ class Documents:
             self.done = done + at
 
         if kind in ("parquet", "arrow"):
-            return formats.read_arrow(file, kind, field)
+            return read_arrow(file, kind, field)
         if kind == "array_record":
             return formats.read_array_record(file)
         chunks = formats.read_chunks(file, told)
