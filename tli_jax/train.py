@@ -299,7 +299,7 @@ def make_trainer(
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
     """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
-    dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers[:1]).dtype.name for leaf in trainer.leaves}
+    dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers).dtype.name for leaf in trainer.leaves}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "id": secrets.token_hex(8),

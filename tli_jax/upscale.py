@@ -15,9 +15,10 @@ import numpy as np
 from tli_jax import command
 from tli_jax import train as training
 from tli_jax.checkpoint import hub, sidecar, tokens
-from tli_jax.checkpoint.headers import INDEX, SINGLE, read_json
-from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
+from tli_jax.checkpoint.headers import INDEX, SINGLE
+from tli_jax.checkpoint.hf import Checkpoint, check_unchanged, open_checkpoint
 from tli_jax.checkpoint.output import check_output, staged
+from tli_jax.checkpoint.record import read_growth_record
 from tli_jax.checkpoint.stream import (
     Piece,
     check_tensors,
@@ -135,7 +136,7 @@ def _is_there(config: UpscaleConfig) -> bool:
     file = Path(str(config.output)) / "growth.json"
     if config.overwrite or not file.is_file():
         return False
-    there = Plan.from_json(read_json(file), str(file))
+    there = Plan.from_json(read_growth_record(file), str(file))
     base = open_checkpoint(hub.resolve(config.model, config.revision))
     importance = there.options.get("importance") or [0.0] * base.config.num_hidden_layers
     plan = make_plan(config, base, importance)
@@ -184,6 +185,9 @@ def prepare(config: UpscaleConfig) -> Job:
         check_output(Path(config.output), folder, config.overwrite)
     base = open_checkpoint(folder)
     check_shape(base.config, config.shape, str(folder))
+    runs_it = config.proof or config.sample is not None or needs_importance(config) or config.train is not None
+    if runs_it and not config.plan_only:
+        base.config.check_runnable(str(folder))
     tokenizer, warnings = tokens.open_tokenizer(folder, base.config)
     if config.plan_only and tokenizer is None:
         # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.
@@ -206,12 +210,14 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
     """Check the base, write the grown folder, prove it; what ``growth.json`` says. ``seconds`` is filled on the way.
 
     Raises:
-        DataError: NaN or Inf in the base, a text that cannot be read, or a promise that is not kept.
+        DataError: NaN or Inf in the base, a base that changes meanwhile, a text that cannot be read, or a promise that
+            is not kept.
         OutputError, StorageError: the output cannot be written.
     """
     config, base, plan = job.config, job.base, job.plan
     ids = _read_ids(config, base, job.tokenizer)
-    with staged(Path(str(config.output)), sum(job.description["writes"].values())) as partial:
+    size = sum(job.description["writes"].values())
+    with staged(Path(str(config.output)), size, overwrite=config.overwrite) as partial:
         digests, nonfinite = _check(job, seconds)
         at = time.perf_counter()
         with command.progress("write", job.description["after"]["bytes"]) as advance:
@@ -226,6 +232,7 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
             proof = _prove(job, open_checkpoint(partial), ids)
             seconds["proof"] = proof["seconds"]
             report.print_proof(screen, proof)
+        reason = None if base.config.is_runnable else f"RoPE type {base.config.rope_type!r} is not supported"
         # The hub's cache calls a folder by its commit.
         revision = base.folder.name if base.folder.parent.name == "snapshots" else config.revision
         record = {
@@ -237,10 +244,12 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
             "computed": job.facts,
             "versions": sidecar.versions("tli_jax", "numpy", "jax", "safetensors"),
             "proof": proof,
+            "not_proved": None if proof else " because ".join(filter(None, ("--no-proof", reason))),
         }
         sidecar.write_json(partial / "growth.json", record)
         card = report.make_card(Path(str(config.output)).name, record, plan, _card_front(config))
         (partial / "README.md").write_text(card, encoding="utf-8")
+        check_unchanged(base)
     return record
 
 

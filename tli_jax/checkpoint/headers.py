@@ -23,6 +23,10 @@ from tli_jax.errors import DataError, MissingInputError
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # JSON of 4 MiB describes 25,000 tensors; parsed, the worst of it takes 110 MB.
 MAX_HEADER = 4 * 2**20
+_MAX_DEPTH = 100  # of nested JSON: what is deeper than this could be read, but not written again
+# Put in front of every name by torch.compile, DataParallel, Lightning, PEFT.
+_PREFIX = re.compile(r"(?:_orig_mod\.|module\.|model\.|base_model\.model\.)+")
+_FIRST_NAME = "model.embed_tokens.weight"
 _SHARD_NAME = re.compile(r"\w[\w.-]{0,200}\.safetensors", re.ASCII)
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -118,7 +122,7 @@ def _read_entry(file: Path, data: int, name: str, entry: Any) -> Tensor:
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:
-    """A JSON object without duplicate keys.
+    """A JSON object without duplicate keys, and without ``NaN`` and ``Infinity``, which JSON does not have.
 
     Raises:
         DataError: it is not that.
@@ -131,8 +135,13 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
             raise DataError(f"{where}: key {twice!r} appears twice")
         return found
 
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise DataError(f"{where}: has the number {text[:20]}, which is not finite: fix it")
+        return number
+
     try:
-        found = json.loads(text, object_pairs_hook=unique)
+        found = json.loads(text, object_pairs_hook=unique, parse_constant=finite, parse_float=finite)
     except DataError:
         raise
     except (ValueError, RecursionError) as error:
@@ -151,18 +160,40 @@ def read_json(file: Path) -> dict[str, Any]:
     size = file.stat().st_size
     if size > MAX_HEADER:
         raise DataError(f"{file}: has {size:,} bytes, more than the {MAX_HEADER:,} that a model needs: fetch it again")
-    return parse_json(file.read_bytes(), str(file))
+    found = parse_json(file.read_bytes(), str(file))
+    level = [found]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for one in level
+            for child in (one.values() if isinstance(one, dict) else one)
+            if isinstance(child, (dict, list))
+        ]
+    if level:
+        raise DataError(f"{file}: is nested more than {_MAX_DEPTH} deep: fix it")
+    return found
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The tensors of a model folder by name, and the names in its index that no shard has to hold."""
+
+    tensors: dict[str, Tensor]
+    absent: tuple[str, ...] = ()
+
+
+def read_folder(folder: Path, may_be_absent: Callable[[str], bool] = lambda name: False) -> Folder:
     """All tensors of a model folder: one ``model.safetensors``, or the shards that its index names.
+
+    Args:
+        may_be_absent: whether the index may name a tensor that no shard holds.
 
     Raises:
         MissingInputError: there are no weights, or shards are missing (all are named).
         DataError: damaged, contradictory, only a pickle, or an index that leaves the folder.
     """
     if (folder / SINGLE).exists():
-        return read_header(inside(folder, SINGLE))
+        return Folder(read_header(inside(folder, SINGLE)))
     if not (folder / INDEX).exists():
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pth", ".pt"))
         if pickles:
@@ -186,11 +217,23 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
             if name in tensors:
                 raise DataError(f"{file}: tensor {name!r} is also in {tensors[name].file.name}")
             tensors[name] = tensor
-    _refuse(f"{folder / INDEX}: names tensors that the shards lack", weight_map.keys() - tensors.keys())
+    absent = weight_map.keys() - tensors.keys()
+    spare = {name for name in absent if may_be_absent(name)}
+    _refuse(f"{folder / INDEX}: names tensors that the shards lack", absent - spare)
     _refuse(f"{folder / INDEX}: does not name tensors that the shards hold", tensors.keys() - weight_map.keys())
-    misplaced = {name for name, file in weight_map.items() if tensors[name].file != shards[file]}
+    misplaced = {name for name, tensor in tensors.items() if tensor.file != shards[weight_map[name]]}
     _refuse(f"{folder / INDEX}: names the wrong shard for tensors", misplaced)
-    return tensors
+    return Folder(tensors, tuple(sorted(spare)))
+
+
+def strip_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The tensors without what a wrapper of the model put in front of all their names, and that prefix or ""."""
+    found = next((name for name in tensors if name.endswith(_FIRST_NAME)), _FIRST_NAME)
+    prefix = found.removesuffix(_FIRST_NAME)
+    if not _PREFIX.fullmatch(prefix) or not all(name.startswith(prefix) for name in tensors):
+        return tensors, ""
+    short = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: dataclasses.replace(tensor, name=name) for name, tensor in short.items()}, prefix
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -214,10 +257,15 @@ def inside(folder: Path, name: str) -> Path:
     return file
 
 
-def _refuse(what: str, names: Iterable[str]) -> None:
-    names = sorted(names)
+def _refuse(what: str, names: Iterable[str], more: str = "") -> None:
+    names = list(names)
     if names:
-        raise DataError(f"{what}: {', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({len(names)} in all)")
+        raise DataError(f"{what}: {_list(names)}{more}")
+
+
+def _list(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return f"{', '.join(names[:5])}{', …' if len(names) > 5 else ''} ({len(names)} in all)"
 
 
 def check_names(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], where: Path) -> None:
@@ -226,8 +274,10 @@ def check_names(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]]
     Raises:
         DataError: the first five of each and the count.
     """
-    _refuse(f"{where}: tensors that the configuration asks for are missing", expected.keys() - tensors.keys())
-    _refuse(f"{where}: tensors that a Llama of this configuration does not have", tensors.keys() - expected.keys())
+    missing, unknown = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
+    beside = f"; the weights have instead {_list(unknown)}" if unknown else ""
+    _refuse(f"{where}: tensors that the configuration asks for are missing", missing, beside)
+    _refuse(f"{where}: tensors that a Llama of this configuration does not have", unknown)
 
     def list_all(what: str, wrong: Callable[[str], bool], say: Callable[[str], str]) -> None:
         _refuse(f"{where}: {what}", [f"{name} {say(name)}" for name in expected if wrong(name)])

@@ -4,13 +4,15 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, read_folder, read_json
+from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, read_folder, read_json, strip_prefix
+from tli_jax.checkpoint.record import read_growth_record
 from tli_jax.errors import DataError, MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
     import jax
 
 # Buffers that old checkpoints carry and no Llama needs.
-_BUFFERS = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+_BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_HEAD = "lm_head.weight"
 CHUNK = 4 * 2**20  # bytes that pass through memory at a time
 
 
@@ -33,6 +36,7 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     warnings: tuple[str, ...] = ()
     growth: dict[str, Any] | None = None
+    stamps: Mapping[Path, "Stamp"] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def raw(self) -> dict[str, Any]:
@@ -66,8 +70,19 @@ class Stored:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of the first; see ``load_array`` for what others may be."""
-        return DTYPES[self.tensors[0].dtype]
+        """The dtype that holds the values of all tensors: their own, or float32 where they differ."""
+        return widest(self.tensors)
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the tensors differ in dtype."""
+        return len({tensor.dtype for tensor in self.tensors}) > 1
+
+
+def widest(tensors: Sequence[Tensor]) -> np.dtype:
+    """The dtype that holds the values of all: their own, or float32 where they differ."""
+    codes = {tensor.dtype for tensor in tensors}
+    return DTYPES[codes.pop() if len(codes) == 1 else "F32"]
 
 
 def hf_name(name: str, layer: int | None = None) -> str:
@@ -122,40 +137,113 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise MissingInputError(f"{folder}: no such folder: give the folder of a model, with config.json in it")
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{folder}: no config.json, so not a model folder")
+    # Before anything is read, so that no change goes unseen.
+    stamps = {file: Stamp.of(file) for file in [folder / "config.json", *folder.glob("*.safetensors")] if file.exists()}
     raw = read_json(folder / "config.json")
-    warnings = []
+    notes = []
     if "auto_map" in raw:
-        warnings.append(f"{folder / 'config.json'}: auto_map asks for code of the model's own, which is never run")
+        notes.append(f"{folder / 'config.json'}: auto_map asks for code of the model's own, which is never run")
     config = LlamaConfig.from_hf(raw, str(folder / "config.json"))
-    tensors = read_folder(folder)
+    notes += _notes(config, raw, folder / "config.json")
+    is_tied = config.tie_word_embeddings
+    found = read_folder(folder, lambda name: _is_spare(name, is_tied))
+    if found.absent:
+        notes.append(
+            f"{folder}: the index names {len(found.absent)} tensors that no shard holds and the model does not need,"
+            f" like {found.absent[0]}"
+        )
+    tensors, prefix = strip_prefix(found.tensors)
+    if prefix:
+        notes.append(f"{folder}: all tensor names start with {prefix!r}, which is dropped")
     buffers = [name for name in tensors if _BUFFERS.fullmatch(name)]
     if buffers:
-        warnings.append(f"{folder}: {len(buffers)} rotary buffers (inv_freq) are dropped, they are computed")
+        notes.append(f"{folder}: {len(buffers)} rotary buffers (inv_freq) are dropped, they are computed")
     tensors = {name: tensor for name, tensor in tensors.items() if name not in buffers}
-    if config.tie_word_embeddings and "lm_head.weight" in tensors:
-        head, embedding = tensors.pop("lm_head.weight"), tensors.get("model.embed_tokens.weight")
+    if is_tied and _HEAD in tensors:
+        head, embedding = tensors.pop(_HEAD), tensors.get("model.embed_tokens.weight")
         if embedding is None or not same_bytes(head, embedding):
             raise DataError(
                 f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from it:"
                 " set tie_word_embeddings to false"
             )
-        warnings.append(f"{folder}: lm_head.weight equals the embedding it is tied to, and is stored once")
-    layers = config.num_hidden_layers
+        notes.append(f"{folder}: lm_head.weight equals the embedding it is tied to, and is stored once")
+    layers, experts = config.num_hidden_layers, config.num_experts
+    # Before a name is made for each.
     if layers > len(tensors):
         raise DataError(f"{folder}: config.json has num_hidden_layers {layers:,}, the weights {len(tensors)} tensors")
+    if experts > len(tensors) or layers * experts > 2 * len(tensors):
+        raise DataError(f"{folder}: config.json has num_local_experts {experts:,}, the weights {len(tensors)} tensors")
     check_names(tensors, expected_shapes(config), folder)
-    return Checkpoint(folder, config, tensors, tuple(warnings), _read_growth(folder, config))
+    checkpoint = Checkpoint(folder, config, tensors, growth=_read_growth(folder, config), stamps=stamps)
+    mixed = [name for name in config.layer_tensors if checkpoint.stored(name, range(layers)).is_mixed]
+    if mixed:
+        what = f"{mixed[0]} and {len(mixed) - 1} more" if len(mixed) > 1 else mixed[0]
+        notes.append(
+            f"{folder}: layers are stored in different dtypes ({what}): growth keeps the dtype of each, all else reads"
+            " them as float32 where no other dtype is asked for"
+        )
+    return dataclasses.replace(checkpoint, warnings=tuple(notes))
+
+
+def _is_spare(name: str, is_tied: bool) -> bool:
+    """Whether a tensor that an index names is one that a Llama can do without."""
+    short = name[name.find("model.layers.") if "model.layers." in name else 0 :]
+    return bool(_BUFFERS.fullmatch(short) or name.endswith("model.rotary_emb.inv_freq")) or (
+        is_tied and name.endswith(_HEAD)
+    )
+
+
+def _notes(config: LlamaConfig, raw: Mapping[str, Any], file: Path) -> Iterator[str]:
+    """What to know of a configuration that is read all the same."""
+    if not config.is_runnable:
+        yield (
+            f"{file}: RoPE type {config.rope_type!r} is not supported, so the model can be grown (--no-proof), not run"
+        )
+    factors = dict(config.rope_factors)
+    if config.rope_type == "llama3" and factors["original_max_position_embeddings"] >= config.max_position_embeddings:
+        yield (
+            f"{file}: RoPE type llama3 with an original context of"
+            f" {factors['original_max_position_embeddings']:,.0f}, not below max_position_embeddings"
+            f" {config.max_position_embeddings:,}, as transformers reads it: the original context may be missing"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Stamp:
+    """What changes about a file when it is written to or replaced."""
+
+    size: int
+    mtime_ns: int
+    inode: tuple[int, int]
+
+    @classmethod
+    def of(cls, file: Path) -> "Stamp":
+        stat = file.stat()
+        return cls(stat.st_size, stat.st_mtime_ns, (stat.st_dev, stat.st_ino))
+
+
+def check_unchanged(checkpoint: Checkpoint) -> None:
+    """Refuse a folder whose configuration or weights were written to or replaced since it was opened.
+
+    Compares size, modification time and inode: a change that keeps all three is not seen.
+
+    Raises:
+        DataError: a file has changed, or is gone.
+    """
+    for file, stamp in checkpoint.stamps.items():
+        if not file.is_file() or Stamp.of(file) != stamp:
+            raise DataError(f"{file}: changed while it was read: run the same command again, on a model at rest")
 
 
 def _read_growth(folder: Path, config: LlamaConfig) -> dict[str, Any] | None:
     file = folder / "growth.json"
     if not file.is_file():
         return None
-    record = read_json(file)
-    plan = Plan.from_json(record, str(file))
-    if not len(plan) == len(plan.layer_map) == config.num_hidden_layers:
+    record = read_growth_record(file)
+    if len(record["rows"]) != config.num_hidden_layers:
         raise DataError(
-            f"{file}: is about {len(plan)} layers, config.json about {config.num_hidden_layers}: mend or remove it"
+            f"{file}: is about {len(record['rows'])} layers, config.json about {config.num_hidden_layers}:"
+            " fix or delete it"
         )
     return record
 
@@ -224,7 +312,10 @@ def load_hf(
 
     Raises:
         MissingInputError, UnavailableError: the model cannot be had.
-        MissingInputError, DataError: see ``open_checkpoint``; DataError too if layers differ in dtype.
+        MissingInputError, DataError: see ``open_checkpoint``.
+
+    Warns:
+        UserWarning: layers are stored in different dtypes, and are loaded as float32 because no dtype is given.
     """
     import jax
 
@@ -234,33 +325,30 @@ def load_hf(
     config, layers = checkpoint.config, range(checkpoint.config.num_hidden_layers)
     flat = {name: checkpoint.stored(name) for name in config.outer_tensors}
     flat |= {f"layers.{name}": checkpoint.stored(name, layers) for name in config.layer_tensors}
+    mixed = [name for name, stored in flat.items() if stored.is_mixed] if dtype is None else []
+    if mixed:
+        warnings.warn(
+            f"{checkpoint.folder}: {mixed[0]} has other dtypes in other layers: it is loaded as float32", stacklevel=2
+        )
     if shardings is None or isinstance(shardings, jax.sharding.Sharding):
         shardings = jax.tree.map(lambda _: shardings, nest(dict.fromkeys(flat, 0)))
 
-    leaves = {name: load_array(stored, name, pick(shardings, name), dtype) for name, stored in flat.items()}
+    leaves = {name: load_array(stored, pick(shardings, name), dtype) for name, stored in flat.items()}
     if dtype is not None:
         config = dataclasses.replace(config, dtype=np.dtype(dtype).name)
     return config, nest(leaves)
 
 
-def load_array(
-    stored: Stored, name: str, sharding: "jax.sharding.Sharding | None" = None, dtype: Any = None
-) -> "jax.Array":
-    """One array from its tensors.
+def load_array(stored: Stored, sharding: "jax.sharding.Sharding | None" = None, dtype: Any = None) -> "jax.Array":
+    """One array from its tensors, in ``dtype``, or in the one that holds the values of all (``Stored.dtype``).
 
     Each device's share is read from disk by itself: nothing is whole anywhere that is not meant to be.
 
     Raises:
-        DataError: the tensors differ in dtype, or a file has become shorter.
+        DataError: a file has become shorter.
     """
     import jax
 
-    dtypes = {tensor.dtype for tensor in stored.tensors}
-    if len(dtypes) > 1:
-        raise DataError(
-            f"{stored.tensors[0].file.parent}: {name} has dtypes {', '.join(sorted(dtypes))} in different layers,"
-            " one is needed to stack"
-        )
     lead, shape = stored.lead, stored.shape
     target = np.dtype(dtype) if dtype is not None else stored.dtype
 

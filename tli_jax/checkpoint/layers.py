@@ -17,10 +17,7 @@ def read_layer(checkpoint: Checkpoint, layer: int, dtype: Any = None) -> dict[st
     """The params of one layer, as stored or in another dtype."""
     # Moved to the device one by one, so that only one tensor is ever held twice.
     return nest(
-        {
-            name: load_array(checkpoint.stored(name, [layer]), name, dtype=dtype)[0]
-            for name in checkpoint.config.layer_tensors
-        }
+        {name: load_array(checkpoint.stored(name, [layer]), dtype=dtype)[0] for name in checkpoint.config.layer_tensors}
     )
 
 

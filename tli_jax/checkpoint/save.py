@@ -50,7 +50,7 @@ def save_hf(
     if plan is not None and len(plan) != depth:
         raise UsageError(f"the plan gives {len(plan)} layers, the params have {depth}: inject first")
     check_output(path, None if source is None else Path(source), overwrite)
-    with staged(path, sum(piece.nbytes for piece in pieces)) as partial:
+    with staged(path, sum(piece.nbytes for piece in pieces), overwrite=overwrite) as partial:
         write_safetensors(partial, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
         raw = config.with_layers(depth).to_hf()
         if plan is not None:

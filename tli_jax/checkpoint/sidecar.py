@@ -126,4 +126,5 @@ def versions(*names: str) -> dict[str, str]:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Indented, in UTF-8, ending in a newline."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as JSON escapes it

@@ -8,8 +8,10 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
+import reprlib
 import struct
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from tli_jax.checkpoint.headers import DTYPES, INDEX, SINGLE, Tensor
-from tli_jax.checkpoint.hf import CHUNK, Checkpoint, grown_config, hf_name, read_chunks, read_tensor
+from tli_jax.checkpoint.headers import CODES, DTYPES, INDEX, SINGLE, Tensor
+from tli_jax.checkpoint.hf import CHUNK, Checkpoint, grown_config, hf_name, read_chunks, read_tensor, widest
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.experts import MATRICES, Experts
 from tli_jax.growth.plan import HOST_INITS, Plan, is_residual_output
 
 Progress = Callable[[int], None]
+# Of a model and of one file: an index and a header of that many names can still be read back (``MAX_HEADER``).
+MAX_TENSORS, _MAX_FILE_TENSORS = 35_000, 20_000
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # Exponent bits, all set in NaN and Inf, and the unsigned type to look at them through.
 _EXPONENTS = {"F32": (np.uint32, 0x7F800000), "BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00)}
@@ -55,9 +59,9 @@ def parse_size(text: str) -> int:
     Raises:
         UsageError: it is not one.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B?)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?I?B?)", text.strip().upper())
     if match is None or match[2] not in _UNITS or not float(match[1]):
-        raise UsageError(f"max_shard_size {text!r} is not a size like 5GB or 500MiB")
+        raise UsageError(f"max_shard_size {reprlib.repr(text)} is not a size like 5GB or 500MiB")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
@@ -92,12 +96,18 @@ def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = No
     Args:
         facts: filled, as pieces are made, by what initialisers find that work on the host.
 
+    A tensor keeps its dtype; one made of several that differ in theirs is float32, as in memory.
+
     Raises:
-        DataError: layers that a row mixes differ in dtype.
-        UsageError: the plan is not for such a base.
+        UsageError: the plan is not for such a base, or makes more tensors than a folder can hold.
     """
     tensors = base.tensors
-    grown_config(base.config, plan)  # refuses experts of what has some
+    grown = grown_config(base.config, plan)  # refuses experts of what has some
+    count = len(plan) * sum(grown.num_experts if len(dims) == 3 else 1 for dims in grown.layer_tensors.values())
+    if count > MAX_TENSORS:
+        raise UsageError(
+            f"{plan.method}: {count:,} tensors are more than the {MAX_TENSORS:,} that can be written: ask for less"
+        )
     if base.config.num_experts and any(row.init in HOST_INITS for row in plan.rows):
         raise UsageError(f"{plan.method}: init transport and predictor make dense layers, the base has experts")
     pieces = [_keep(tensors["model.embed_tokens.weight"], "model.embed_tokens.weight")]
@@ -109,22 +119,20 @@ def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = No
     for number, name, part in order:
         row, is_output = plan.rows[number], is_residual_output(name)
         sources = [tensors[hf_name(part, layer)] for layer, _ in row.sources]
-        if len({source.dtype for source in sources}) > 1:
-            raise DataError(f"{base.folder}: {name} of layers {[layer for layer, _ in row.sources]} differs in dtype")
         target = hf_name(part, number)
         action = row.action(is_output)
         if action == "copy":
             piece = _keep(sources[0], target)
         else:
             if action == "compute" and row.init in HOST_INITS:
-                make = on_host.maker(number, name, is_output, DTYPES[sources[0].dtype])
+                make = on_host.maker(number, name, is_output, widest(sources))
             else:
                 maker = {"zero": _zeros, "combine": _combined, "compute": _computed}[action]
                 # An expert's tensor is drawn by its own name.
                 expert = "" if part == name else f".{base.config.stored_tensors(name).index(part)}"
                 make = maker(plan, number, name + expert, sources, is_output)
-            like = sources[0]
-            piece = Piece(target, like.dtype, like.shape, like.nbytes, make=make)
+            dtype, shape = widest(sources), sources[0].shape
+            piece = Piece(target, CODES[dtype], shape, math.prod(shape) * dtype.itemsize, make=make)
         if plan.experts is not None and name.startswith("mlp."):
             pieces += _expert_pieces(plan.experts, number, name.split(".")[1], piece)
         else:
@@ -173,7 +181,7 @@ def _keep(tensor: Tensor, name: str) -> Piece:
 
 
 def _zeros(plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool) -> Callable[[], Iterator[Any]]:
-    nbytes = sources[0].nbytes
+    nbytes = math.prod(sources[0].shape) * widest(sources).itemsize
 
     def make() -> Iterator[Any]:
         chunk = bytes(min(CHUNK, nbytes))
@@ -187,15 +195,18 @@ def _combined(
     plan: Plan, number: int, name: str, sources: list[Tensor], is_output: bool
 ) -> Callable[[], Iterator[Any]]:
     row = plan.rows[number]
-    dtype = DTYPES[sources[0].dtype]
     weights = [np.float32(weight) for _, weight in row.sources]
 
     def make() -> Iterator[Any]:
         # Here, because it brings JAX, which a plan alone does not need.
         from tli_jax.growth.initialisers import combine
 
-        for chunks in zip(*(read_chunks(source) for source in sources), strict=True):
-            arrays = [np.frombuffer(chunk, dtype) for chunk in chunks]
+        # As many elements of each at a time.
+        sizes = [CHUNK // 4 * DTYPES[source.dtype].itemsize for source in sources]
+        for chunks in zip(*map(read_chunks, sources, sizes), strict=True):
+            arrays = [np.frombuffer(c, DTYPES[s.dtype]) for c, s in zip(chunks, sources, strict=True)]
+            if len({array.dtype for array in arrays}) > 1:
+                arrays = [array.astype(np.float32) for array in arrays]
             yield memoryview(combine(arrays, weights, np.float32(row.factor(is_output))).view(np.uint8))
 
     return make
@@ -242,7 +253,8 @@ def split_shards(pieces: list[Piece], max_shard_bytes: int) -> dict[str, list[Pi
     shards: list[list[Piece]] = [[]]
     size = 0
     for piece in pieces:
-        if shards[-1] and size + piece.nbytes > max_shard_bytes:
+        is_full = size + piece.nbytes > max_shard_bytes or len(shards[-1]) == _MAX_FILE_TENSORS
+        if shards[-1] and is_full:
             shards.append([])
             size = 0
         shards[-1].append(piece)

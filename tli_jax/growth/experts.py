@@ -1,6 +1,8 @@
 """What a growth makes of each layer's feed-forward: experts, of which a router chooses some for each token."""
 
 import dataclasses
+import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +11,8 @@ from tli_jax.errors import UsageError, nearest
 UPCYCLES = ("copy", "noise", "drop", "virtual_groups", "virtual_groups_published")
 # Of a dense layer -> of each expert, by Mixtral's name.
 MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+# Of a layer: far above any model.
+MAX_EXPERTS = 10_000
 _RATIOS = {"noise": 0.01, "drop": 0.5}
 
 
@@ -49,13 +53,17 @@ class Experts:
             raise UsageError(f"upcycle {self.upcycle!r} is not known{known}")
         if self.count < 1 or G < 1:
             raise UsageError(f"experts {self.count}, granularity {G}: both must be 1 or more")
+        if self.total > MAX_EXPERTS:
+            raise UsageError(
+                f"experts {self.count}, granularity {G}: more than {MAX_EXPERTS:,} experts a layer: use fewer"
+            )
         if G > 1 and not self.upcycle.startswith("virtual_groups"):
             raise UsageError(
                 f"granularity {G} needs upcycle virtual_groups, {self.upcycle} makes experts of the same size"
             )
         if not 1 <= self.top_k <= self.total or self.top_k % G:
             raise UsageError(f"top_k is {self.top_k}, must be a multiple of granularity {G} and 1…{self.total}")
-        if not self.router_std > 0:
+        if not 0 < self.router_std < math.inf:
             raise UsageError(
                 f"router_std is {self.router_std}, must be above 0: ties would always choose the same experts"
             )
@@ -93,4 +101,9 @@ class Experts:
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Experts":
         """Raises TypeError, UsageError: not what ``to_json`` gives."""
+        for field in dataclasses.fields(cls):
+            value = record.get(field.name, field.default)
+            kinds = {"upcycle": (str,), "ratio": (float, int, type(None)), "router_std": (float, int)}
+            if type(value) not in kinds.get(field.name, (int,)):
+                raise TypeError(f"experts: {field.name} is {reprlib.repr(value)}")
         return cls(**record)

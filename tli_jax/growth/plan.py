@@ -6,6 +6,7 @@ operator (``growth.inject``) and by the out-of-core one (``checkpoint.stream``) 
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
@@ -30,6 +31,8 @@ INITS = (
 RANDOM_INITS, HOST_INITS = ("noise", "random"), ("transport", "predictor")
 COMPUTED_INITS = (*RANDOM_INITS, *HOST_INITS)
 KEEP = "keep"
+# Far above any sense; what makes more rows is stopped before it fills the memory.
+MAX_LAYERS = 10_000
 # The only tensors through which a layer reaches the residual stream; w2 is an expert's down projection.
 RESIDUAL_OUTPUTS = ("o_proj", "down_proj", "w2")
 
@@ -106,6 +109,7 @@ class Plan:
     experts: Experts | None = None
 
     def __post_init__(self) -> None:
+        check_depth(self.method, len(self.rows))
         if not self.rows:
             raise UsageError(f"{self.method}: the plan leaves no layer at all: keep at least one of {self.base_layers}")
         for number, row in enumerate(self.rows):
@@ -236,38 +240,110 @@ class Plan:
         Raises:
             DataError: not a plan of this version, or a key is missing or wrong.
         """
-        if record.get("version") != VERSION:
-            raise DataError(f"{where}: version {record.get('version')!r} is not {VERSION}: written by another tli_jax")
+        if type(record.get("version")) is not int or record["version"] != VERSION:
+            version = reprlib.repr(record.get("version"))
+            raise DataError(f"{where}: version {version} is not {VERSION}: written by another tli_jax")
         try:
-            if not isinstance(record["options"], Mapping):
-                raise TypeError("options must be an object")
-            rows = tuple(
-                Row(
-                    sources=tuple((int(layer), float(weight)) for layer, weight in row["sources"]),
-                    scale=float(row["scale"]),
-                    init=str(row["init"]),
-                    injected=bool(row["injected"]),
-                    generation=int(row["generation"]),
-                )
-                for row in record["rows"]
-            )
-            return cls(
-                method=record["method"],
-                base_layers=record["base"]["layers"],
-                rows=rows,
-                options=record["options"],
-                notes=tuple(record.get("notes", ())),
-                layer_map=tuple(tuple(layers) for layers in record["layer_map"]),
-                history=tuple(record["history"]),
-                experts=None if record.get("experts") is None else Experts.from_json(record["experts"]),
-            )
+            history = _as(list, record, "history")
+            # Each step is a plan too, and the first base is that of the first of them.
+            steps = [_read_plan(_as(dict, history, at), at, where) for at in range(len(history))]
+            first = steps[0].base_layers if steps else None
+            return dataclasses.replace(_read_plan(record, len(history), where, first), history=tuple(history))
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"{where}: not a growth plan ({type(error).__name__}: {error}): mend or remove it"
-            ) from error
+            what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise DataError(f"{where}: not a growth plan ({what}): fix or delete it") from error
 
     def __str__(self) -> str:
         return f"{self.method}: {self.base_layers} → {len(self)} layers\n{draw_layer_map(self)}"
+
+
+def check_depth(method: str, layers: int) -> None:
+    """Refuse a plan of more than ``MAX_LAYERS`` layers, before its rows are made.
+
+    Raises:
+        UsageError: it has more.
+    """
+    if layers > MAX_LAYERS:
+        raise UsageError(
+            f"{method}: {layers:,} layers are more than the {MAX_LAYERS:,} that a plan can have: ask for less"
+        )
+
+
+def _as(kind: Any, record: Any, key: Any) -> Any:
+    """``record[key]``, which must be of that type; a bool is no number, and a number must be finite.
+
+    Raises:
+        KeyError, TypeError: it is not there, or something else.
+    """
+    value = record[key]
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    is_finite = type(value) is not float or math.isfinite(value)
+    if type(value) not in kinds or not is_finite or (type(value) is int and abs(value) >= 2**63):
+        names = " or ".join(one.__name__ for one in kinds)
+        raise TypeError(f"{key} is {reprlib.repr(value)}, must be {names}")
+    return value
+
+
+_NUMBER = (int, float)
+# Options that are computed with, by type; one that is not here is kept as it is.
+_OPTIONS: dict[str, Any] = dict.fromkeys(
+    ("every", "copies", "groups", "drop", "times", "block", "count", "epochs"), int
+)
+_OPTIONS |= dict.fromkeys(("scale", "std", "noise_ratio"), _NUMBER) | {"seed": int}
+_OPTIONS |= dict.fromkeys(("init", "norms", "layers"), str)
+_LISTS = {"after": int, "importance": _NUMBER}
+
+
+def _read_plan(record: Mapping[str, Any], growths: int, where: str, first_base: int | None = None) -> Plan:
+    """A plan without its history.
+
+    Args:
+        growths: how many came before.
+        first_base: layers of the first base, where that is another than the plan's.
+    """
+    options = _as(dict, record, "options")
+    for key in options.keys() & _OPTIONS.keys():
+        _as(_OPTIONS[key], options, key)
+    for key in options.keys() & _LISTS.keys():
+        for at in range(len(_as(list, options, key))):
+            _as(_LISTS[key], options[key], at)
+    records = _as(list, record, "rows")
+    check_depth(where, len(records))
+    rows = tuple(_read_row(_as(dict, records, number), growths) for number in range(len(records)))
+    base_layers = _as(int, _as(dict, record, "base"), "layers")
+    check_depth(where, base_layers)
+    layer_map = [_as(list, _as(list, record, "layer_map"), number) for number in range(len(record["layer_map"]))]
+    if len(layer_map) != len(rows):
+        raise ValueError(f"layer_map has {len(layer_map)} layers, rows {len(rows)}")
+    for layers in layer_map:
+        if not layers or not all(0 <= _as(int, layers, at) < (first_base or base_layers) for at in range(len(layers))):
+            raise ValueError(f"layer_map has {reprlib.repr(layers)}, must be layers of the first base")
+    notes = _as(list, record, "notes") if "notes" in record else []
+    experts = record.get("experts")
+    return Plan(
+        method=_as(str, record, "method"),
+        base_layers=base_layers,
+        rows=rows,
+        options=options,
+        notes=tuple(_as(str, notes, number) for number in range(len(notes))),
+        layer_map=tuple(map(tuple, layer_map)),
+        experts=None if experts is None else Experts.from_json(_as(dict, record, "experts")),
+    )
+
+
+def _read_row(record: Mapping[str, Any], growths: int) -> Row:
+    sources = []
+    for at in range(len(_as(list, record, "sources"))):
+        pair = _as(list, record["sources"], at)
+        if len(pair) != 2:
+            raise ValueError(f"sources has {reprlib.repr(pair)}, must be a layer and a weight")
+        sources.append((_as(int, pair, 0), float(_as(_NUMBER, pair, 1))))
+    init, generation = _as(str, record, "init"), _as(int, record, "generation")
+    if init not in (*INITS, KEEP):
+        raise ValueError(f"init {reprlib.repr(init)} is not known")
+    if not 0 <= generation <= growths + 1:
+        raise ValueError(f"generation is {generation}, must be 0…{growths + 1}")
+    return Row(tuple(sources), float(_as(_NUMBER, record, "scale")), init, _as(bool, record, "injected"), generation)
 
 
 def draw_layer_map(plan: Plan, width: int = 88) -> str:

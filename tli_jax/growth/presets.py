@@ -4,11 +4,12 @@ None of them touches a weight. Layers count from 0; positions (``after``) are ba
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tli_jax.errors import UsageError, nearest
-from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, KEEP, RANDOM_INITS, Plan, Row, make_rows
+from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, KEEP, RANDOM_INITS, Plan, Row, check_depth, make_rows
 
 # Of a layer or of the trunk: far above any sense, far below what fills the memory with rows.
 MAX_REPEATS = 1000
@@ -96,6 +97,7 @@ def llama_pro(layers: int, groups: int | None = None, copies: int = 1, *, after:
 def stack(layers: int, times: int = 2) -> Plan:
     """G_stack (arXiv 2405.15319; StackBERT): the whole trunk ``times`` times."""
     _check_range("times", times, 1, MAX_REPEATS)
+    check_depth("stack", layers * times)
     return _from_order("stack", layers, list(range(layers)) * times, {"times": times})
 
 
@@ -206,7 +208,7 @@ def moe(layers: int) -> Plan:
     return _from_order("moe", layers, range(layers), {})
 
 
-_ITEM = re.compile(r"(?P<first>\d+)(-(?P<last>\d+))?(\*(?P<scale>\d+\.?\d*(e-?\d+)?|\.\d+))?(?P<mark>[ik])?")
+_ITEM = re.compile(r"(?P<first>\d{1,9})(-(?P<last>\d{1,9}))?(\*(?P<scale>\d+\.?\d*(e-?\d+)?|\.\d+))?(?P<mark>[ik])?")
 
 
 def custom(layers: int, spec: str) -> Plan:
@@ -220,11 +222,12 @@ def custom(layers: int, spec: str) -> Plan:
     for item in spec.replace(" ", "").split(","):
         match = _ITEM.fullmatch(item)
         if match is None:
-            raise UsageError(f"layers: {item!r} is not a layer like 3, 0-3, 3*0 or 4-7*0.5")
+            raise UsageError(f"layers: {reprlib.repr(item)} is not a layer like 3, 0-3, 3*0 or 4-7*0.5")
         first, last = int(match["first"]), int(match["last"] or match["first"])
         if not first <= last < layers:
             raise UsageError(f"layers: {item!r} is out of range, the base has layers 0-{layers - 1}")
         scale = float(match["scale"] or 1)
+        check_depth("custom", len(order) + last - first + 1)
         order += [Row(((layer, 1.0),), scale) for layer in range(first, last + 1)]
         marks += [match["mark"]] * (last - first + 1)
     rows = [
@@ -285,6 +288,7 @@ def _inject_after(
 ) -> Plan:
     """Each base layer, and after those in ``positions`` injected ones made by ``init``."""
     _check_range("copies", copies, 1, MAX_REPEATS)
+    check_depth(method, layers + copies * len(positions))
     order: list[Row] = []
     notes: list[str] = []
     fixed = {"identity": 0.0, "average_identity": 0.0, "next_identity": 0.0, "half": 0.5, "transport": 0.0}

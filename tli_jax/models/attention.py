@@ -19,7 +19,11 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
     ``default`` is RoFormer's (arXiv 2104.09864), ``linear`` divides every frequency by the factor, ``llama3`` keeps
     high frequencies, divides low ones and interpolates between, as Llama 3.1 does. Computed in fp64, rounded once.
+
+    Raises:
+        DataError: the RoPE type is not one of these.
     """
+    config.check_runnable()
     frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
     factors = dict(config.rope_factors)
     if config.rope_type == "linear":

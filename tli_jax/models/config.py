@@ -8,6 +8,8 @@ V vocabulary, L layers, E experts. A tensor is stored as Hugging Face stores it,
 import dataclasses
 import json
 import math
+import reprlib
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -37,6 +39,10 @@ _EXPERTS: dict[str, tuple[str, ...]] = _ATTENTION | {
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
+_ACTIVATIONS = ("silu", "swish")  # two names of one function
+# Names that torch has for two of them; ``from_hf`` also drops a leading ``torch.``.
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+# RoPE type -> its factors. Other types can be grown, because a plan needs tensors only, but not run.
 _ROPE_FACTORS = {
     "default": (),
     "linear": ("factor",),
@@ -48,7 +54,6 @@ _MUST_BE = {
     "mlp_bias": False,
     "bias": False,
     "qkv_bias": False,
-    "hidden_act": "silu",
     "sliding_window": None,
     "use_sliding_window": False,
     "quantization_config": None,
@@ -93,6 +98,23 @@ class LlamaConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
+
+    def check_runnable(self, where: str = "config.json") -> None:
+        """Refuse what can be grown from file to file but not run: a RoPE type whose frequencies are not computed here.
+
+        Raises:
+            DataError: names the type and the way around.
+        """
+        if self.rope_type not in _ROPE_FACTORS:
+            raise DataError(
+                f"{where}: the model cannot be run, RoPE type {self.rope_type!r} is not supported"
+                f" ({', '.join(_ROPE_FACTORS)} are): growing it works with --no-proof"
+            )
+
+    @property
+    def is_runnable(self) -> bool:
+        """Whether ``check_runnable`` passes."""
+        return self.rope_type in _ROPE_FACTORS
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -189,7 +211,9 @@ class LlamaConfig:
         if chosen > experts:
             raise DataError(f"{where}: num_experts_per_tok {chosen} is more than num_local_experts {experts}: mend one")
         heads = read.integer("num_attention_heads", 32)
-        kv_heads = read.integer("num_key_value_heads", 8 if is_mixtral else heads)
+        # A missing key means 8 in a Mixtral, null means as many as query heads in both.
+        kv_default = 8 if is_mixtral and "num_key_value_heads" not in raw else heads
+        kv_heads = read.integer("num_key_value_heads", kv_default)
         hidden = read.integer("hidden_size", 4096)
         if raw.get("head_dim") is None and hidden % heads:
             raise DataError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}: mend one")
@@ -200,11 +224,17 @@ class LlamaConfig:
             )
         if head_dim % 2:
             raise DataError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs an even one")
-        rope_theta, rope_type, rope_factors = _read_rope(raw, where, 1e6 if is_mixtral else 1e4)
+        context = read.integer("max_position_embeddings", 131072 if is_mixtral else 2048)
+        rope_theta, rope_type, rope_factors = _read_rope(raw, where, 1e6 if is_mixtral else 1e4, context)
         dtype_key = "dtype" if raw.get("dtype") else "torch_dtype"
         dtype = raw.get(dtype_key) or "float32"
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            dtype = dtype.removeprefix("torch.")
+            dtype = _DTYPE_ALIASES.get(dtype, dtype)
+            # Written by the name that every version of transformers reads.
+            raw = {**raw, dtype_key: dtype} if dtype in DTYPES else raw
         if dtype not in DTYPES:
-            raise DataError(f"{where}: {dtype_key} {dtype!r} is not supported, use one of {', '.join(DTYPES)}")
+            raise DataError(f"{where}: {dtype_key} {raw[dtype_key]!r} is not supported, use one of {', '.join(DTYPES)}")
         bos = read.token_ids("bos_token_id", 1)
         if len(bos) > 1:
             raise DataError(f"{where}: bos_token_id is {raw['bos_token_id']!r}, must be one token id or null")
@@ -216,9 +246,9 @@ class LlamaConfig:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            max_position_embeddings=read.integer("max_position_embeddings", 131072 if is_mixtral else 2048),
-            rms_norm_eps=read.number("rms_norm_eps", 1e-5 if is_mixtral else 1e-6),
-            initializer_range=read.number("initializer_range", 0.02),
+            max_position_embeddings=context,
+            rms_norm_eps=read.number("rms_norm_eps", 1e-5 if is_mixtral else 1e-6, can_be_zero=True),
+            initializer_range=read.number("initializer_range", 0.02, can_be_zero=True),
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             rope_theta=rope_theta,
             rope_type=rope_type,
@@ -302,32 +332,40 @@ def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> bool:
     kind = raw.get("model_type")
     architectures = raw.get("architectures") or [_SUPPORTED.get(str(kind))]
     if architectures != [_SUPPORTED.get(str(kind))]:
-        found = f"architectures {architectures}, model_type {kind!r}"
+        found = f"architectures {_shorten(architectures)}, model_type {_shorten(kind)}"
         known = " and ".join(f"{name} of model_type {kind!r}" for kind, name in _SUPPORTED.items())
         raise DataError(f"{where}: {found} is not supported, only {known} are")
     for key, only in _MUST_BE.items():
         if raw.get(key, only) not in (only, None):
-            raise DataError(f"{where}: {key} = {raw[key]!r} is not supported, only {only!r} is")
-    for layer_type in raw.get("layer_types") or []:
+            raise DataError(f"{where}: {key} = {_shorten(raw[key])} is not supported, only {only!r} is")
+    if raw.get("hidden_act", "silu") not in (*_ACTIVATIONS, None):
+        raise DataError(f"{where}: hidden_act = {_shorten(raw['hidden_act'])} is not supported, only 'silu' is")
+    layer_types = raw.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise DataError(f"{where}: layer_types is {_shorten(layer_types)}, must be a list")
+    for layer_type in layer_types:
         if layer_type != "full_attention":
-            raise DataError(f"{where}: layer_types has {layer_type!r}, only 'full_attention' is supported")
+            raise DataError(f"{where}: layer_types has {_shorten(layer_type)}, only 'full_attention' is supported")
     return kind == "mixtral"
 
 
 def _read_rope(
-    raw: Mapping[str, Any], where: str, default_theta: float
+    raw: Mapping[str, Any], where: str, default_theta: float, context: int
 ) -> tuple[float, str, tuple[tuple[str, float], ...]]:
-    """Rotary parameters, from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``."""
+    """Rotary parameters, from ``rope_parameters`` (transformers 5) or ``rope_theta`` + ``rope_scaling``.
+
+    A type that is not known is returned without its factors: the model can be grown, but not run.
+    """
     # With both, transformers goes by the old one.
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise DataError(f"{where}: {key} is {rope!r}, must be one object for all layers")
+        raise DataError(f"{where}: {key} is {_shorten(rope)}, must be one object for all layers")
     read = _Reader(rope, f"{where}: {key}")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_FACTORS:
-        raise DataError(f"{where}: {key} has rope type {kind!r}, supported are {', '.join(_ROPE_FACTORS)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if not isinstance(kind, str):
+        raise DataError(f"{where}: {key} has rope type {_shorten(kind)}, must be a string")
+    if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise DataError(
             f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported"
         )
@@ -336,7 +374,12 @@ def _read_rope(
         if "rope_theta" in rope
         else _Reader(raw, where).number("rope_theta", default_theta)
     )
-    factors = {name: read.number(name, None) for name in _ROPE_FACTORS[kind]}
+    if kind == "llama3":
+        # As transformers 5 resolves it: the key of the model counts first, the context where there is none at all.
+        original = "original_max_position_embeddings"
+        found = {original: raw[original]} if original in raw else {original: context} | dict(rope)
+        read = _Reader({**rope, original: found[original]}, f"{where}: {key}")
+    factors = {name: read.number(name, None) for name in _ROPE_FACTORS.get(kind, ())}
     if kind == "llama3" and factors["high_freq_factor"] <= factors["low_freq_factor"]:
         high, low = factors["high_freq_factor"], factors["low_freq_factor"]
         raise DataError(f"{where}: {key} has high_freq_factor {high}, must be above its low_freq_factor {low}")
@@ -358,26 +401,34 @@ class _Reader:
 
     def integer(self, key: str, default: int | None) -> int:
         value = self._get(key, default)
-        if type(value) is not int or value < 1:
-            raise DataError(f"{self.where}: {key} is {value!r}, must be a whole number above 0")
+        if type(value) is not int or not 1 <= value < 2**63:
+            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be a whole number above 0")
         return value
 
-    def number(self, key: str, default: float | None) -> float:
+    def number(self, key: str, default: float | None, can_be_zero: bool = False) -> float:
         value = self._get(key, default)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise DataError(f"{self.where}: {key} is {value!r}, must be a number above 0")
+        # As integers of any size can be compared with a float, but not converted to one.
+        is_number = type(value) in (int, float) and 0 <= value <= sys.float_info.max
+        if not is_number or not (value or can_be_zero):
+            floor = "of 0 or more" if can_be_zero else "above 0"
+            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be a number {floor}")
         return float(value)
 
     def token_ids(self, key: str, default: int) -> tuple[int, ...]:
         """One token id, a list of them, or null for none."""
         value = self.raw.get(key, default)
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(one) is not int or one < 0 for one in ids):
-            raise DataError(f"{self.where}: {key} is {value!r}, must be a token id, a list of them or null")
+        if any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
+            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be a token id, a list of them or null")
         return tuple(ids)
 
     def boolean(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         if type(value) is not bool:
-            raise DataError(f"{self.where}: {key} is {value!r}, must be true or false")
+            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be true or false")
         return value
+
+
+def _shorten(value: Any) -> str:
+    """A value for a message."""
+    return reprlib.repr(value)

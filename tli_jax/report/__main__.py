@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tli_jax import command
-from tli_jax.checkpoint.headers import parse_json
+from tli_jax.checkpoint.record import read_growth_record
 from tli_jax.errors import MissingInputError
 from tli_jax.growth.plan import Plan
 from tli_jax.report.growth import compare_records
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
         file = folder / "growth.json"
         if not file.is_file():
             raise MissingInputError(f"{folder}: neither a run nor, without growth.json, a model that was grown")
-        records[folder.name] = parse_json(file.read_bytes(), str(file))
+        records[folder.name] = read_growth_record(file)
     command.console().print(compare_records(records))
     if args.layer_maps is not None:
         drawing = draw_svg({name: Plan.from_json(record, name) for name, record in records.items()})

@@ -136,7 +136,14 @@ def compare_records(records: Mapping[str, Mapping[str, Any]]) -> rich.table.Tabl
         init = record["options"].get("init")
         method = record["method"] + (f" {init}" if init else "")
         layers = f"{record['base']['layers']} → {len(record['rows'])}"
-        table.add_row(folder, method, layers, f"{record['parameters']:,}", record["exactness"], *numbers)
+        table.add_row(
+            folder,
+            method,
+            layers,
+            f"{record['parameters']:,}" if "parameters" in record else "–",
+            record["exactness"],
+            *numbers,
+        )
     return table
 
 
@@ -144,7 +151,7 @@ def make_card(name: str, record: Mapping[str, Any], plan: Plan, front: Sequence[
     """The model card of a grown checkpoint: how it was made, and what was proved of it."""
     proof = record["proof"]
     if proof is None:
-        proved = "No proof was run (`--no-proof`)."
+        proved = f"No proof was run ({record['not_proved']})."
     else:
         proved = (
             f"Proof, on {proof['tokens']:,} tokens of {proof['text']} in {proof['dtype']}:"

@@ -65,7 +65,7 @@ def export(
         barrier("export")
         return
     total = sum(piece.nbytes for piece in pieces)
-    with staged(path, total) as partial, command.progress("export", total) as advance:
+    with staged(path, total, overwrite=True) as partial, command.progress("export", total) as advance:
         digests, _ = write_safetensors(partial, shards, {}, advance)
         sidecar.write_json(partial / "config.json", read_json(run.model / "config.json"))
         sidecar.copy_allowed(run.model, partial)

@@ -45,18 +45,17 @@ def peak_flops(device: Any) -> float | None:
 
 
 def load(trainer: Trainer, weights: Checkpoint) -> tuple[Arrays, Arrays]:
-    """What trains, in ``param_dtype``, and what does not, as stored: from safetensors straight to its shards.
+    """What trains, in ``param_dtype``, and what does not, as stored, or in float32 where layers of one stack are stored
+    in different dtypes: from safetensors straight to its shards.
 
     Raises:
-        DataError: layers that lie in one stack differ in dtype, or a file has become shorter.
+        DataError: a file has become shorter.
     """
     parts: tuple[Arrays, Arrays] = ({}, {})
     for leaf in trainer.leaves:
         dtype = trainer.config.param_dtype if leaf.trains else None
         sharding = param_sharding(trainer.mesh, leaf.dims)
-        parts[not leaf.trains][leaf.name] = load_array(
-            weights.stored(leaf.tensor, leaf.layers), leaf.name, sharding, dtype
-        )
+        parts[not leaf.trains][leaf.name] = load_array(weights.stored(leaf.tensor, leaf.layers), sharding, dtype)
     return parts
 
 
