@@ -1,6 +1,7 @@
 """The output is whole or not there, and an older one stays until then: whatever stops the command, and whenever."""
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,8 @@ import tli_jax
 from tli_jax import command, upscale
 from tli_jax.checkpoint.headers import SINGLE
 from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax.checkpoint.output import check_output, staged
+from tli_jax.errors import OutputError
 
 CONFIG = tli_jax.LlamaConfig(
     vocab_size=97,
@@ -61,6 +65,12 @@ def snapshot(folder: Path) -> dict[str, Any]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def work_folder(output: Path) -> Path:
+    """Where an output is written until it is complete: its name tells it from folders of the user."""
+    digest = hashlib.sha256(b"tli_jax output " + output.name.encode()).hexdigest()[:16]
+    return output.with_name(f".{output.name}.partial-{digest}")
 
 
 def flags(base: Path, output: Path, *more: str) -> list[str]:
@@ -174,10 +184,122 @@ def test_output_and_model_do_not_lie_in_each_other(
 
 @pytest.mark.parametrize("name", ["a[1]", "x*", "**", "$(touch marker); echo 'ü'", "-n", "back\\slash"])
 def test_names_are_taken_as_they_are(name: str, folders: Path, tmp_path: Path, run: Run) -> None:
-    for abandoned in (f".{name}.partial-1", ".xyz.partial-1"):
-        shutil.copytree(folders / "old", tmp_path / abandoned)
+    other = work_folder(tmp_path / "xyz")
+    for abandoned in (work_folder(tmp_path / name), other):
+        shutil.copytree(folders / "old", abandoned)
     assert run(*flags(folders / "base", tmp_path / name))[0] == 0
-    assert names(tmp_path) == sorted([name, ".xyz.partial-1"])
+    assert names(tmp_path) == sorted([name, other.name])
+
+
+def test_folders_named_like_ours_are_left_alone(folders: Path, tmp_path: Path, run: Run) -> None:
+    shutil.copytree(folders / "old", tmp_path, dirs_exist_ok=True)
+    for mine in (".out.partial-1", ".out.partial-0123456789abcdef", ".out.previous", ".out.lock"):
+        shutil.copytree(folders / "old" / "out", tmp_path / mine)
+    before = {name: found for name, found in snapshot(tmp_path).items() if name.startswith(".")}
+    assert run(*flags(folders / "base", tmp_path / "out"))[0] == 73
+    assert run(*flags(folders / "base", tmp_path / "out", "--overwrite"))[0] == 0
+    found = snapshot(tmp_path)
+    assert {name: found[name] for name in found if name.startswith(".")} == before
+    assert {name: found[name] for name in found if not name.startswith(".")} == snapshot(folders / "new")
+
+
+@pytest.mark.parametrize("where", ["loop", "loop/out"])
+def test_links_that_lead_in_circles(where: str, folders: Path, tmp_path: Path, run: Run) -> None:
+    (tmp_path / "loop").symlink_to("pool")
+    (tmp_path / "pool").symlink_to("loop")
+    code, said = run(*flags(folders / "base", tmp_path / where))
+    assert code == 73 and is_one_line(said) and str(tmp_path / where) in said
+    assert run("--model", str(tmp_path / where), "--output", str(tmp_path / "out"))[0] == 66
+    assert names(tmp_path) == ["loop", "pool"]
+
+
+def test_an_output_whose_name_has_a_nul(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="null"), staged(tmp_path / "a\0b", 0):
+        pass
+
+
+# --- Two at once.
+
+
+def test_of_two_writers_one_is_refused_at_once(tmp_path: Path) -> None:
+    for overwrite in (False, True):
+        with staged(tmp_path / "out", 0, overwrite) as folder:
+            (folder / "config.json").write_text("first")
+            with pytest.raises(OutputError, match="another process is writing it"):
+                check_output(tmp_path / "out", None, overwrite)
+            with pytest.raises(OutputError, match="another process is writing it"), staged(tmp_path / "out", 0, True):
+                pass
+            with staged(tmp_path / "other", 0, overwrite) as other:
+                (other / "config.json").write_text("other")
+        assert (tmp_path / "out" / "config.json").read_text() == "first"
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_what_comes_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    def write() -> None:
+        with staged(tmp_path / "out", 0) as folder:
+            (folder / "config.json").write_text("mine")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "config.json").write_text("theirs")
+
+    with pytest.raises(OutputError, match="created by another process meanwhile"):
+        write()
+    with pytest.raises(OutputError, match="exists and is not empty"):  # as after a check that was passed before
+        write()
+    assert snapshot(tmp_path) == {"out": None, "out/config.json": b"theirs"}
+
+
+def test_two_commands_at_once(folders: Path, tmp_path: Path) -> None:
+    calls = [flags(folders / "base", tmp_path / "out", "--every", every) for every in ("1", "2")]
+    start = [sys.executable, "-m", "tli_jax.upscale"]
+    processes = [subprocess.Popen([*start, *call], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for call in calls]
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    assert sorted(codes) == [0, 73], said
+    layers = {0: 8, 1: 6}[codes.index(0)]
+    assert open_checkpoint(tmp_path / "out").config.num_hidden_layers == layers
+    assert names(tmp_path) == ["out"]
+
+
+# --- An old output that cannot be removed.
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from tli_jax.checkpoint.output import check_output, staged
+from tli_jax.errors import OutputError
+os.setgid(65534), os.setuid(65534)
+output, is_checked = Path(sys.argv[1]), sys.argv[2] == "checked"
+for _ in range(2):
+    try:
+        if is_checked:
+            check_output(output, None, True)
+        with staged(output, 0, True) as folder:
+            (folder / "config.json").write_text("new")
+    except OutputError as error:
+        print(error.exit_code)
+    else:
+        print(0)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("what", ["the folder is root's", "a folder in it is root's", "a sticky folder holds it"])
+def test_an_output_of_another_user_fails_as_often_as_it_is_tried(what: str) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to others
+        parent, output = Path(name), Path(name) / "out"
+        (output / "deep").mkdir(parents=True)
+        (output / "config.json").write_text("old")
+        (output / "deep" / "file").write_text("old")
+        parent.chmod(0o1777 if what.startswith("a sticky") else 0o777)
+        output.chmod(0o755 if what.startswith("the folder") else 0o777)
+        (output / "deep").chmod(0o755 if what.startswith("a folder") else 0o777)
+        before = snapshot(parent)
+        for how in ("checked", ""):
+            call = [sys.executable, "-c", AS_NOBODY, str(output), how]
+            done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+            assert done.stdout.split() == ["73", "73"], done.stderr
+        assert snapshot(parent) == before
 
 
 # --- Disks that are full, read-only or mounted.
@@ -329,7 +451,8 @@ def test_at_no_moment_is_anything_lost(what: str, before: str, folders: Path, tm
             assert code == -signal.SIGKILL
             # One moment, between two renames, has the old one set aside under its other name.
             visible = {name: content for name, content in found.items() if not name.startswith(".out.")}
-            aside = {k.replace(".out.previous", "out"): v for k, v in found.items() if k.startswith(".out.previous")}
+            at_old = f"{work_folder(outputs / 'out').name}/old"
+            aside = {k.replace(at_old, "out"): v for k, v in found.items() if k.startswith(at_old)}
             assert visible in complete or (not visible and aside == complete[0])
         else:
             # Of the old one something may be left to be removed, once the new one is there.
@@ -351,32 +474,34 @@ def test_at_no_moment_is_anything_lost(what: str, before: str, folders: Path, tm
 def test_a_replacement_that_was_cut_short_is_cleared_up(
     meanwhile: str, is_overwritten: bool, folders: Path, tmp_path: Path, run: Run
 ) -> None:
-    shutil.copytree(folders / "old" / "out", tmp_path / ".out.previous")
-    shutil.copytree(folders / "new" / "out", tmp_path / ".out.partial-1")
+    work = work_folder(tmp_path / "out")
+    shutil.copytree(folders / "old" / "out", work / "old")
+    shutil.copytree(folders / "new" / "out", work / "new-1")
     if meanwhile == "an empty folder":
         (tmp_path / "out").mkdir()
     elif meanwhile == "the new one":
-        (tmp_path / ".out.partial-1").rename(tmp_path / "out")
+        (work / "new-1").rename(tmp_path / "out")
     code, _ = run(*flags(folders / "base", tmp_path / "out", *["--overwrite"] * is_overwritten))
     assert code == (0 if is_overwritten else 73)
     if is_overwritten or meanwhile == "the new one":
         assert snapshot(tmp_path) == snapshot(folders / "new")
     else:
-        shutil.rmtree(tmp_path / ".out.partial-1")
         assert snapshot(tmp_path) == snapshot(folders / "old")
 
 
-def test_a_folder_in_use_by_another_process_is_left_alone(folders: Path, tmp_path: Path, run: Run) -> None:
+def test_the_lock_of_a_writer_dies_with_it(folders: Path, tmp_path: Path, run: Run) -> None:
     locker = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(); input()"
-    (tmp_path / ".out.partial-1").mkdir()
-    call, pipe = [sys.executable, "-c", locker, tmp_path / ".out.partial-1"], subprocess.PIPE
+    work = work_folder(tmp_path / "out")
+    work.mkdir()
+    call, pipe = [sys.executable, "-c", locker, work], subprocess.PIPE
     with subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        assert run(*flags(folders / "base", tmp_path / "out"))[0] == 0
-        assert names(tmp_path) == [".out.partial-1", "out"]
+        code, said = run(*flags(folders / "base", tmp_path / "out", "--overwrite"))
+        assert code == 73 and is_one_line(said) and "another process is writing it" in said
+        assert names(tmp_path) == [work.name]
         other.kill()
-    assert run(*flags(folders / "base", tmp_path / "out", "--overwrite"))[0] == 0
+    assert run(*flags(folders / "base", tmp_path / "out"))[0] == 0
     assert names(tmp_path) == ["out"]
 
 
@@ -422,7 +547,7 @@ def test_killed_and_stopped_while_weights_are_written(large: Path, tmp_path: Pat
     for share, number in ((0.0, signal.SIGKILL), (0.5, signal.SIGTERM), (0.9, signal.SIGKILL)):
         with subprocess.Popen(call, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
             while process.poll() is None:
-                if any(file.stat().st_size > share * size for file in tmp_path.glob(f".out.partial-*/{SINGLE}")):
+                if any(file.stat().st_size > share * size for file in tmp_path.glob(f".out.partial-*/new-*/{SINGLE}")):
                     process.send_signal(number)
                     break
                 time.sleep(0.0005)

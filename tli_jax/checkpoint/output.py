@@ -91,9 +91,9 @@ def staged(output: Path, nbytes: int, overwrite: bool = False) -> Iterator[Path]
         OutputError: there is no room, or no permission; or another process writes, or has written, this output.
         StorageError: the disk filled up or failed on the way.
     """
-    output = _real(output)
     with contextlib.ExitStack() as stack:
         with _refusing(output):
+            output = _real(output)
             output.parent.mkdir(parents=True, exist_ok=True)
             work = stack.enter_context(_claimed(output))
             if _is_filled(output):
@@ -161,12 +161,18 @@ def _claimed(output: Path) -> Iterator[Path]:
 
 def _lock(work: Path, output: Path) -> int:
     while True:
-        with contextlib.suppress(FileExistsError):
-            work.mkdir(mode=0o700)
         try:
+            with contextlib.suppress(FileExistsError):
+                work.mkdir(mode=0o700)
             descriptor = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
+            if not work.parent.is_dir():
+                raise
             continue  # removed by whoever had it
+        except BaseException:
+            with contextlib.suppress(OSError):
+                work.rmdir()  # fails where somebody has begun to use it
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(FileNotFoundError):

@@ -246,9 +246,10 @@ class Plan:
         try:
             history = _as(list, record, "history")
             # Each step is a plan too, and the first base is that of the first of them.
-            steps = [_read_plan(_as(dict, history, at), at, where) for at in range(len(history))]
-            first = steps[0].base_layers if steps else None
-            return dataclasses.replace(_read_plan(record, len(history), where, first), history=tuple(history))
+            first = _as(int, _as(dict, (history or [record])[0], "base"), "layers")
+            for at in range(len(history)):
+                _read_plan(_as(dict, history, at), at, first)
+            return dataclasses.replace(_read_plan(record, len(history), first), history=tuple(history))
         except (KeyError, TypeError, ValueError) as error:
             what = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise DataError(f"{where}: not a growth plan ({what}): fix or delete it") from error
@@ -279,12 +280,25 @@ def _as(kind: Any, record: Any, key: Any) -> Any:
     kinds = kind if isinstance(kind, tuple) else (kind,)
     is_finite = type(value) is not float or math.isfinite(value)
     if type(value) not in kinds or not is_finite or (type(value) is int and abs(value) >= 2**63):
-        names = " or ".join(one.__name__ for one in kinds)
-        raise TypeError(f"{key} is {reprlib.repr(value)}, must be {names}")
+        raise TypeError(f"{key} is {reprlib.repr(value)}, must be {_TYPES[kinds[-1]]}")
     return value
 
 
+def _all(kind: Any, record: Any, key: Any) -> list[Any]:
+    """``record[key]``, which must be a list of values of that type; raises as ``_as``."""
+    values = _as(list, record, key)
+    return [_as(kind, values, at) for at in range(len(values))]
+
+
 _NUMBER = (int, float)
+_TYPES = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+}
 # Options that are computed with, by type; one that is not here is kept as it is.
 _OPTIONS: dict[str, Any] = dict.fromkeys(
     ("every", "copies", "groups", "drop", "times", "block", "count", "epochs"), int
@@ -294,47 +308,41 @@ _OPTIONS |= dict.fromkeys(("init", "norms", "layers"), str)
 _LISTS = {"after": int, "importance": _NUMBER}
 
 
-def _read_plan(record: Mapping[str, Any], growths: int, where: str, first_base: int | None = None) -> Plan:
+def _read_plan(record: Mapping[str, Any], growths: int, first_base: int) -> Plan:
     """A plan without its history.
 
     Args:
         growths: how many came before.
-        first_base: layers of the first base, where that is another than the plan's.
+        first_base: layers of the base of the first of them.
     """
     options = _as(dict, record, "options")
     for key in options.keys() & _OPTIONS.keys():
         _as(_OPTIONS[key], options, key)
     for key in options.keys() & _LISTS.keys():
-        for at in range(len(_as(list, options, key))):
-            _as(_LISTS[key], options[key], at)
-    records = _as(list, record, "rows")
-    check_depth(where, len(records))
-    rows = tuple(_read_row(_as(dict, records, number), growths) for number in range(len(records)))
-    base_layers = _as(int, _as(dict, record, "base"), "layers")
-    check_depth(where, base_layers)
-    layer_map = [_as(list, _as(list, record, "layer_map"), number) for number in range(len(record["layer_map"]))]
-    if len(layer_map) != len(rows):
-        raise ValueError(f"layer_map has {len(layer_map)} layers, rows {len(rows)}")
-    for layers in layer_map:
-        if not layers or not all(0 <= _as(int, layers, at) < (first_base or base_layers) for at in range(len(layers))):
-            raise ValueError(f"layer_map has {reprlib.repr(layers)}, must be layers of the first base")
-    notes = _as(list, record, "notes") if "notes" in record else []
-    experts = record.get("experts")
-    return Plan(
-        method=_as(str, record, "method"),
+        _all(_LISTS[key], options, key)
+    method, base_layers = _as(str, record, "method"), _as(int, _as(dict, record, "base"), "layers")
+    check_depth(method, max(base_layers, len(_as(list, record, "rows"))))
+    layer_map = tuple(tuple(_all(int, record["layer_map"], at)) for at in range(len(_as(list, record, "layer_map"))))
+    plan = Plan(
+        method=method,
         base_layers=base_layers,
-        rows=rows,
+        rows=tuple(_read_row(row, growths) for row in _all(dict, record, "rows")),
         options=options,
-        notes=tuple(_as(str, notes, number) for number in range(len(notes))),
-        layer_map=tuple(map(tuple, layer_map)),
-        experts=None if experts is None else Experts.from_json(_as(dict, record, "experts")),
+        notes=tuple(_all(str, record, "notes")) if "notes" in record else (),
+        layer_map=layer_map,
+        experts=None if record.get("experts") is None else Experts.from_json(_as(dict, record, "experts")),
     )
+    if len(layer_map) != len(plan):
+        raise ValueError(f"layer_map has {len(layer_map)} layers, rows {len(plan)}")
+    for layers in layer_map:
+        if not layers or not all(0 <= layer < first_base for layer in layers):
+            raise ValueError(f"layer_map has {reprlib.repr(list(layers))}, must be layers of the first base")
+    return plan
 
 
 def _read_row(record: Mapping[str, Any], growths: int) -> Row:
     sources = []
-    for at in range(len(_as(list, record, "sources"))):
-        pair = _as(list, record["sources"], at)
+    for pair in _all(list, record, "sources"):
         if len(pair) != 2:
             raise ValueError(f"sources has {reprlib.repr(pair)}, must be a layer and a weight")
         sources.append((_as(int, pair, 0), float(_as(_NUMBER, pair, 1))))
