@@ -19,10 +19,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
 from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file, save_file
 
 import tli_jax
 from tli_jax import command, train, upscale
@@ -709,6 +711,24 @@ def test_bf16_model_exports_bf16(small):
     old, new = tensors(small / "grown"), tensors(small / "out")
     changed = {name for name in old if old[name] != new[name]}
     assert changed and all(name.startswith("model.layers.1.") for name in changed)
+
+
+def test_layers_stored_in_different_dtypes_train_stop_and_come_back(start, tmp_path, capsys):
+    mixed = shutil.copytree(start / "grown", tmp_path / "mixed")
+    stored = load_file(mixed / "model.safetensors")
+    for name in stored:
+        if name.startswith("model.layers.1."):
+            stored[name] = stored[name].astype(ml_dtypes.bfloat16)
+    save_file(stored, mixed / "model.safetensors")
+    options = SMALL | {"model": mixed, "text": start / "ids.npy", "only": "injected"}
+    assert here(tmp_path / "run", **options, steps=1) == 0
+    assert "layers are stored in different dtypes" in say(capsys)
+    assert here(tmp_path / "run", steps=2, export=tmp_path / "out") == 0
+    exported = load_file(tmp_path / "out" / "model.safetensors")
+    for name, array in stored.items():
+        assert exported[name].dtype == np.float32  # which holds the values of both
+        is_kept = not name.startswith(("model.layers.2.", "model.layers.5."))
+        assert is_kept == bool((exported[name] == array.astype(np.float32)).all()) or "norm" in name
 
 
 def test_experts_train_on_a_mesh_stop_and_come_back_as_a_mixtral(start, tmp_path):

@@ -20,8 +20,10 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
-from tli_jax import command, upscale
+from tli_jax import command, evaluate, train, upscale
 from tli_jax.checkpoint.headers import INDEX, MAX_HEADER, SINGLE
+from tli_jax.config import UpscaleConfig
+from tli_jax.errors import DataError
 
 CONFIG = tli_jax.LlamaConfig(
     vocab_size=258,
@@ -459,7 +461,15 @@ CONFIGS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "yes for a number": (config(num_key_value_heads=True), ("num_key_value_heads is True",)),
     "nothing": (config(vocab_size=0), ("vocab_size is 0",)),
     "text for yes": (config(tie_word_embeddings="yes"), ("tie_word_embeddings is 'yes'",)),
-    "not a number": (config(rms_norm_eps=float("nan")), ("rms_norm_eps is nan",)),
+    "not a number": (config(rms_norm_eps=float("nan")), ("the number NaN, which is not finite",)),
+    "an infinite number": (
+        write("config.json", b'{"model_type": "llama", "x": [1e999]}'),
+        ("the number 1e999, which is not finite",),
+    ),
+    "a number that no float can hold": (config(rms_norm_eps=10**400), ("rms_norm_eps is 1000",)),
+    "a number without end": (write("config.json", b'{"x": ' + b"1" * 5000 + b"}"), ("is not JSON",)),
+    "nested too deeply": (write("config.json", b'{"x": ' + b"[" * 500 + b"]" * 500 + b"}"), ("nested more than 100",)),
+    "nested far too deeply": (write("config.json", b'{"x": ' + b"[" * 10**6), ("is not JSON",)),
     "heads that do not divide": (config(head_dim=..., num_attention_heads=5), ("hidden_size 32", "_heads 5")),
     "groups that do not divide": (config(num_key_value_heads=3), ("num_attention_heads 4", "num_key_value_heads 3")),
     "an odd head": (config(head_dim=7), ("head_dim 7",)),
@@ -474,9 +484,7 @@ CONFIGS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "activation": (config(hidden_act="gelu"), ("hidden_act = 'gelu'",)),
     "quantised": (config(quantization_config={"quant_method": "fp8"}), ("quantization_config = {'quant_method'",)),
     "windows by layer": (config(layer_types=["sliding_attention"] * 4), ("layer_types has 'sliding_attention'",)),
-    "rope type": (config(rope_scaling={"rope_type": "yarn", "factor": 4.0}), ("rope type 'yarn'",)),
-    "old rope type": (config(rope_scaling={"type": "dynamic", "factor": 4.0}), ("rope type 'dynamic'",)),
-    "rope, new": (config(rope_parameters={"rope_type": "longrope"}), ("rope_parameters has rope type 'longrope'",)),
+    "rope type that is no name": (config(rope_scaling={"rope_type": 3}), ("rope_scaling has rope type 3",)),
     "rope factor": (config(rope_scaling={"rope_type": "linear"}), ("rope_scaling: key 'factor' is missing",)),
     "rope that is none": (config(rope_scaling="linear"), ("rope_scaling is 'linear'",)),
     "architecture": (config(architectures=["MistralForCausalLM"], model_type="mistral"), ("MistralForCausalLM",)),
@@ -506,10 +514,234 @@ def test_dtypes_that_are_not_supported(case: str, cli: Command) -> None:
     cli.refuses("tied", damage, 65, text)
 
 
-def test_layers_of_different_dtypes_are_not_averaged(cli: Command) -> None:
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"type": "dynamic", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 2.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+        {"type": "of tomorrow"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_what_cannot_be_run_can_be_grown_without_a_proof(key: str, rope: dict[str, Any], cli: Command) -> None:
+    kind = repr(rope.get("rope_type", rope.get("type")))
+    damage = config(**{"rope_scaling": ..., "rope_theta": ..., key: rope})
+    out = cli.accepts("tied", damage, f"RoPE type {kind} is not supported")
+    assert json.loads((out / "config.json").read_text())[key] == rope
+    record, card = json.loads((out / "growth.json").read_text()), (out / "README.md").read_text()
+    assert record["proof"] is None and record["not_proved"] == f"--no-proof because RoPE type {kind} is not supported"
+    assert f"No proof was run ({record['not_proved']})" in card
+    ids = np.zeros((1, 3), np.int32)
+    with pytest.raises(DataError, match=f"{kind} is not supported"):
+        tli_jax.forward(*tli_jax.load_hf(out), ids)
+
+
+def test_what_cannot_be_run_is_neither_proved_nor_sampled_nor_trained(cli: Command, tmp_path: Path) -> None:
+    damage = config(rope_scaling={"type": "dynamic", "factor": 2.0})
+    cli.refuses("tied", damage, 65, "cannot be run, RoPE type 'dynamic'", "works with --no-proof", proof=True)
+    for flags in (
+        ["--sample", "x"],
+        ["--method", "adept"],
+        ["--train.run", str(tmp_path / "run"), "--train.text", "x"],
+    ):
+        shutil.rmtree(cli.base)
+        cli.refuses("tied", damage, 65, "cannot be run, RoPE type 'dynamic'", flags=tuple(flags))
+    for main, flags in ((train.main, ["--run", str(tmp_path / "run")]), (evaluate.main, [])):
+        code = command.run(main, ["--model", str(cli.base), "--text", str(cli.base / "config.json"), *flags])
+        assert code == 65 and "RoPE type 'dynamic'" in cli.capsys.readouterr().err
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize("layout", ["untied", "sharded"])
+def test_a_prefix_of_all_names_is_dropped(prefix: str, layout: str, cli: Command) -> None:
+    good = cli.accepts(layout, lambda folder: None)
+    expected = json.loads((good / "growth.json").read_text())["digests"]
+    shutil.rmtree(cli.base)
+
+    def rename(folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            save_file({prefix + name: array for name, array in load_file(file).items()}, file)
+        if (folder / INDEX).exists():
+            names = json.loads((folder / INDEX).read_text())["weight_map"]
+            edit_json(INDEX, weight_map={prefix + name: file for name, file in names.items()})(folder)
+
+    out = cli.accepts(layout, rename, f"all tensor names start with {prefix!r}")
+    assert json.loads((out / "growth.json").read_text())["digests"] == expected
+
+
+@pytest.mark.parametrize("names", [{}, {Q: "_orig_mod." + Q}], ids=["of another", "of some"])
+def test_other_names_are_shown_beside_those_that_are_missing(names: dict[str, str], cli: Command) -> None:
+    def rename(content: dict[str, np.ndarray]) -> None:
+        for name in list(content):
+            content[names.get(name, name) if names else f"transformer.{name}"] = content.pop(name)
+
+    shown = "_orig_mod." + Q if names else f"transformer.{EMBEDDING}"
+    cli.refuses("tied", tensors(rename), 65, "are missing", Q if names else EMBEDDING, f"have instead {shown}")
+
+
+def test_an_index_may_name_what_a_llama_does_not_need(cli: Command) -> None:
+    buffers = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4)]
+
+    def name(folder: Path) -> None:
+        index = json.loads((folder / INDEX).read_text())["weight_map"]
+        file = shard(Path(), 1).name
+        edit_json(INDEX, weight_map=index | dict.fromkeys([*buffers, HEAD], file))(folder)
+
+    out = cli.accepts("sharded", name, "names 5 tensors that no shard holds and the model does not need, like lm_head")
+    assert set(load_file(out / SINGLE)) == {
+        f"model.layers.{i}.{name}" for i in range(5) for name in CONFIG.layer_tensors
+    } | {EMBEDDING, "model.norm.weight"}
+
+
+def test_an_index_may_not_name_a_head_that_is_needed(cli: Command) -> None:
     cli.refuses(
-        "tied", cast(Q_NEXT, "float16"), 65, "self_attn.q_proj", "[2, 3]", flags=("--method", "average", "--after", "2")
+        "sharded",
+        after(config(tie_word_embeddings=False), map_to(shard(Path(), 1).name, tensor=HEAD)),
+        65,
+        HEAD,
+        "names tensors that the shards lack",
     )
+
+
+MIXED = "layers are stored in different dtypes (self_attn.q_proj.weight)"
+
+
+def test_layers_keep_their_dtypes(cli: Command) -> None:
+    out = cli.accepts("tied", cast(Q_NEXT, "float16"), MIXED)
+    grown, base = load_file(out / SINGLE), load_file(cli.base / SINGLE)
+    assert grown[Q_NEXT].dtype == np.float16 and grown["model.layers.4.self_attn.q_proj.weight"].dtype == np.float16
+    assert (grown[Q_NEXT] == base[Q_NEXT]).all() and (grown[Q] == base[Q]).all()
+    with pytest.warns(UserWarning, match="layers.self_attn.q_proj.weight has other dtypes in other layers"):
+        stacked = tli_jax.load_hf(out)[1]["layers"]["self_attn"]["q_proj"]["weight"]
+    assert stacked.dtype == np.float32 and (np.asarray(stacked)[3] == base[Q_NEXT].astype(np.float32)).all()
+    for dtype in ("float32", "float16", "bfloat16"):
+        leaves = jax.tree.leaves(tli_jax.load_hf(out, dtype=dtype)[1])  # warns of nothing
+        assert {leaf.dtype.name for leaf in leaves} == {dtype}
+
+
+@pytest.mark.parametrize("method", ["average", "slayer"])
+def test_a_mean_of_layers_of_different_dtypes_is_that_of_their_float32(method: str, cli: Command) -> None:
+    flags = ("--method", method, "--after", "2")
+    out = cli.accepts("tied", cast(Q_NEXT, "float16"), MIXED, flags=flags)
+    found = {name: array for name, array in load_file(out / SINGLE).items() if name.startswith("model.layers.3.")}
+    shutil.rmtree(cli.base)
+
+    def widen(content: dict[str, np.ndarray]) -> None:
+        content[Q_NEXT] = content[Q_NEXT].astype(np.float16).astype(np.float32)
+
+    out = cli.accepts("tied", tensors(widen), flags=flags)
+    expected = load_file(out / SINGLE)
+    for name, array in found.items():
+        assert array.dtype == np.float32 and (array == expected[name]).all(), name
+
+
+def test_names_that_are_half_a_surrogate_pair_are_written_as_they_were_read(cli: Command) -> None:
+    out = cli.accepts("tied", config(of_somebody="\ud800 ü"))
+    assert json.loads((out / "config.json").read_text())["of_somebody"] == "\ud800 ü"
+
+
+# --- A base that changes while it is grown.
+
+
+@pytest.mark.parametrize("change", ["written to", "replaced", "removed", "configuration"])
+def test_a_base_that_changes_meanwhile(change: str, bases: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(bases / "tied", tmp_path / "base")
+    arguments = UpscaleConfig(model=str(base), output=str(tmp_path / "out"), proof=False)
+    job = upscale.prepare(arguments)
+    file = base / ("config.json" if change == "configuration" else SINGLE)
+    if change == "written to":
+        with file.open("r+b") as stream:
+            stream.seek(-4, os.SEEK_END)
+            stream.write(b"\0\0\0\0")
+    elif change == "removed":
+        # In the last moment, or there would be nothing to read.
+        original = upscale.sidecar.copy_allowed
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(upscale.sidecar, "copy_allowed", lambda *args: (original(*args), file.unlink()))
+            with pytest.raises(DataError, match="changed while it was read"):
+                upscale.grow(job, command.console(), {})
+        assert not (tmp_path / "out").exists()
+        return
+    else:
+        shutil.copyfile(file, tmp_path / "copy")
+        shutil.copystat(file, tmp_path / "copy")
+        (tmp_path / "copy").replace(file)
+    with pytest.raises(DataError, match=rf"{file.name}: changed while it was read"):
+        upscale.grow(job, command.console(), {})
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
+
+
+# --- Sizes.
+
+HOSTILE = """
+import contextlib, io, json, resource, shutil, sys, time
+from pathlib import Path
+from tli_jax import command, upscale
+
+def most() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+base, output = Path(sys.argv[1]), sys.argv[2]
+config = json.loads((base / "config.json").read_text())
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    command.run(upscale.main, ["--model", str(base), "--output", output, "--no-proof"])  # what is imported late
+shutil.rmtree(output)
+for name, changes, flags in json.load(sys.stdin):
+    (base / "config.json").write_text(json.dumps(config | changes))
+    shutil.rmtree(output, ignore_errors=True)
+    before, started = most(), time.monotonic()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        code = command.run(upscale.main, ["--model", str(base), "--output", output, "--no-proof", *flags])
+    print(json.dumps([name, code, time.monotonic() - started, most() - before, said.getvalue()]), flush=True)
+"""
+HUGE = 10**9
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+SIZES: dict[str, tuple[dict[str, Any], list[str], int]] = {
+    "layers": ({"num_hidden_layers": HUGE}, [], 65),
+    "experts": (MIXTRAL | {"num_local_experts": HUGE}, [], 65),
+    "experts below the number of tensors": (MIXTRAL | {"num_local_experts": 38}, [], 65),
+    "vocabulary": ({"vocab_size": 10**12}, [], 65),
+    "heads": ({"num_attention_heads": HUGE, "num_key_value_heads": HUGE}, [], 65),
+    "context": ({"max_position_embeddings": 1}, [], 65),
+    "head size": ({"head_dim": 10**18}, [], 65),
+    "width": ({"hidden_size": 10**12}, [], 65),
+    "feed-forward": ({"intermediate_size": 10**18}, [], 65),
+    "beyond 64 bits": ({"intermediate_size": 10**30}, [], 65),
+    "every": ({}, ["--every", str(HUGE)], 2),
+    "groups": ({}, ["--method", "llama_pro", "--groups", str(HUGE)], 2),
+    "copies": ({}, ["--copies", str(HUGE)], 2),
+    "copies of each": ({}, ["--method", "interpose", "--copies", "100"], 0),
+    "times": ({}, ["--method", "stack", "--times", str(HUGE)], 2),
+    "drop": ({}, ["--method", "dus", "--drop", str(HUGE)], 2),
+    "block": ({}, ["--method", "midas", "--block", str(HUGE)], 2),
+    "count": ({}, ["--method", "adept", "--count", str(HUGE)], 2),
+    "after": ({}, ["--after", str(HUGE)], 2),
+    "new experts": ({}, ["--experts", str(HUGE)], 2),
+    "top_k": ({}, ["--top-k", str(HUGE)], 2),
+    "granularity": ({}, ["--upcycle", "virtual_groups", "--granularity", str(HUGE)], 2),
+    "experts of many layers": ({}, ["--method", "stack", "--times", "1000", "--experts", "10000"], 2),
+    "custom": ({}, ["--method", "custom", "--layers", "0-1000000000"], 2),
+    "custom, digits": ({}, ["--method", "custom", "--layers", "9" * 5000], 2),
+    "custom, many": ({}, ["--method", "custom", "--layers", ",".join(["0-3"] * 20_000)], 2),
+    "shard": ({}, ["--max-shard-size", "9" * 400 + "GB"], 2),
+}
+
+
+def test_sizes_that_nothing_has_are_refused_before_anything_is_made_of_them(bases: Path, tmp_path: Path) -> None:
+    shutil.copytree(bases / "tied", tmp_path / "base")
+    call = [sys.executable, "-c", HOSTILE, str(tmp_path / "base"), str(tmp_path / "out")]
+    cases = json.dumps([[name, changes, flags] for name, (changes, flags, _) in SIZES.items()])
+    done = subprocess.run(call, input=cases, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == list(SIZES)
+    for name, code, seconds, mebibytes, said in found:
+        assert code == SIZES[name][2], (name, said)
+        if code:
+            assert seconds < 2 and mebibytes < 200, (name, seconds, mebibytes)
 
 
 def test_remote_code_is_neither_run_nor_copied(cli: Command) -> None:
@@ -682,7 +914,7 @@ GROWTHS: dict[str, tuple[Damage, str]] = {
         write("growth.json", json.dumps(tli_jax.tli(4, 1).to_json()).encode()),
         "is about 8 layers, config.json about 4",
     ),
-    "a short map": (write("growth.json", json.dumps(PLAN | {"layer_map": [[0]]}).encode()), "about 4"),
+    "a short map": (write("growth.json", json.dumps(PLAN | {"layer_map": [[0]]}).encode()), "layer_map has 1 layers"),
 }
 
 

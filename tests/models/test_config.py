@@ -46,6 +46,7 @@ OLD = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+FACTORS = ("linear", "llama3")  # types that have some which are read
 MINIMAL = {"model_type": "llama", "num_hidden_layers": 2}
 
 
@@ -64,6 +65,7 @@ def without(raw: dict, *keys: str) -> dict:
 def as_transformers_reads(raw: dict) -> dict:
     """Our fields, filled from transformers' own reading."""
     theirs = transformers.LlamaConfig.from_dict(json.loads(json.dumps(raw)))
+    theirs.standardize_rope_params()  # as the model does before it computes frequencies
     rope = dict(theirs.rope_parameters)
     eos = theirs.eos_token_id
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -71,7 +73,7 @@ def as_transformers_reads(raw: dict) -> dict:
     return {name: getattr(theirs, name) for name in same} | {
         "rope_theta": rope["rope_theta"],
         "rope_type": rope["rope_type"],
-        "rope_factors": tuple((name, rope[name]) for name in names if name in rope),
+        "rope_factors": tuple((name, rope[name]) for name in names if name in rope and rope["rope_type"] in FACTORS),
         "eos_token_ids": tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
         "num_experts": 0,
         "experts_per_token": 0,
@@ -105,6 +107,26 @@ READABLE = {
     "nulls": MINIMAL | {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "eos_token_id": None},
     "no bos": MINIMAL | {"bos_token_id": None},
     "one eos": MINIMAL | {"eos_token_id": 7},
+    "no eos at all": MINIMAL | {"eos_token_id": []},
+    "llama3 without an original context": OLD | {"rope_scaling": without(LLAMA3, "original_max_position_embeddings")},
+    "the original context beside it": OLD
+    | {"rope_scaling": without(LLAMA3, "original_max_position_embeddings"), "original_max_position_embeddings": 512},
+    "two original contexts": OLD | {"original_max_position_embeddings": 512},
+    "the original context of another type": MINIMAL | {"original_max_position_embeddings": 512},
+    "type and rope_type": MINIMAL | {"rope_scaling": {"type": "linear", "rope_type": "default"}},
+    "no type": MINIMAL | {"rope_scaling": {"factor": 2.0}},
+    "an empty rope_scaling": MINIMAL | {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+    "false for none": MINIMAL | {"rope_scaling": False, "rope_theta": 5e5},
+    "two thetas": MINIMAL | {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_theta": 1e6},
+    "a theta in rope_scaling": MINIMAL | {"rope_scaling": {"type": "default", "rope_theta": 5e5}},
+    "whole numbers": MINIMAL | {"rope_theta": 500000, "rope_scaling": {"type": "linear", "factor": 2}},
+    "all of the head is turned": MINIMAL | {"partial_rotary_factor": 1},
+    "nothing of partial rotation": MINIMAL | {"rope_parameters": {"partial_rotary_factor": None}},
+    "the other name of silu": MINIMAL | {"hidden_act": "swish"},
+    "zeros": MINIMAL | {"rms_norm_eps": 0.0, "initializer_range": 0.0},
+    "a head of another size": MINIMAL | {"head_dim": 64},
+    "dynamic": MINIMAL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 5e5},
+    "yarn": MINIMAL | {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 5e5}},
 }
 
 
@@ -128,6 +150,37 @@ def test_dtype_is_read_under_both_names():
     assert LlamaConfig.from_hf(MINIMAL | {"dtype": "float16"}).dtype == "float16"
     assert LlamaConfig.from_hf(MINIMAL | {"torch_dtype": "bfloat16", "dtype": None}).dtype == "bfloat16"
     assert LlamaConfig.from_hf(MINIMAL | {"torch_dtype": None}).dtype == "float32"
+    assert LlamaConfig.from_hf(MINIMAL | {"torch_dtype": "bfloat16", "dtype": "float16"}).dtype == "float16"
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "half", "float"])
+def test_dtypes_have_the_names_that_torch_gives_them(name):
+    for key in ("dtype", "torch_dtype"):
+        theirs = transformers.LlamaConfig.from_dict(MINIMAL | {key: name}).dtype
+        for spelt in (name, f"torch.{name}"):
+            ours = LlamaConfig.from_hf(MINIMAL | {key: spelt})
+            assert f"torch.{ours.dtype}" == str(theirs)
+            # With torch. in front transformers 4 reads it and 5 does not, so it is written as both do.
+            assert transformers.LlamaConfig.from_dict(ours.to_hf()).dtype == theirs
+
+
+def test_mixtral_reads_missing_and_null_heads_as_transformers_does():
+    raw = {"model_type": "mixtral", "num_hidden_layers": 2}
+    assert LlamaConfig.from_hf(raw).num_key_value_heads == transformers.MixtralConfig().num_key_value_heads == 8
+    # transformers 4 reads null so, 5 refuses it.
+    assert LlamaConfig.from_hf(raw | {"num_key_value_heads": None}).num_key_value_heads == 32
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su", "of tomorrow"])
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_a_rope_type_that_is_not_known_is_read_but_not_run(key, kind):
+    raw = MINIMAL | {key: {"rope_type": kind, "factor": 4.0}}
+    config = LlamaConfig.from_hf(raw, "here/config.json")
+    assert config.rope_type == kind and not config.is_runnable and config.to_hf() == raw
+    with pytest.raises(DataError, match=f"^there: .*{kind}.*default, linear, llama3.*--no-proof"):
+        config.check_runnable("there")
+    with pytest.raises(DataError, match=kind):
+        inverse_frequencies(config)
 
 
 REFUSED = {
@@ -141,8 +194,8 @@ REFUSED = {
     "layer_types": ["full_attention"] * 15 + ["sliding_attention"],
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
-    "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
-    "rope_parameters": {"rope_type": "dynamic", "factor": 4.0},
+    "rope_scaling": {"rope_type": None, "type": "linear", "factor": 4.0},
+    "rope_parameters": {"rope_type": ["dynamic"], "factor": 4.0},
     "dtype": "float8_e4m3fn",
     "torch_dtype": "int8",
     # Wrong types and values.
@@ -176,9 +229,18 @@ def test_a_refusal_names_the_file_the_key_and_what_it_found(key):
     if key == "layer_types":
         assert "sliding_attention" in message
     elif key in ("rope_scaling", "rope_parameters"):
-        assert found["rope_type"] in message
+        assert f"rope type {found['rope_type']}, must be a string" in message
     else:
         assert str(found) in message
+
+
+@pytest.mark.parametrize("value", [10**400, -(10**400), [[0]] * 10_000, "9" * 10_000, {"a": {}}, math.inf])
+def test_values_of_any_size_and_type_are_refused_in_a_short_line(value):
+    # All of these are computed with; other keys are kept as they are.
+    for key in ("vocab_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta", "bos_token_id"):
+        with pytest.raises(DataError) as refusal:
+            LlamaConfig.from_hf(OLD | {key: value})
+        assert key in str(refusal.value) and len(str(refusal.value)) < 400
 
 
 @pytest.mark.parametrize("name", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])

@@ -246,7 +246,7 @@ class Plan:
         try:
             history = _as(list, record, "history")
             # Each step is a plan too, and the first base is that of the first of them.
-            first = _as(int, _as(dict, (history or [record])[0], "base"), "layers")
+            first = _as(int, _as(dict, _as(dict, history, 0) if history else record, "base"), "layers")
             for at in range(len(history)):
                 _read_plan(_as(dict, history, at), at, first)
             return dataclasses.replace(_read_plan(record, len(history), first), history=tuple(history))

@@ -225,6 +225,8 @@ class LlamaConfig:
         if head_dim % 2:
             raise DataError(f"{where}: head_dim {head_dim} is odd, rotary embedding needs an even one")
         context = read.integer("max_position_embeddings", 131072 if is_mixtral else 2048)
+        if context < 2:
+            raise DataError(f"{where}: max_position_embeddings is {context}, no token has a successor in that context")
         rope_theta, rope_type, rope_factors = _read_rope(raw, where, 1e6 if is_mixtral else 1e4, context)
         dtype_key = "dtype" if raw.get("dtype") else "torch_dtype"
         dtype = raw.get(dtype_key) or "float32"
