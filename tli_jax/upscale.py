@@ -194,6 +194,8 @@ def prepare(config: UpscaleConfig) -> Job:
         warnings = []
     for warning in (*base.warnings, *warnings, *([] if config.plan_only else sidecar.left_behind(folder))):
         command.warn(warning)
+    if needs_importance(config):
+        make_plan(config, base, [0.0] * base.config.num_hidden_layers)  # refuses options before it takes time
     importance = _measure_importance(config, base, tokenizer) if needs_importance(config) else None
     plan = make_plan(config, base, importance)
     facts: dict[str, Any] = {}
