@@ -112,6 +112,6 @@ def read_bytes() -> Callable[[Path], dict[str, bytes]]:
         def content(file: Path) -> bytes:
             return files.setdefault(file, file.read_bytes() if file not in files else b"")
 
-        return {name: content(t.file)[t.start : t.start + t.nbytes] for name, t in read_folder(folder).items()}
+        return {name: content(t.file)[t.start : t.start + t.nbytes] for name, t in read_folder(folder).tensors.items()}
 
     return read

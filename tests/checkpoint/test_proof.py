@@ -146,7 +146,7 @@ def test_figures_in_bf16_are_near_those_of_whole_logits(bases: dict[str, Path], 
 
 def damage(folder: Path, name: str, row: int = 0) -> None:
     """Turn the sign of the first value in a row of a tensor: one byte, its last, as numbers are stored."""
-    tensor = read_folder(folder)[name]
+    tensor = read_folder(folder).tensors[name]
     at = tensor.start + row * (tensor.nbytes // tensor.shape[0]) + 3
     with tensor.file.open("r+b") as file:
         file.seek(at)
@@ -156,14 +156,14 @@ def damage(folder: Path, name: str, row: int = 0) -> None:
 
 
 def spoil(folder: Path, name: str) -> None:
-    tensor = read_folder(folder)[name]
+    tensor = read_folder(folder).tensors[name]
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start)
         file.write(np.float32(np.nan).tobytes())
 
 
 def fill(folder: Path, name: str) -> None:
-    tensor = read_folder(folder)[name]
+    tensor = read_folder(folder).tensors[name]
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start)
         file.write(np.full(tensor.shape, 0.01, np.float32).tobytes())

@@ -284,7 +284,7 @@ def test_what_is_taken_along(make_model: Callable[..., Path], grow: GROW, tmp_pa
 def test_values_that_are_not_finite_are_counted(bases: dict[str, Path], tmp_path: Path, dtype: str):
     base = shutil.copytree(bases[dtype], tmp_path / "base")
     spoil = {"model.layers.1.mlp.up_proj.weight": [np.nan, np.inf, -np.inf], "model.norm.weight": [-np.nan]}
-    tensors = read_folder(base)
+    tensors = read_folder(base).tensors
     for name, values in spoil.items():
         with tensors[name].file.open("r+b") as file:
             # The last ones: a count that stops early would miss them.
@@ -292,17 +292,17 @@ def test_values_that_are_not_finite_are_counted(bases: dict[str, Path], tmp_path
             file.seek(tensors[name].start + tensors[name].nbytes - len(data))
             file.write(data)
     seen: list[int] = []
-    digests, nonfinite = check_tensors(read_folder(base).values(), seen.append)
+    digests, nonfinite = check_tensors(read_folder(base).tensors.values(), seen.append)
     assert nonfinite == {name: len(values) for name, values in spoil.items()}
     assert sum(seen) == sum(tensor.nbytes for tensor in tensors.values())
     assert digests.keys() == tensors.keys()
     # The largest finite value is finite.
-    assert check_tensors(read_folder(bases[dtype]).values(), lambda _: None)[1] == {}
+    assert check_tensors(read_folder(bases[dtype]).tensors.values(), lambda _: None)[1] == {}
 
 
 def test_the_largest_finite_value_is_finite(make_model: Callable[..., Path], tmp_path: Path):
     base = make_model(tmp_path / "base")
-    tensor = read_folder(base)["model.norm.weight"]
+    tensor = read_folder(base).tensors["model.norm.weight"]
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start)
         file.write(np.asarray([np.finfo(np.float32).max, -np.finfo(np.float32).max, 1e-45], np.float32).tobytes())
