@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tli_jax import command, upscale
 from tli_jax.checkpoint import hub
@@ -206,6 +207,37 @@ def test_at_the_size_of_llama_8b() -> None:
 def test_refused(start, tmp_path, capsys, flags, code, message) -> None:
     assert command.run(main, call(start, tmp_path / "out", *flags)) == code
     assert message in capsys.readouterr().err
+
+
+def test_base_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
+    shutil.copytree(start / "base", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    flags = ["--model", str(tmp_path / "base"), "--methods", "tli:identity", "--steps", "0"]
+    assert command.run(main, call(start, tmp_path / "out", *flags)) == 65
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: base (") and "the loss is nan" in error
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+@pytest.mark.long
+def test_growth_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
+    file = tmp_path / "methods.yaml"
+    file.write_text("methods: [{method: tli, init: noise, noise_ratio: 1.0e+30, name: loud}]", encoding="utf-8")
+    flags = call(start, tmp_path / "out", "--steps", "0", "--config", str(file))
+    at = flags.index("--methods")
+    assert command.run(main, [*flags[:at], *flags[at + 2 :]]) == 65
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: loud (")
+    # Its proof had nothing finite to say, which JSON cannot hold.
+    record = (tmp_path / "out" / "grown" / "loud-0" / "growth.json").read_text(encoding="utf-8")
+    assert json.loads(record, parse_constant=pytest.fail)["proof"]["kl"] is None
+
+
+def test_ids_outside_the_vocabulary_are_refused(start, tmp_path, capsys) -> None:
+    np.save(tmp_path / "ids.npy", np.full(4000, 64, np.uint16))
+    assert command.run(main, call(start, tmp_path / "out", "--text", str(tmp_path / "ids.npy"))) == 65
+    assert "64" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_foreign_folder_is_refused(start, tmp_path, capsys) -> None:

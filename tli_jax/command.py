@@ -1,7 +1,12 @@
 """The frame that every command runs in: errors become one line and an exit code, signals unwind, progress is shown."""
 
+import argparse
 import contextlib
 import contextvars
+import errno
+import io
+import json
+import math
 import os
 import signal
 import sys
@@ -9,15 +14,25 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Protocol, TextIO
+from typing import Any, NoReturn, Protocol, TextIO
 
 import rich.console
 import rich.progress
+import rich.text
 
-from tli_jax.errors import StorageError, TliError
+from tli_jax.errors import MissingInputError, StorageError, TliError, UsageError
 
 # Seconds between two plain lines of progress where there is no terminal.
 _LINE_EVERY = 5.0
+# What the system says of a path that leads nowhere; everything else it refuses is a matter of storage.
+_BAD_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError, so that a wrong argument is shown like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see --help")
 
 
 class _Stopped(BaseException):
@@ -34,6 +49,9 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a locale without "→" must not end a growth
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(arguments)
         sys.stdout.flush()
@@ -49,19 +67,56 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
         if isinstance(error, TliError):
             return _say(str(error), error.exit_code)
         if isinstance(error, OSError):
-            return _say(f"{error.filename or 'the system'}: {error.strerror or error}", StorageError.exit_code)
+            kind = MissingInputError if error.errno in _BAD_PATH else StorageError
+            return _say(f"{error.filename or 'the system'}: {error.strerror or error}", kind.exit_code)
         return _say("out of memory", StorageError.exit_code)
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
+        if isinstance(error, ValueError) and "embedded null" in str(error):
+            return _say("a path holds a null byte: give another path", UsageError.exit_code)
         return _say(f"internal error, {type(error).__name__}: {error}; --debug shows where", TliError.exit_code)
     return 0
 
 
 def _say(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    print("error:", "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+    print("error:", printable(" ".join(message.split())), file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """One line of text, safe to show: whatever does not print, such as control characters, line breaks, bidirectional
+    overrides and lone surrogates, is escaped as in a Python string."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def to_json(content: Any, indent: int = 2) -> str:
+    """JSON for a file or a terminal. Non-ASCII stays as it is, but what does not print is escaped.
+
+    Raises:
+        ValueError: a number is NaN or infinite, which JSON does not have.
+    """
+    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def finite(content: Any) -> Any:
+    """The same, with null for each number that is NaN or infinite."""
+    if isinstance(content, dict):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def print_json(content: Any) -> None:
+    """JSON on stdout, in ASCII where stdout cannot take anything else."""
+    text = to_json(content)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    print(text)
 
 
 _log: contextvars.ContextVar[TextIO | None] = contextvars.ContextVar("log", default=None)
@@ -77,17 +132,44 @@ def logging_to(file: TextIO) -> Iterator[None]:
         _log.reset(token)
 
 
-def console(is_stderr: bool = False) -> rich.console.Console:
+class Console(rich.console.Console):
+    """Prints strings as they are, in tables too: no markup, no emoji codes, no highlighting, no escape sequences.
+
+    What is to look special is made of ``rich.text.Text``, whose parts go through ``printable`` if they are not ours.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> rich.text.Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+    def show(self, table: rich.console.RenderableType) -> None:
+        """Print a table whole: where the terminal is narrower, it breaks the lines, and no number is cut."""
+        wide = self.measure(table, options=self.options.update_width(10_000)).maximum
+        width, self.width = self.width, max(wide, self.width)
+        try:
+            self.print(table, crop=False)
+        finally:
+            self.width = width
+
+
+def console(is_stderr: bool = False) -> Console:
     """Where to print: as wide as the terminal, 120 characters elsewhere."""
     if (log := _log.get()) is not None:
-        return rich.console.Console(file=log, highlight=False, width=120)
-    made = rich.console.Console(stderr=is_stderr, highlight=False)
-    return made if made.is_terminal else rich.console.Console(stderr=is_stderr, highlight=False, width=120)
+        return Console(file=log, width=120)
+    made = Console(stderr=is_stderr)
+    return made if made.is_terminal else Console(stderr=is_stderr, width=120)
+
+
+def say(line: str) -> None:
+    """One line on stderr."""
+    console(is_stderr=True).print(printable(" ".join(line.split())), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """One line on stderr."""
-    console(is_stderr=True).print(f"warning: {message}", soft_wrap=True, markup=False)
+    """One line on stderr that says so."""
+    say(f"warning: {message}")
 
 
 class Advance(Protocol):
@@ -106,21 +188,21 @@ def progress(title: str, total: int, unit: str = "bytes", done: int = 0) -> Iter
     Yields:
         A function to be told of progress.
     """
-    screen = console(is_stderr=True)
+    screen, title = console(is_stderr=True), printable(title)
     if not screen.is_terminal:
         yield from _lines(title, total, done, screen)
         return
     amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
     columns = (
-        rich.progress.TextColumn("{task.description:<8}"),
+        rich.progress.TextColumn("{task.description:<8}", markup=False),
         rich.progress.BarColumn(),
         amount,
         rich.progress.TimeRemainingColumn(),
-        rich.progress.TextColumn("{task.fields[note]}"),
+        rich.progress.TextColumn("{task.fields[note]}", markup=False),
     )
     with rich.progress.Progress(*columns, console=screen) as bar:
         task = bar.add_task(title, total=total, completed=done, note="")
-        yield lambda amount, note="", /: bar.update(task, advance=amount, note=note)
+        yield lambda amount, note="", /: bar.update(task, advance=amount, note=printable(note))
 
 
 def _lines(title: str, total: int, done: int, screen: rich.console.Console) -> Iterator[Advance]:
@@ -131,7 +213,7 @@ def _lines(title: str, total: int, done: int, screen: rich.console.Console) -> I
         done += amount
         if time.monotonic() - shown > _LINE_EVERY:
             shown = time.monotonic()
-            screen.print(f"{title} {100 * done // max(total, 1)} % {note}".rstrip(), markup=False)
+            screen.print(f"{title} {100 * done // max(total, 1)} % {printable(note)}".rstrip())
 
     yield advance
     screen.print(f"{title} done in {time.monotonic() - started:.1f} s")

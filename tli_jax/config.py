@@ -17,6 +17,7 @@ import pydantic
 import yaml
 from pydantic.dataclasses import dataclass
 
+from tli_jax.command import Parser
 from tli_jax.errors import MissingInputError, UsageError, nearest
 from tli_jax.values import (
     Adam,
@@ -313,11 +314,6 @@ _SHOWN = 5  # problems in a message
 _LONGEST = 100  # characters of a value in a message
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UsageError(f"{message}; see --help")
-
-
 def parse(kind: type[Config], program: str, description: str, arguments: Sequence[str]) -> Config:
     """A configuration from ``--config FILE.yaml`` and flags over it.
 
@@ -328,7 +324,7 @@ def parse(kind: type[Config], program: str, description: str, arguments: Sequenc
         UsageError: an unknown key or flag, or a wrong value.
         MissingInputError: the file is not there.
     """
-    parser = _Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = Parser(prog=program, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="YAML file; every flag below is a key in it, but for --debug")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     switches = ["--config", "--debug"]

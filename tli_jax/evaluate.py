@@ -1,7 +1,6 @@
 """``python -m tli_jax.evaluate``: a model's loss on texts, and how it does on multiple-choice tasks."""
 
 import dataclasses
-import json
 import math
 import sys
 import tempfile
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import rich.box
 import rich.table
-import rich.text
 
 from tli_jax import command
 from tli_jax import train as training
@@ -36,10 +34,10 @@ def main(arguments: Sequence[str]) -> None:
         if not processes.is_first():
             return
         if config.json:
-            print(json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False))
+            command.print_json(found)
         else:
             for table in tabulate(found):
-                command.console().print(table)
+                command.console().show(table)
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -74,7 +72,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     recipe = _recipe(config, weights.config.dtype)
     trainer, T, notes = training.make_trainer(recipe, weights.config, None)
     for note in notes:
-        command.console(is_stderr=True).print(note, markup=False, soft_wrap=True)
+        command.say(note)
     texts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as cache:
         data = {
@@ -140,9 +138,7 @@ def tabulate(found: dict[str, Any]) -> list[rich.table.Table]:
             table.add_column(heading, justify="left" if heading == "text" else "right")
         for path, one in found["texts"].items():
             bits = f"{one['bits_per_byte']:.4f}" if "bits_per_byte" in one else "–"
-            table.add_row(
-                rich.text.Text(path), f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", bits
-            )
+            table.add_row(path, f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", bits)
         tables.append(table)
     if found["tasks"]:
         table = rich.table.Table(box=rich.box.SIMPLE)
@@ -151,7 +147,7 @@ def tabulate(found: dict[str, Any]) -> list[rich.table.Table]:
         for name, one in found["tasks"].items():
             stderr = "–" if one["stderr"] is None else f"{one['stderr']:.4f}"
             values = (f"{one[key]:.4f}" for key in ("accuracy_normalised", "f1"))
-            table.add_row(rich.text.Text(name), f"{one['questions']:,}", f"{one['accuracy']:.4f}", stderr, *values)
+            table.add_row(name, f"{one['questions']:,}", f"{one['accuracy']:.4f}", stderr, *values)
         tables.append(table)
     return tables
 

@@ -6,7 +6,6 @@ here or for a TPU slice that is not.
 """
 
 import dataclasses
-import json
 import os
 import platform
 import shutil
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         findings = Preflight(config).run()
     if config.json and processes.is_first():
         checks = [{"name": f.name, "status": f.status, "text": f.text} | f.facts for f in findings]
-        print(json.dumps({"checks": checks}, indent=2, ensure_ascii=False))
+        command.print_json({"checks": checks})
     if failed := [finding.error for finding in findings if finding.error is not None]:
         raise failed[0]
     if config.strict and (missing := [finding.name for finding in findings if finding.status == "not checked"]):
@@ -109,7 +108,7 @@ class Preflight:
             found = self._run_one(name, check)
             findings.append(found)
             if processes.is_first():
-                screen.print(f"{name:<15} {found.status:<11} {found.text}", markup=False, soft_wrap=True)
+                screen.print(f"{name:<15} {found.status:<11} {found.text}", soft_wrap=True)
         return findings
 
     def _run_one(self, name: str, check: Callable[[], tuple[str, dict[str, Any]]]) -> Finding:
@@ -301,9 +300,7 @@ class Preflight:
 
         trainer, screen = self._needs(self.trainer, "a mesh"), command.console(is_stderr=True)
         limit = self._limit(trainer.mesh)
-        best = fit.search(
-            trainer, self.T, self._dtypes(), limit, lambda line: screen.print(line, markup=False, soft_wrap=True)
-        )
+        best = fit.search(trainer, self.T, self._dtypes(), limit, lambda line: screen.print(line, soft_wrap=True))
         if not best:
             raise UsageError(f"does not fit, whatever is computed again: {fit.hints(trainer, self.T)}")
         remat, size = next(iter(best.items()))

@@ -22,6 +22,7 @@ from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
 from tli_jax.training.metrics import Metrics, read_metrics
+from tli_jax.training.record import describe_base, describe_training
 from tli_jax.training.run import RunFolder, model_digest, replacing
 from tli_jax.values import Source
 
@@ -166,8 +167,7 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
         _say(f"run {run}: {done} steps are done")
     checkpoints.close()
     if config.export:
-        record = {"run": facts["id"], "step": int(state.step), "tokens": int(state.step) * config.batch_size * T}
-        record |= {"only": config.only, "outer": sorted(trainer.layout.outer), "versions": facts["versions"]}
+        record = describe_training(run, config, sorted(trainer.layout.outer), T, int(state.step))
         export(trainer, state.trained | frozen, facts["dtypes"], run, Path(config.export), record)
         _say(f"written to {config.export}")
     return Trained(trainer, state.trained, frozen, data)
@@ -307,6 +307,7 @@ def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, A
         "data": data.digest,
         "sources": list(data.sources),
         "dtypes": dtypes,
+        **describe_base(weights),
         "versions": sidecar.versions(*names),
     }
 
@@ -321,7 +322,7 @@ def _export_other(other: RunFolder, config: TrainConfig, folder: Path) -> None:
     start = _open_model(theirs, other)
     here = {"mesh": config.mesh, "batch_size": config.batch_size, "accumulation": 1, "attention": "auto"}
     theirs = dataclasses.replace(theirs, **here)
-    trainer, _, _ = make_trainer(theirs, start.model, start.plan)
+    trainer, T, _ = make_trainer(theirs, start.model, start.plan)
     facts = other.read_facts()
     checkpoints = Checkpoints(other.checkpoints, theirs.keep, other.identity, read_only=True)
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)
@@ -329,7 +330,7 @@ def _export_other(other: RunFolder, config: TrainConfig, folder: Path) -> None:
     if restored is None:
         raise MissingInputError(f"model {other}: is a run that has no checkpoint yet")
     state, frozen = restored
-    record = {"run": facts["id"], "step": int(state.step)}
+    record = describe_training(other, other.read_config(), sorted(trainer.layout.outer), T, int(state.step))
     export(trainer, state.trained | frozen, facts["dtypes"], other, folder, record)
 
 
@@ -365,7 +366,7 @@ def summary(run: RunFolder) -> str:
 
 def _say(line: str) -> None:
     if processes.is_first():
-        command.console(is_stderr=True).print(line, markup=False, soft_wrap=True)
+        command.say(line)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
 import dataclasses
 import inspect
-import json
-import re
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -36,6 +35,8 @@ from tli_jax.growth.presets import PRESETS
 from tli_jax.models.shapes import check_shape
 from tli_jax.parallel import processes
 from tli_jax.report import growth as report
+from tli_jax.report.card import grown_card, snippet
+from tli_jax.training.record import read_trainings
 from tli_jax.training.run import RunFolder
 
 PROGRAM = "python -m tli_jax.upscale"
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str]) -> None:
     train = dataclasses.replace(config.train, model=config.train.model or config.output or "")
     with processes.joined(train.distributed, train.process):
         if RunFolder(train.run).is_begun:
-            command.console(is_stderr=True).print(f"run {train.run} has begun, growth is not repeated", markup=False)
+            command.say(f"run {train.run} has begun, growth is not repeated")
         else:
             with processes.first("growth"):
                 if processes.is_first() and not _is_there(config):
@@ -152,7 +153,7 @@ def upscale(config: UpscaleConfig) -> None:
     started = time.perf_counter()
     screen = command.console(is_stderr=config.json)
     job = prepare(config)
-    screen.print(f"base: {config.model}", markup=False)
+    screen.print(command.printable(f"base: {config.model}"), soft_wrap=True)
     report.print_plan(screen, job.plan, job.description)
     result = job.description
     if not config.plan_only:
@@ -162,11 +163,11 @@ def upscale(config: UpscaleConfig) -> None:
         if config.sample is not None:
             _sample(job, screen, config.sample)
         times = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-        snippet = report.snippet(str(config.output))
-        screen.print(f"written to {config.output} ({times})\n\n{snippet}", markup=False, soft_wrap=True)
+        screen.print(command.printable(f"written to {config.output} ({times})"), soft_wrap=True)
+        screen.print(f"\n{snippet(str(config.output))}", soft_wrap=True)
         result = {**result, **record, "output": config.output, "seconds": seconds}
     if config.json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        command.print_json(result)
 
 
 def prepare(config: UpscaleConfig) -> Job:
@@ -235,11 +236,12 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
             seconds["proof"] = proof["seconds"]
             report.print_proof(screen, proof)
         reason = None if base.config.is_runnable else f"RoPE type {base.config.rope_type!r} is not supported"
-        # The hub's cache calls a folder by its commit.
-        revision = base.folder.name if base.folder.parent.name == "snapshots" else config.revision
+        name, revision = hub.origin(base.folder) or (config.model, None)
+        of_base = {"layers": plan.base_layers, "name": name, "revision": revision}
         record = {
             **plan.to_json(),
-            "base": {"layers": plan.base_layers, "name": config.model, "revision": revision},
+            "base": of_base | {"training": read_trainings(base.folder)},
+            "history": _history(plan, base),
             "parameters": job.description["after"]["parameters"],
             "digests": {"algorithm": "sha256", "base": digests, "grown": grown_digests},
             "nonfinite": nonfinite,
@@ -249,10 +251,18 @@ def grow(job: Job, screen: Any, seconds: dict[str, float]) -> dict[str, Any]:
             "not_proved": None if proof else " because ".join(filter(None, ("--no-proof", reason))),
         }
         sidecar.write_json(partial / "growth.json", record)
-        card = report.make_card(Path(str(config.output)).name, record, plan, _card_front(config))
+        card = grown_card(Path(os.path.abspath(str(config.output))).name, record, plan)  # noqa: PTH100
         (partial / "README.md").write_text(card, encoding="utf-8")
         check_unchanged(base)
     return record
+
+
+def _history(plan: Plan, base: Checkpoint) -> list[dict[str, Any]]:
+    """The growths before this one; that which made the base also says how *its* base had been trained."""
+    history = [dict(step) for step in plan.history]
+    if base.growth is not None:
+        history[-1]["base"] = history[-1]["base"] | {"training": base.growth["base"].get("training", [])}
+    return history
 
 
 def _check(job: Job, seconds: dict[str, float]) -> tuple[dict[str, str], dict[str, int]]:
@@ -327,12 +337,7 @@ def _sample(job: Job, screen: Any, prompt: str) -> None:
         ids = np.asarray([bos + job.tokenizer.encode(prompt)])
         longer = generate(config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1]))
         text = job.tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
-        screen.print(f"{name:>5} writes: {text!r}", markup=False, soft_wrap=True)
-
-
-def _card_front(config: UpscaleConfig) -> list[str]:
-    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and not Path(config.model).exists()
-    return [f"base_model: {config.model}"] if is_hub_id else []
+        screen.print(f"{name:>5} writes: {text!r}", soft_wrap=True)
 
 
 if __name__ == "__main__":

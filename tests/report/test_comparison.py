@@ -4,67 +4,13 @@ import csv
 import math
 import shutil
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tli_jax.growth.presets import dus, tli
 from tli_jax.report import comparison
 from tli_jax.report.analysis import FAILS, HOLDS, UNKNOWN, analyse, reached
 from tli_jax.report.page import write_report
-
-PROOF = {"max_abs_logit_difference": 0.5, "kl": 0.01, "top1": 0.9, "tokens": 512}
-TOKENS = 1000
-
-
-def scored(right: str) -> dict[str, Any]:
-    accuracy = right.count("1") / len(right)
-    return {"tasks": {"lines": {"right": right, "accuracy": accuracy}}, "accuracy": accuracy}
-
-
-def start(name: str, method: str | None, new: float, old: float, plan: Any = None, seed: int = 0) -> dict[str, Any]:
-    sizes = {"layers": 6 if plan else 4, "parameters": 6000, "active_parameters": 6000, "forward_flops_per_token": 1e6}
-    found = {"name": name, "method": method, "seed": seed, "new": new, "old": old, "seconds": 1.0, **sizes}
-    found |= scored(5 * {"base": "0101", "dus": "0001", "moe": "0111"}.get(name, "1101"))
-    return found | {"plan": plan and plan.to_json(), "proof": plan and PROOF, "growth": {}, "is_drawn": name == "moe"}
-
-
-def run(name: str, only: str, seed: int, losses: list[float], old: float, **other: Any) -> dict[str, Any]:
-    curve = [[i * TOKENS, loss] for i, loss in enumerate(losses)]
-    found = {"name": name, "only": only, "seed": seed, "diverged": None, "curve": curve, "old": old, "seconds": 2.0}
-    measured = {"memory": 1e6, "trained_parameters": 10, "flops_per_token": 3e6, "contributions": {"2": 0.1, "5": -0.1}}
-    return found | measured | scored("0111" if name == "tli:identity" else "1000") | other
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> dict[str, Any]:
-    """A base of 4 layers, tli and dus of 6, a mixture of experts that is not trained; three seeds."""
-    config = {"only": ["all"], "seed": 0, "seeds": 3, "baselines": True, "output": str(tmp_path), "steps": 2}
-    config["tasks"] = ["lines.jsonl"]
-    starts = [start("base", None, 3.0, 2.0), start("tli:identity", "tli", 3.0, 2.0, tli(4, every=2))]
-    starts += [
-        start("dus", "dus", 3.5, 2.6, dus(4, 1)),
-        start("moe", "moe", 3.1, 2.1),
-        start("moe", "moe", 2.9, 2.1, seed=1),
-    ]
-    starts += [start("moe", "moe", 3.0, 2.0, seed=2)]
-    runs = []
-    for seed in range(3):
-        runs.append(run("base", "all", seed, [3.0, 2.6, 2.50 + seed / 100], 2.3))
-        runs.append(run("tli:identity", "all", seed, [3.0, 2.5, 2.40 + seed / 100], 2.2))
-        runs.append(run("dus", "all", seed, [3.5, 2.8, 2.45 + seed / 50], 2.5))
-    config |= {"model": "embedded", "methods": [1, 2, 3]}
-    found = {
-        "config": config,
-        "base": {"layers": 4, "new": 3.0, "old": 2.0},
-        "size": 6000,
-        "starts": starts,
-        "runs": runs,
-    }
-    found |= {"left_out": {"stack": "too large"}, "command": "python -m x --text '<b>&'", "versions": {"jax": "1"}}
-    found |= {"machine": {"system": "s", "cores": 2, "devices": "1 × cpu"}}
-    return found | analyse(found)
 
 
 def row(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -88,7 +34,7 @@ def test_means_and_spreads(results) -> None:
     assert ours["to_rival"]["mean"] == pytest.approx(980)
     assert row(results, "dus")["to_base"]["mean"] == pytest.approx(714.3, abs=0.1)
     assert ours["contributions"] == pytest.approx({"2": 0.1, "5": -0.1})
-    assert ours["flops"] == 3e6 * 2 * TOKENS
+    assert ours["flops"] == 3e6 * 2 * 1000  # FLOPs of a token, for two thousand tokens
 
 
 def test_best_is_marked_and_what_cannot_be_told_from_it(results) -> None:
@@ -170,6 +116,22 @@ def test_written(results, tmp_path) -> None:
     assert "<td>75.0 → 75.0</td>" in page
     for outside in ("src=", "href=", "@import"):
         assert outside not in page.split("</style>")[0] + page.split("</script>")[-1]
+
+
+def test_names_in_the_page_are_text(results, tmp_path) -> None:
+    """Names come from a configuration, paths and task files; the page must not run them."""
+    name = "<img src=x onerror=alert(1)>$a_b$[red]\x1b\u202e\udcff"
+    for one in (*results["starts"], *results["runs"]):
+        one["tasks"] = {name: one["tasks"]["lines"], "other": one["tasks"]["lines"]}
+        one["name"] = {"dus": name.split("\x1b")[0]}.get(one["name"], one["name"])
+    results["left_out"] = {name: name}
+    results["config"]["model"] = results["command"] = name
+    results |= analyse(results)
+    write_report(results, f"model: {name}\n", tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<img" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;$a_b$[red]") > 10
+    assert not any(character in page.split("<script>")[0] for character in "\x1b\u202e\udcff")
+    assert r"\x1b\u202e\udcff" in page
 
 
 @pytest.fixture

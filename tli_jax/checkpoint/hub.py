@@ -15,7 +15,7 @@ from tli_jax.checkpoint.sidecar import ALLOWED
 from tli_jax.errors import DataError, MissingInputError, StorageError, TliError, UnavailableError, UsageError
 
 EMBEDDED = "embedded"
-_CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json")
+_CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json", "training.json")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
 _SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
 _FIRST_READ = 65_536  # bytes; most headers are shorter, so that one request is enough
@@ -52,6 +52,15 @@ def resolve(model: Path | str, revision: str | None = None, headers_only: bool =
         problem = _in_our_words(error, model, revision)
     # Raised out here because inside `except` the exception above, whose text may quote the token, would be its context.
     raise problem
+
+
+def origin(folder: Path) -> tuple[str, str] | None:
+    """Hub id and commit of a folder in the hub's cache; None for any other folder."""
+    snapshots = Path(os.path.abspath(folder)).parent  # noqa: PTH100  # Path.absolute keeps the ".."
+    repository = snapshots.parent.name
+    if snapshots.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), Path(os.path.abspath(folder)).name  # noqa: PTH100
 
 
 def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:

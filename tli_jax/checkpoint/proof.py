@@ -17,6 +17,7 @@ import numpy as np
 from tli_jax.checkpoint.hf import Checkpoint, read_chunks, read_tensor
 from tli_jax.checkpoint.layers import embed, head_name, normalise, read_layer, run_layer
 from tli_jax.checkpoint.tokens import FEWEST
+from tli_jax.command import finite
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.tree import pick
@@ -57,7 +58,8 @@ class Proof:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """For ``growth.json``; numbers that are not finite are null."""
+        return finite(dataclasses.asdict(self))
 
 
 def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int:

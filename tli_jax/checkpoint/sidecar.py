@@ -1,7 +1,6 @@
 """The files of a model folder that are not weights: which are taken along, and how they are written."""
 
 import fnmatch
-import json
 import platform
 import shutil
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from tli_jax.checkpoint.headers import inside, refuse_pointer
 from tli_jax.checkpoint.hf import grown_config
+from tli_jax.command import to_json
 from tli_jax.errors import DataError
 from tli_jax.growth.plan import Plan
 from tli_jax.models.config import LlamaConfig
@@ -126,5 +126,4 @@ def versions(*names: str) -> dict[str, str]:
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Indented, in UTF-8, ending in a newline."""
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    file.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair as JSON escapes it
+    file.write_text(to_json(content) + "\n", encoding="utf-8")

@@ -16,9 +16,9 @@ PROGRAM = "python -m tli_jax.compare"
 def main(arguments: Sequence[str]) -> None:
     config = parse(CompareConfig, PROGRAM, "Grow a base in several ways, train each alike, and compare.", arguments)
     results = compare(config, shlex.join([*PROGRAM.split(), *arguments]))
-    command.console().print(tabulate(results))
+    command.console().show(tabulate(results))
     for line in describe(results):
-        command.console().print(line, markup=False, soft_wrap=True)
+        command.console().print(line, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from tli_jax.checkpoint.headers import read_json
 from tli_jax.checkpoint.hf import grown_config, open_checkpoint
 from tli_jax.compare.contenders import BASE, OLD_LAYERS, RANDOM, Contender, make_contenders
 from tli_jax.config import CompareConfig, Recipe, UpscaleConfig, difference, from_yaml, growth_config, plain, to_yaml
-from tli_jax.errors import DivergedError, OutputError, UsageError
+from tli_jax.errors import DataError, DivergedError, OutputError, UsageError
 from tli_jax.evaluation.tasks import open_tasks
 from tli_jax.models.config import LlamaConfig
 from tli_jax.parallel import processes
@@ -207,7 +207,10 @@ class _Comparison:
             made = self._make(contender, seed)
             folder = Path(hub.resolve(self._folder(contender, seed), self.config.revision))
             if folder not in self.before:  # two of the baselines begin as the base
-                self.before[folder] = self._measure_start(folder)
+                try:
+                    self.before[folder] = self._measure_start(folder)
+                except DataError as error:  # its loss is not finite, say
+                    raise DataError(f"{contender.name} ({folder}): {error}") from error
         found = {"name": contender.name, "seed": seed, "method": contender.method, "growth": contender.growth}
         found |= {"is_drawn": contender.is_drawn, **made, **self.before[folder], "facts": self.facts}
         _write(file, found)
@@ -290,15 +293,18 @@ class _Comparison:
                 trained = training.train(
                     config, self.output / "data", lambda n, note="", /: advance(n, f"{shown} · {note}")
                 )
+                found |= {"diverged": None} | self._measure(trained, run)
             except DivergedError as error:
                 found |= {"diverged": str(error)}
-            else:
-                found |= {"diverged": None} | self._measure(trained, run)
         _write(file, found)
         return found
 
     def _measure(self, run: "training.Trained", folder: RunFolder) -> dict[str, Any]:
-        """What is known of a run that is done."""
+        """What is known of a run that is done.
+
+        Raises:
+            DivergedError: a loss of the trained model is not finite.
+        """
         import jax
 
         from tli_jax.training.fit import compile_step
@@ -307,13 +313,22 @@ class _Comparison:
         trainer, trained, frozen, data = run
         assert data is not None, "it was not only exported"
         lines, held = read_metrics(folder), trained | frozen
+        curve = validation(lines)
+        if bad := [tokens for tokens, loss in curve if loss is None]:
+            raise DivergedError(f"the validation loss is not finite after {bad[0]:,} tokens")
         feed = Feed(trainer, data)
         batches = max(1, self.recipe.validation_batches // 4)
+        try:
+            measured = {
+                "old": self.old and Feed(trainer, self.old).validate(trained, frozen),
+                **self._score(trainer, trained, frozen),
+                "contributions": contributions(feed, trained, frozen, batches),
+            }
+        except DataError as error:  # not finite: before training this text and these tasks could be measured
+            raise DivergedError(f"the trained model cannot be measured: {error}") from error
         found = {
-            "curve": validation(lines),
-            "old": self.old and Feed(trainer, self.old).validate(trained, frozen),
-            **self._score(trainer, trained, frozen),
-            "contributions": contributions(feed, trained, frozen, batches),
+            "curve": curve,
+            **measured,
             "seconds": sum(self.recipe.batch_size * data.T / line["tokens_per_second"] for line in lines),
             "trained_parameters": sum(array.size for array in trained.values()),
             "flops_per_token": trainer.flops_per_token(data.T),

@@ -1,43 +1,59 @@
-"""``python -m tli_jax.report FOLDER…``: grown models or training runs side by side, from what they recorded."""
+"""``python -m tli_jax.report FOLDER…``: runs, grown models, trained models and comparisons, from their records."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import rich.text
+
 from tli_jax import command
-from tli_jax.checkpoint.record import read_growth_record
-from tli_jax.errors import MissingInputError
+from tli_jax.errors import OutputError, UsageError
 from tli_jax.growth.plan import Plan
-from tli_jax.report.growth import compare_records
+from tli_jax.report import comparison
+from tli_jax.report.growth import compare_records, compare_trained
 from tli_jax.report.layer_map import draw_svg
-from tli_jax.report.run import draw_curves, read_run, tabulate
-from tli_jax.training.run import RunFolder
+from tli_jax.report.reading import reading
+from tli_jax.report.records import find
+from tli_jax.report.run import draw_curves, tabulate
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m tli_jax.report", description="Compare grown models, or runs.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="grown models, or run folders")
+    parser = command.Parser(prog="python -m tli_jax.report", description="Show runs, models and comparisons.")
+    parser.add_argument(
+        "folders", nargs="+", metavar="FOLDER", help="run folders, grown models, trained models, comparisons"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--layer-maps", type=Path, metavar="FILE", help="also draw the models' layer maps, as SVG")
     parser.add_argument("--curves", type=Path, metavar="FILE", help="also draw the runs' losses, as PNG, SVG or PDF")
     args = parser.parse_args(arguments)
-    if all(RunFolder(folder).is_begun for folder in args.folders):
-        runs = {Path(folder).name: read_run(folder) for folder in args.folders}
-        command.console().print(tabulate(runs))
-        if args.curves is not None:
-            draw_curves(runs, args.curves)
-        return
-    records = {}
-    for folder in map(Path, args.folders):
-        file = folder / "growth.json"
-        if not file.is_file():
-            raise MissingInputError(f"{folder}: neither a run nor, without growth.json, a model that was grown")
-        records[folder.name] = read_growth_record(file)
-    command.console().print(compare_records(records))
+    found = find(args.folders)
+    records = found.grown | {name: growth for name, (_, growth) in found.trained.items() if growth is not None}
+    if args.curves is not None and not found.runs:
+        raise UsageError("--curves draws the losses of runs, and none of these folders is a run: leave it out")
+    if args.layer_maps is not None and not records:
+        raise UsageError("--layer-maps draws grown models, and none of these folders is one: leave it out")
+    screen = command.console()
+    if found.runs:
+        screen.show(tabulate(found.runs))
+    if found.grown:
+        screen.show(compare_records(found.grown))
+    if found.trained:
+        screen.show(compare_trained(found.trained))
+    for name, results in found.comparisons.items():
+        with reading(f"{name}: results.json"):
+            tables, lines = comparison.tabulate(results), comparison.describe(results)
+        screen.print(rich.text.Text(f"comparison {name}", "bold"))
+        screen.show(tables)
+        for line in lines:
+            screen.print(command.printable(line), soft_wrap=True)
+    if args.curves is not None:
+        draw_curves(found.runs, args.curves)
     if args.layer_maps is not None:
         drawing = draw_svg({name: Plan.from_json(record, name) for name, record in records.items()})
-        args.layer_maps.write_text(drawing, encoding="utf-8")
+        try:
+            args.layer_maps.write_text(drawing, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{args.layer_maps}: cannot be written ({error.strerror}): choose another") from None
 
 
 if __name__ == "__main__":

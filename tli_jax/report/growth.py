@@ -1,23 +1,22 @@
-"""A growth: its plan and what it costs, before; its proof, after; the card that goes with the checkpoint."""
+"""A growth: its plan and what it costs, before; its proof, after; and models side by side."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import rich.box
 import rich.console
 import rich.table
+import rich.text
 
 from tli_jax.checkpoint.hf import Checkpoint, grown_config
 from tli_jax.checkpoint.stream import Piece
+from tli_jax.command import printable
 from tli_jax.growth.plan import Plan, draw_layer_map
 from tli_jax.models.config import LlamaConfig
-
-PROMISES = {
-    "bit": "exact: the same function as the base, bit for bit",
-    "arithmetic": "exact but for rounding",
-    "none": "not exact: another function than the base",
-}
+from tli_jax.report.card import GUARANTEES
+from tli_jax.report.card import options as options_of
+from tli_jax.report.reading import reading, show_number
+from tli_jax.report.records import Trained
 
 
 def describe(base: Checkpoint, plan: Plan, pieces: Sequence[Piece], files: Mapping[str, int]) -> dict[str, Any]:
@@ -46,24 +45,14 @@ def describe(base: Checkpoint, plan: Plan, pieces: Sequence[Piece], files: Mappi
     }
 
 
-def _told(plan: Plan) -> dict[str, Any]:
-    """The options of a plan, but for what is too long, and of its experts, but for what was not given."""
-    told = {key: value for key, value in plan.options.items() if key != "importance"}
-    if plan.experts is not None:
-        made = {key: value for key, value in plan.experts.to_json().items() if value is not None and key != "count"}
-        told |= {"experts": plan.experts.total} | made
-    return told
-
-
 def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[str, Any]) -> None:
     """The layer map and a table of what growth costs."""
-    options = ", ".join(f"{key} {value}" for key, value in _told(plan).items())
-    screen.print(f"[bold]{plan.method}[/bold] ({options}): {plan.base_layers} → {len(plan)} layers")
-    screen.print(
-        "layers of the grown model; 3 is base layer 3 kept, \\[3·0] injected, made of 3, residual outputs × 0:"
-    )
+    options = printable(", ".join(f"{key} {value}" for key, value in options_of(plan).items()))
+    method, layers = printable(plan.method), f"{plan.base_layers} → {len(plan)} layers"
+    screen.print(rich.text.Text.assemble((method, "bold"), f" ({options}): {layers}"))
+    screen.print("layers of the grown model; 3 is base layer 3 kept, [3·0] injected, made of 3, residual outputs × 0:")
     for line in draw_layer_map(plan).splitlines():
-        screen.print(f"  {line.replace('[', chr(92) + '[')}", soft_wrap=True)
+        screen.print(f"  {line}", soft_wrap=True)
     table = rich.table.Table(box=rich.box.SIMPLE)
     for heading in ("", "before", "after", "×"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -83,7 +72,7 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
             continue
         table.add_row(label, f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}")
     screen.print(table)
-    screen.print(f"promise: {PROMISES[plan.exactness]}")
+    screen.print(f"guarantee: {GUARANTEES[plan.exactness]}")
     for note in plan.notes:
         screen.print(f"note: {note}")
     weights = [name for name in description["writes"] if name.endswith(".safetensors")]
@@ -95,12 +84,14 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
 def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:
     """What the proof found, and for inexact growth what each injected layer does."""
     screen.print(
-        f"proof on {proof['tokens']:,} tokens of {proof['text']}, {proof['dtype']} on {proof['device']},"
+        f"proof on {proof['tokens']:,} tokens of {printable(proof['text'])}, {proof['dtype']} on {proof['device']},"
         f" {proof['seconds']:.1f} s"
     )
     screen.print(
-        f"  max |Δlogit| {proof['max_abs_logit_difference']:g}   KL {proof['kl']:.3g} nats"
-        f"   loss {proof['loss_base']:.4f} → {proof['loss_grown']:.4f}   same top-1 {100 * proof['top1']:.2f} %"
+        f"  max |Δlogit| {show_number(proof['max_abs_logit_difference'], 'g')}"
+        f"   KL {show_number(proof['kl'], '.3g')} nats"
+        f"   loss {show_number(proof['loss_base'])} → {show_number(proof['loss_grown'])}"
+        f"   same top-1 {100 * proof['top1']:.2f} %"
     )
     if proof["parted_at"] is None:
         screen.print("  hidden states are bit-equal after every layer")
@@ -110,94 +101,74 @@ def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:
         return
     table = rich.table.Table("injected layer", "relative change of the hidden state", "cosine", box=rich.box.SIMPLE)
     for change in proof["changes"]:
-        table.add_row(str(change["layer"]), f"{change['relative_change']:.4f}", f"{change['cosine']:.4f}")
+        table.add_row(str(change["layer"]), show_number(change["relative_change"]), show_number(change["cosine"]))
     screen.print(table)
 
 
 def compare_records(records: Mapping[str, Mapping[str, Any]]) -> rich.table.Table:
-    """A table of several grown models, one row each, from their ``growth.json``."""
-    table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
-    for heading in ("folder", "method", "layers", "parameters", "promise"):
+    """A table of grown models that were not trained since, one row each, from their ``growth.json``.
+
+    Raises:
+        DataError: a record is damaged.
+    """
+    table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0), title="grown models", title_justify="left")
+    for heading in ("folder", "method", "layers", "parameters", "guarantee"):
         table.add_column(heading, no_wrap=True)
     for heading in ("base loss", "grown loss", "Δ loss", "KL", "same top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     for folder, record in records.items():
-        proof = record["proof"] or {}
-        numbers = ("not proved", "", "", "", "")
-        if proof:
-            difference = proof["loss_grown"] - proof["loss_base"]
-            numbers = (
-                f"{proof['loss_base']:.4f}",
-                f"{proof['loss_grown']:.4f}",
-                f"{difference:+.4f}",
-                f"{proof['kl']:.4f}",
-                f"{100 * proof['top1']:.1f} %",
-            )
-        init = record["options"].get("init")
-        method = record["method"] + (f" {init}" if init else "")
-        layers = f"{record['base']['layers']} → {len(record['rows'])}"
-        table.add_row(
-            folder,
-            method,
-            layers,
-            f"{record['parameters']:,}" if "parameters" in record else "–",
-            record["exactness"],
-            *numbers,
-        )
+        with reading(f"{folder}: growth.json"):
+            plan, proof = Plan.from_json(record, f"{folder}: growth.json"), record["proof"]
+            numbers = ("not proved", "", "", "", "")
+            if proof is not None:
+                base, grown = proof["loss_base"], proof["loss_grown"]
+                numbers = (
+                    show_number(base),
+                    show_number(grown),
+                    show_number(None if base is None or grown is None else grown - base, "+.4f"),
+                    show_number(proof["kl"]),
+                    f"{100 * proof['top1']:.1f} %",
+                )
+            parameters = f"{record['parameters']:,}" if "parameters" in record else "–"
+            table.add_row(folder, method(plan), layers(plan), parameters, plan.exactness, *numbers)
     return table
 
 
-def make_card(name: str, record: Mapping[str, Any], plan: Plan, front: Sequence[str]) -> str:
-    """The model card of a grown checkpoint: how it was made, and what was proved of it."""
-    proof = record["proof"]
-    if proof is None:
-        proved = f"No proof was run ({record['not_proved']})."
-    else:
-        proved = (
-            f"Proof, on {proof['tokens']:,} tokens of {proof['text']} in {proof['dtype']}:"
-            f" max |Δlogit| {proof['max_abs_logit_difference']:g}, KL {proof['kl']:.4g} nats,"
-            f" loss {proof['loss_base']:.4f} before and {proof['loss_grown']:.4f} after,"
-            f" same most likely token at {100 * proof['top1']:.2f} % of positions."
+def compare_trained(models: Mapping[str, Trained]) -> rich.table.Table:
+    """A table of models that were trained, grown before or not, one row each.
+
+    Raises:
+        DataError: a record is damaged.
+    """
+    table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0), title="trained models", title_justify="left")
+    for heading in ("folder", "method", "layers", "proof, before training", "trained"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("steps", "tokens", "loss", "validation before", "after"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for folder, (facts, growth) in models.items():
+        runs = [*facts["earlier"], facts]
+        trained = (
+            printable(facts["only"]),
+            " + ".join(f"{one['step']:,}" for one in runs),
+            " + ".join(f"{one['tokens']:,}" for one in runs),
+            *(show_number(facts["losses"][key]) for key in ("training", "validation_before", "validation_after")),
         )
-    base = record["base"]
-    return "\n".join(
-        [
-            "---",
-            *front,
-            "library_name: transformers",
-            "tags: [llama, tli_jax, depth-growth]",
-            "---",
-            f"# {name}",
-            "",
-            f"{base['name']} made deeper with [tli_jax] {record['versions']['tli_jax']}:"
-            f" method `{plan.method}`, {plan.base_layers} → {len(plan)} layers,"
-            f" {record['parameters']:,} parameters. It has not been trained since.",
-            "",
-            f"- Options: {', '.join(f'`{key}` {value}' for key, value in _told(plan).items())}",
-            f"- Promise of the plan: {PROMISES[plan.exactness]}.",
-            f"- {proved}",
-            "- `growth.json` holds the plan row by row, the layer map, the digests of every tensor, and the proof.",
-            "",
-            "Layers (`[…]` injected; the number is the base layer it is made of, the factor that of its outputs):",
-            "",
-            "```",
-            draw_layer_map(plan),
-            "```",
-            "",
-            "```python",
-            *snippet(name).splitlines(),
-            "```",
-            "",
-            "The licence is that of the base model; its licence and notice files lie beside this card.",
-            "",
-        ]
-    )
+        grown = ("–", "–", "–")
+        if growth is not None:
+            with reading(f"{folder}: growth.json"):
+                plan, proof = Plan.from_json(growth, f"{folder}: growth.json"), growth.get("proof_before_training")
+                proved = "not proved" if proof is None else f"KL {show_number(proof['kl'])}"
+                grown = (method(plan), layers(plan), f"{plan.exactness}, {proved}")
+        table.add_row(folder, *grown, *trained)
+    return table
 
 
-def snippet(folder: str | Path) -> str:
-    """How to open a folder in transformers."""
-    return (
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")'
-    )
+def method(plan: Plan) -> str:
+    """A plan's method, and the initialiser where it has one."""
+    init = plan.options.get("init")
+    return plan.method + (f" {init}" if init else "")
+
+
+def layers(plan: Plan) -> str:
+    """Of the base and of the grown model."""
+    return f"{plan.base_layers} → {len(plan)}"

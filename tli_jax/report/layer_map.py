@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from xml.etree import ElementTree
 
+from tli_jax.command import printable
 from tli_jax.growth.plan import Plan, label
 
 _BOX, _HIGH, _GAP, _ROW, _LEFT = 48, 40, 5, 104, 16
@@ -21,7 +22,7 @@ def draw_svg(plans: Mapping[str, Plan]) -> str:
     for number, (name, plan) in enumerate(plans.items()):
         top = _ROW * number + 14
         title = f"{name}: {plan.base_layers} → {len(plan)} layers" + (", exact" if plan.is_exact else "")
-        _text(svg, title, _LEFT, top + 12, anchor="start", fill="#222", size=15)
+        _text(svg, printable(title), _LEFT, top + 12, anchor="start", fill="#222", size=15)
         for place, row in enumerate(plan.rows):
             x, y = _LEFT + place * (_BOX + _GAP), top + 24
             colour = _KEPT if row.scale == 1 and not row.injected else _EXACT if row.scale == 0 else _CHANGED

@@ -6,6 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tli_jax.command import printable
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.report import comparison
@@ -49,7 +50,9 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
     from plotly.offline import get_plotlyjs
 
     template = (resources.files("tli_jax.report") / "page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_show_all
+    )
     kinds = list(dict.fromkeys(row["only"] for row in results["summary"]))
     figures = []
     for only in kinds:
@@ -84,6 +87,13 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
         config=config,
         script=get_plotlyjs() if figures else "",
     )
+
+
+def _show_all(value: Any) -> Any:
+    """Text of a record with what does not print escaped; HTML of our own stays as it is."""
+    if not isinstance(value, str) or hasattr(value, "__html__"):
+        return value
+    return "\n".join(map(printable, value.split("\n")))
 
 
 def _html(figure: "Figure") -> str:

@@ -28,6 +28,14 @@ def draw(results: Mapping[str, Any], folder: Path) -> None:
         figure.savefig(folder / name, dpi=_DPI)
 
 
+def add_legend(axes: Axes, handles: Mapping[str, Any], **options: Any) -> None:
+    """A legend with the labels as they are: nothing between dollar signs is mathematics, and no label is left out
+    because it begins with an underscore."""
+    legend = axes.legend(list(handles.values()), list(handles), frameon=False, **options)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
 def colours(names: Sequence[str]) -> dict[str, str]:
     """A colour for each contender, as far as there are any."""
     table = [matplotlib.colors.to_hex(colour) for colour in matplotlib.color_sequences["tab20"]]
@@ -74,13 +82,14 @@ def _curves(results: Mapping[str, Any]) -> Figure:
 
 
 def _draw_curves(axes: Axes, results: Mapping[str, Any], only: str, names: Sequence[str], colour: Mapping) -> None:
+    handles = {}
     for name in names:
         curve = mean_curve(results, name, only)
         if not curve:
             continue
         tokens, means, spreads = (list(column) for column in zip(*curve, strict=True))
         style = "--" if name in ("base", "old_layers", "random") else "-"
-        axes.plot(tokens, means, color=colour[name], lw=1.5, ls=style, label=f"{name}, {means[-1]:.3f}")
+        (handles[f"{name}, {means[-1]:.3f}"],) = axes.plot(tokens, means, color=colour[name], lw=1.5, ls=style)
         low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(tokens, low, high, color=colour[name], alpha=0.15, lw=0)
     # What begins far above the base leaves no room for the others: it comes into view from above.
@@ -91,7 +100,7 @@ def _draw_curves(axes: Axes, results: Mapping[str, Any], only: str, names: Seque
     axes.set_ylabel("loss on what was kept out of the new text, nats a token")
     axes.set_title(ONLY[only], fontsize="medium")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="x-small", ncols=2)
+    add_legend(axes, handles, fontsize="x-small", ncols=2)
 
 
 def _forgetting(results: Mapping[str, Any]) -> Figure:
@@ -99,10 +108,11 @@ def _forgetting(results: Mapping[str, Any]) -> Figure:
     colour = colours([row["name"] for row in results["summary"]])
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
+    handles = {}
     for row in rows:
         marker = {"all": "o", "injected": "^"}[row["only"]]
         x, y = row["final"]["mean"], row["old_after"]["mean"]
-        axes.errorbar(
+        handles[row["name"] + (" (injected)" if row["only"] == "injected" else "")] = axes.errorbar(
             x,
             y,
             xerr=row["final"]["sd"] or 0.0,
@@ -112,7 +122,6 @@ def _forgetting(results: Mapping[str, Any]) -> Figure:
             color=colour[row["name"]],
             ecolor=_GREY,
             elinewidth=0.8,
-            label=row["name"] + (" (injected)" if row["only"] == "injected" else ""),
         )
     axes.axhline(results["base"]["old"], color=_GREY, lw=1, ls="--")
     axes.annotate("the base before", (0.99, results["base"]["old"]), xycoords=("axes fraction", "data"), ha="right")
@@ -120,5 +129,5 @@ def _forgetting(results: Mapping[str, Any]) -> Figure:
     axes.set_ylabel("final loss on the old text, nats a token")
     axes.set_title("what was learnt against what was forgotten: lower left is better", fontsize="medium")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False, fontsize="x-small", ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    add_legend(axes, handles, fontsize="x-small", ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -9,7 +9,8 @@ from typing import Any
 import rich.box
 import rich.table
 
-from tli_jax.errors import DataError, UsageError
+from tli_jax.errors import DataError, OutputError, UsageError
+from tli_jax.report.reading import show_number
 from tli_jax.training.metrics import read_metrics
 from tli_jax.training.run import RunFolder
 
@@ -28,29 +29,41 @@ def read_run(folder: Path | str) -> Lines:
     return lines
 
 
-def validation(lines: Lines) -> list[tuple[int, float]]:
-    """Loss on what was kept out, after so many tokens; the first is before training."""
+def validation(lines: Lines) -> list[tuple[int, float | None]]:
+    """Validation loss after so many tokens; the first is before training. None where it was not finite."""
     before = [(0, line["validation_loss_before"]) for line in lines if "validation_loss_before" in line]
     return before + [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
 
 
+def losses(lines: Lines) -> dict[str, float | None]:
+    """The losses of a run in nats per token: ``validation_before`` and ``validation_after`` training, and ``training``,
+    the mean over the last tenth of the steps, as single batches differ. None where there is none, or it is not
+    finite."""
+    values = [value for _, value in validation(lines)]
+    tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :] if line["loss"] is not None]
+    before, after = (values[0], values[-1]) if values else (None, None)
+    return {
+        "validation_before": before,
+        "validation_after": after,
+        "training": statistics.fmean(tail) if tail else None,
+    }
+
+
 def tabulate(runs: Mapping[str, Lines]) -> rich.table.Table:
-    """One row a run."""
-    table = rich.table.Table(box=rich.box.SIMPLE)
+    """One row per run."""
+    table = rich.table.Table(box=rich.box.SIMPLE, title="runs", title_justify="left")
     headings = ("run", "steps", "tokens", "loss", "validation before", "after", "best", "tokens/s", "MFU", "skipped")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for name, lines in runs.items():
-        # The last tenth, as single batches differ.
-        tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :] if line["loss"] is not None]
-        values = [value for _, value in validation(lines)]
+        found = losses(lines)
+        best = min((value for _, value in validation(lines) if value is not None), default=None)
         mfu = [line["mfu"] for line in lines if line["mfu"] is not None]
         table.add_row(
             name,
             f"{lines[-1]['step']:,}",
             f"{lines[-1]['tokens']:,}",
-            f"{statistics.fmean(tail):.4f}" if tail else "–",
-            *(f"{value:.4f}" for value in (values[0], values[-1], min(values))) if values else ("–",) * 3,
+            *map(show_number, (found["training"], found["validation_before"], found["validation_after"], best)),
             f"{statistics.median(line['tokens_per_second'] for line in lines):,.0f}",
             f"{statistics.median(mfu):.1%}" if mfu else "–",
             str(sum(line["skipped"] > 0 for line in lines)),
@@ -59,30 +72,37 @@ def tabulate(runs: Mapping[str, Lines]) -> rich.table.Table:
 
 
 def draw_curves(runs: Mapping[str, Lines], file: Path) -> None:
-    """Loss of every step, thin, and on what was kept out, thick with dots, against tokens; one colour a run.
+    """Loss of every step, thin, and validation loss, thick with dots, against tokens; one colour a run.
 
     Raises:
         UsageError: matplotlib is not installed, or it does not know the kind of file.
+        OutputError: the file cannot be written.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("curves need pip install 'tli_jax[plot]'") from None
+    from tli_jax.report.plots import add_legend
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     colours = itertools.cycle(matplotlib.color_sequences["tab10"])
+    handles = {}
     for (name, lines), colour in zip(runs.items(), colours, strict=False):
         steps = [line for line in lines if line["loss"] is not None]
         axes.plot([s["tokens"] for s in steps], [s["loss"] for s in steps], color=colour, lw=0.7, alpha=0.35)
-        points = validation(lines)
-        axes.plot([x for x, _ in points], [y for _, y in points], color=colour, lw=2, marker="o", ms=4, label=name)
+        points = [(x, y) for x, y in validation(lines) if y is not None]
+        points = list(zip(*points, strict=True)) or [(), ()]
+        (handles[name],) = axes.plot(*points, color=colour, lw=2, marker="o", ms=4)
     axes.set_xlabel("tokens")
     axes.set_ylabel("loss, nats a token")
     axes.set_title("training (thin) and what was kept out (thick)", fontsize="medium")
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    add_legend(axes, handles)
     try:
         figure.savefig(file, dpi=150)
     except ValueError as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())[:160]}") from None
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror}): choose another") from None

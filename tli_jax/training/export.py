@@ -1,6 +1,7 @@
 """A trained model back to a Hugging Face folder, a tensor at a time, written by the first process."""
 
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from tli_jax.checkpoint.headers import CODES, read_json
 from tli_jax.checkpoint.hf import hf_name
 from tli_jax.checkpoint.output import check_output, staged
 from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.errors import OutputError
 from tli_jax.parallel.mesh import replicated
 from tli_jax.parallel.processes import barrier, is_first
+from tli_jax.report.card import trained_card
 from tli_jax.training.freezing import Arrays, Leaf
+from tli_jax.training.record import RECORD
 from tli_jax.training.run import RunFolder
 from tli_jax.training.step import Trainer
-
-_RECORD = "training.json"
 
 
 def check_export(path: Path, run: RunFolder, model: str, run_id: str, overwrite: bool) -> None:
@@ -32,26 +34,30 @@ def check_export(path: Path, run: RunFolder, model: str, run_id: str, overwrite:
     Raises:
         UsageError, OutputError: see ``checkpoint.output.check_output``.
     """
+    nearest = next(one for one in path.absolute().parents if one.exists())
+    if not nearest.is_dir():
+        raise OutputError(f"export {path}: {nearest} is not a folder: choose another export")
     for taken in (run.path, Path(model)):
         if taken.is_dir():
             check_output(path, taken, overwrite or _exported(path).get("run") == run_id)
 
 
 def _exported(path: Path) -> dict[str, Any]:
-    return read_json(path / _RECORD) if (path / _RECORD).is_file() else {}
+    return read_json(path / RECORD) if (path / RECORD).is_file() else {}
 
 
 def export(
     trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str], run: RunFolder, path: Path, facts: dict[str, Any]
 ) -> None:
-    """Write all tensors in the dtype that they were stored in, configuration, tokenizer, plan and ``training.json``.
+    """Write all tensors in the dtype that they were stored in, configuration, tokenizer, plan, ``training.json`` and a
+    model card.
 
     To be called by every process: a tensor is brought together from all of them, and lies whole on each for a moment.
 
     Args:
         arrays: what trains and what does not.
         dtypes: by leaf, as stored in the model that the run began with.
-        facts: for ``training.json``; ``run`` and ``step`` tell whether this export is there already.
+        facts: for ``training.json``, see ``training.record.describe_training``.
 
     Raises:
         OutputError, StorageError: it cannot be written. What was there before is untouched.
@@ -69,12 +75,24 @@ def export(
         digests, _ = write_safetensors(partial, shards, {}, advance)
         sidecar.write_json(partial / "config.json", read_json(run.model / "config.json"))
         sidecar.copy_allowed(run.model, partial)
-        if run.growth is not None:
-            base = (run.growth.get("digests") or {}).get("base")
-            record = run.growth | {"digests": {"algorithm": "sha256", "base": base, "grown": digests}}
-            sidecar.write_json(partial / "growth.json", record | {"training": facts})
-        sidecar.write_json(partial / _RECORD, facts)
+        growth = None if run.growth is None else _of_trained(run.growth, digests, facts)
+        if growth is not None:
+            sidecar.write_json(partial / "growth.json", growth)
+        sidecar.write_json(partial / RECORD, facts)
+        card = trained_card(Path(os.path.abspath(path)).name, facts, growth)  # noqa: PTH100
+        (partial / "README.md").write_text(card, encoding="utf-8")
     barrier("export")
+
+
+def _of_trained(growth: dict[str, Any], digests: Mapping[str, str], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The growth of a model that has been trained since: a proof belongs to the weights that it was run on."""
+    base = (growth.get("digests") or {}).get("base")
+    return growth | {
+        "digests": {"algorithm": "sha256", "base": base, "grown": digests},
+        "proof": None,
+        "proof_before_training": growth.get("proof") or growth.get("proof_before_training"),
+        "training": facts,
+    }
 
 
 def _pieces(trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str]) -> Iterator[Piece]:

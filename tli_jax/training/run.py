@@ -50,7 +50,8 @@ MAY_CHANGE = (
 _BEFORE = {"lock", "model", "data", "start", "run.json", "growth.json"}
 # What run.json must hold; of the mappings marked so, every value must be text.
 _TEXTS = {"files", "dtypes", "versions"}
-_FACTS = {"id": str, "model": str, "data": str, "sources": list, "config": dict} | dict.fromkeys(_TEXTS, dict)
+_FACTS = {"id": str, "model": str, "data": str, "sources": list, "base": dict, "earlier": list, "config": dict}
+_FACTS |= dict.fromkeys(_TEXTS, dict)
 _COVERED = re.compile(r"growth\.json|model(/(?!\.\.?(/|$))[^/\\\0]+)+")
 _SAMPLE = 4096  # bytes of each tensor that tell one model from another
 

@@ -1,0 +1,137 @@
+"""The frame of every command: what it prints is safe to show, and what the system refuses has a code of its own."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pty
+import sys
+from pathlib import Path
+
+import pytest
+import rich.table
+
+from tli_jax import command
+
+# Markup, an emoji code, an escape sequence, a bell, a C1 control, a right-to-left override, an undecodable byte.
+NAME = "[red]a[/b] :smile: \x1b]0;t\a\x9b31m\u202e\udcff$x_y$"
+SHOWN = r"[red]a[/b] :smile: \x1b]0;t\x07\x9b31m\u202e\udcff$x_y$"
+
+
+def print_everything() -> None:
+    """A name in each place where one can be."""
+    screen = command.console()
+    table = rich.table.Table(NAME, title=NAME, caption=NAME)
+    table.add_row(NAME)
+    screen.show(table)
+    screen.print(NAME)
+    screen.print(NAME, style="bold")
+    screen.rule(NAME)
+    command.say(NAME)
+    command.warn(NAME)
+    with command.progress(NAME, 1, "steps") as advance:
+        advance(1, NAME)
+
+
+def test_what_is_printed_is_escaped(capsys):
+    print_everything()
+    out, err = capsys.readouterr()
+    assert out.count(SHOWN) == 7 and err.count(SHOWN) == 3
+    assert all(line.isprintable() for line in (out + err).splitlines())
+
+
+def test_log_is_escaped(tmp_path):
+    with (tmp_path / "log").open("w", encoding="utf-8") as log, command.logging_to(log):
+        print_everything()
+    assert (tmp_path / "log").read_text(encoding="utf-8").count(SHOWN) == 10
+
+
+def test_terminal_shows_names_escaped(monkeypatch):
+    """Colours are ours, and so is the bar: nothing else may reach a terminal as an escape sequence."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "300")
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        print_everything()
+    shown = os.read(ours, 65_536)
+    os.close(ours)
+    assert b"\x1b[" in shown and shown.count(SHOWN.encode()) >= 10
+    for raw in (b"\x1b]", b"\a", "\x9b".encode(), "\u202e".encode(), b"\xff"):
+        assert raw not in shown
+
+
+def test_line_breaks_cannot_forge_lines(capsys):
+    command.warn("a\nerror: b")
+    command.say("a\r\nerror: b")
+    assert capsys.readouterr().err.splitlines() == ["warning: a error: b", "a error: b"]
+
+
+def test_table_wider_than_the_screen_is_not_cut(capsys):
+    table = rich.table.Table("folder", "tokens")
+    table.add_row("n" * 300, "123,456,789")
+    command.console().show(table)
+    shown = capsys.readouterr().out
+    assert "n" * 300 in shown and "123,456,789" in shown and "…" not in shown
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_json_on_any_stdout(encoding):
+    content = {NAME: ["é→\U0001f600\u2028", 1.5]}
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    with contextlib.redirect_stdout(stdout):
+        command.print_json(content)
+        stdout.flush()
+    text = stdout.buffer.getvalue().decode(encoding)
+    assert json.loads(text) == content
+    assert all(line.isprintable() for line in text.split("\n"))
+    assert ("é→" in text) == (encoding == "utf-8")
+
+
+def test_json_has_no_nan():
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        command.to_json({"loss": float("nan")})
+    content = {"a": [float("nan"), (float("inf"), 1)], "b": {"c": -float("inf")}, "d": "nan", "e": True}
+    assert command.finite(content) == {"a": [None, [None, 1]], "b": {"c": None}, "d": "nan", "e": True}
+
+
+def run(work) -> int:
+    return command.run(lambda arguments: work(), [])
+
+
+def test_output_in_a_narrow_encoding(monkeypatch):
+    """A locale without an arrow must not end a growth after hours."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert run(lambda: command.console().print("4 → 6")) == 0
+    stdout.flush()
+    assert b"4 \\u2192 6" in stdout.buffer.getvalue()
+
+
+@pytest.mark.parametrize("folder", ["loop", "n" * 300, "file/inside", "nowhere"])
+def test_paths_that_lead_nowhere(tmp_path, capsys, folder):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    assert run((tmp_path / folder / "config.json").read_bytes) == 66
+    assert folder in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
+def test_storage_that_refuses(number, capsys):
+    def work():
+        raise OSError(number, os.strerror(number), "weights")
+
+    assert run(work) == 74
+    assert capsys.readouterr().err == f"error: weights: {os.strerror(number)}\n"
+
+
+def test_wrong_argument_is_shown_escaped(capsys):
+    from tli_jax.report.__main__ import main
+
+    assert command.run(main, ["x", "--\x1b]0;t\a"]) == 2
+    assert r"--\x1b]0;t\x07" in capsys.readouterr().err
+
+
+def test_null_byte_in_a_path(tmp_path, capsys):
+    assert run(lambda: Path("a\0b").read_bytes()) == 2
+    assert "null byte" in capsys.readouterr().err

@@ -1,0 +1,36 @@
+"""Paths that lead nowhere, in every option of every command: refused in one line, and never an internal error."""
+
+import importlib
+
+import pytest
+
+from tli_jax import command
+
+SMALL = "--model embedded --text text.txt --sequence-length 16 --batch-size 8"
+COMMANDS = {
+    "upscale": ("--model embedded --output out --plan-only", ("--model", "--config")),
+    "upscale ": ("--model embedded --output out", ("--output", "--text")),
+    "train": (
+        f"{SMALL} --run run --steps 1",
+        ("--model", "--text", "--validation-text", "--run", "--export", "--config"),
+    ),
+    "evaluate": (SMALL, ("--model", "--text", "--tasks", "--config")),
+    "compare.__main__": (
+        f"{SMALL} --output out --methods tli --steps 0",
+        ("--model", "--text", "--old-text", "--output", "--tasks", "--config"),
+    ),
+}
+OPTIONS = [(name, option) for name, (_, options) in COMMANDS.items() for option in options]
+
+
+@pytest.mark.parametrize("path", ["loop", "n" * 300, "file/in/side"])
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_refused(tmp_path, monkeypatch, capsys, name, option, path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "text.txt").write_text("Once upon a time there was a girl. " * 400, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"tli_jax.{name.strip()}")
+    assert command.run(module.main, [*COMMANDS[name][0].split(), option, path]) in (2, 66, 73)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and path.split("/")[0] in error
