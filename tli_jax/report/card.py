@@ -31,7 +31,7 @@ def grown_card(name: str, record: Mapping[str, Any], plan: Plan) -> str:
         f" since.{earlier}",
         "",
         *_growth(plan),
-        f"- {_proof(record['proof'], 'Proof')}",
+        f"- {_proof(record['proof'], 'Proof', record.get('not_proved'))}",
         "- `growth.json` holds the plan row by row, the layer map, the digests of every tensor, and the proof.",
         *_layers(plan),
     ]
@@ -115,9 +115,9 @@ def _growth(plan: Plan) -> list[str]:
     ]
 
 
-def _proof(proof: Mapping[str, Any] | None, title: str) -> str:
+def _proof(proof: Mapping[str, Any] | None, title: str, why_not: str | None = None) -> str:
     if proof is None:
-        return "No proof was run (`--no-proof`)."
+        return f"No proof was run ({why_not or '`--no-proof`'})."
     return (
         f"{title}, on {proof['tokens']:,} tokens of {Path(proof['text']).name} in {proof['dtype']}:"
         f" max |Δlogit| {show_number(proof['max_abs_logit_difference'], 'g')},"
