@@ -18,6 +18,8 @@ class CountingTokenizer:
 
     size = 1 << 20
 
+    special_as_text = ("<|end|>",)
+
     def __init__(self):
         self.calls = 0
 
@@ -53,6 +55,14 @@ def test_ids_are_as_wide_as_the_vocabulary_needs(vocab_size, dtype, write, rules
     rules = dataclasses.replace(rules, vocab_size=vocab_size, bos=65_535, eos=None)
     stream = open_stream(write("a.txt", ["ab"]), rules, tmp_path / "cache")
     assert stream.ids.dtype == dtype and stream.ids.tolist() == [65_535, 97, 98]
+
+
+def test_special_tokens_in_a_text_are_mentioned(write, rules, tmp_path):
+    texts = ["a<|end|>b<|end|>", "<|end|>", "end"]
+    stream = open_stream(write("a.jsonl", texts), rules, tmp_path / "cache")
+    (note,) = stream.notes
+    assert "special tokens such as '<|end|>' occur in 2 places or more and are read as text" in note
+    assert open_stream(tmp_path / "a.jsonl", rules, tmp_path / "cache").notes == (note,)
 
 
 def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path):

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,12 +20,15 @@ class Tokenizer(Protocol):
     Attributes:
         size: one more than the largest id.
         prefix: ids that the tokenizer puts in front of a text by default: BOS, or nothing.
+        special_as_text: special tokens that are text like any other in a text; none if they are parsed.
     """
 
     @property
     def size(self) -> int: ...
     @property
     def prefix(self) -> list[int]: ...
+    @property
+    def special_as_text(self) -> list[str]: ...
     def encode(self, text: str) -> list[int]: ...
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -39,10 +42,20 @@ class Loaded:
         added: ids of tokens that are found in a text before it is split into tokens.
         named: special tokens by their key, such as ``bos_token``.
         prefix, suffix: ids that are put around a text by default.
+        special_as_text: see ``Tokenizer``.
     """
 
-    def __init__(self, folder: Path, vocab_size: int, vocab: dict[str, int], added: Iterable[int]):
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        vocab: dict[str, int],
+        added: "Mapping[int, tokenizers.AddedToken]",
+        parse_special: bool,
+    ):
         self.folder, self.vocab_size, self.vocab, self.added = folder, vocab_size, vocab, set(added)
+        special = sorted(token.content for token in added.values() if token.special)
+        self.special_as_text = [] if parse_special else special
         self.size = 1 + max(vocab.values(), default=-1)
         self.named: dict[str, str] = {}
         self.prefix: list[int] = []
@@ -91,7 +104,8 @@ class RustTokenizer(Loaded):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = not parse_special
         self._tokenizer = tokenizer
-        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.get_added_tokens_decoder())
+        added = tokenizer.get_added_tokens_decoder()
+        super().__init__(folder, vocab_size, tokenizer.get_vocab(), added, parse_special)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -115,8 +129,8 @@ class RustTokenizer(Loaded):
             return []
 
         unknown = {*encode("\U0010fffd"), self.vocab.get(self.named.get("unk_token", ""))}
-        special = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
-        return [token for token in sorted(special) if (i := self.vocab[token]) not in unknown and i in encode(token)]
+        special = self.special_as_text
+        return [token for token in special if (i := self.vocab[token]) not in unknown and i in encode(token)]
 
 
 class PythonTokenizer(Loaded):
@@ -126,7 +140,8 @@ class PythonTokenizer(Loaded):
         if not parse_special:
             tokenizer.split_special_tokens = True
         self._tokenizer = tokenizer
-        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.added_tokens_decoder)
+        added = tokenizer.added_tokens_decoder
+        super().__init__(folder, vocab_size, tokenizer.get_vocab(), added, parse_special)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

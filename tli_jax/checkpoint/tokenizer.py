@@ -90,7 +90,7 @@ def open_tokenizer(
         )
     warnings += _compare_sizes(found, config)
     warnings += _compare_special(found, config)
-    if not parse_special and isinstance(found, RustTokenizer) and (parsed := found.parsed_anyway()):
+    if isinstance(found, RustTokenizer) and (parsed := found.parsed_anyway()):
         warnings.append(
             f"{folder}: the vocabulary itself holds the special tokens {', '.join(map(repr, parsed[:5]))}: in a text"
             " they become their ids, here and in transformers"

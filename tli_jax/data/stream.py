@@ -1,5 +1,6 @@
 """One stream of token ids per source: tokenized once into a file that is memory-mapped from then on."""
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -182,13 +183,17 @@ def _tokenize(documents: Documents, rules: Rules, output: BinaryIO, starts_outpu
     encode = rules.tokenizer.encode
     front = [] if rules.bos is None else [rules.bos]
     behind = [] if rules.eos is None else [rules.eos]
+    special = re.compile("|".join(map(re.escape, rules.tokenizer.special_as_text)) or "(?!)")
+    seen: collections.Counter[str] = collections.Counter()
     tokens, shown, digests = 0, 0, {"ids": hashlib.sha256(), "starts": hashlib.sha256()}
     with progress(f"tokens of {documents.path.name}", documents.nbytes) as advance:
         pieces = ((part, text) for document in documents for part, text in _cut(document, encode))
         for batch in _batched(pieces):
             ids: list[int] = []
             starts: list[int] = []
-            for (part, _), some in zip(batch, rules.tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            texts = [text for _, text in batch]
+            seen.update(found[0] for text in texts if (found := special.search(text)))
+            for (part, _), some in zip(batch, rules.tokenizer.encode_batch(texts), strict=True):
                 starts += [tokens + len(ids)] if "first" in part else []
                 ids += (front if "first" in part else []) + some + (behind if "last" in part else [])
             for what, file, values in (
@@ -201,7 +206,13 @@ def _tokenize(documents: Documents, rules: Rules, output: BinaryIO, starts_outpu
             advance(documents.done - shown)
             shown = documents.done
     counts = {"documents": documents.count, "empty": documents.empty, "bad": documents.bad}
-    counts |= {"notes": documents.notes}
+    counts |= {"notes": [*documents.notes]}
+    if seen:
+        (token, _), *_ = seen.most_common(1)
+        counts["notes"].append(
+            f"{documents.path}: special tokens such as {token!r} occur in {seen.total():,} places or more and are read"
+            " as text: special_tokens=parse turns them into their ids"
+        )
     places = [place.removeprefix(f"{documents.path}").lstrip("/: ") for place in documents.places]
     if not tokens:
         raise DataError(f"{documents.path}: the tokenizer turns all of it into nothing: give another text")
