@@ -273,12 +273,14 @@ def make_trainer(
 
     Raises:
         UsageError: layers, mesh, kernel or batch do not fit the model or the devices.
+        DataError: the model's RoPE type cannot be run.
     """
     from tli_jax.parallel.mesh import batch_degree, check_fits, make_mesh
     from tli_jax.training.freezing import make_layout
     from tli_jax.training.kernels import choose_kernel, choose_mix
     from tli_jax.training.step import Trainer
 
+    model.check_runnable()
     T = sequence_length(config, model)
     layout = make_layout(model, None if plan is None else plan.injected, config.only, config.outer)
     mesh = make_mesh(config.mesh, devices)

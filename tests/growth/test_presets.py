@@ -1,5 +1,6 @@
 """Every preset against the definition of its method: order of layers, marks, scales, exactness, refusals."""
 
+import math
 import re
 from typing import get_args
 
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from tli_jax.config import Init, Method
 from tli_jax.errors import UsageError
-from tli_jax.growth.plan import HOST_INITS, INITS, Plan, draw_layer_map
+from tli_jax.growth.experts import Experts
+from tli_jax.growth.plan import HOST_INITS, INITS, Plan, Row, draw_layer_map
 from tli_jax.growth.presets import (
     PRESETS,
     adept,
@@ -368,3 +370,32 @@ def test_the_drawn_map_names_every_layer_within_its_width(plan: Plan):
     cells = " ".join(lines).split()
     assert len(cells) == len(plan)
     assert [cell.startswith("[") for cell in cells] == list(plan.injected)
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, -1.0, 1e39])
+def test_noise_that_leaves_no_number_is_refused(ratio: float):
+    with pytest.raises(UsageError, match="noise_ratio is .*, must be 0…1000"):
+        tli(4, 2, "noise", noise_ratio=ratio)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"),
+    [
+        (lambda: tli(100, 1, copies=1000), "100,100"),
+        (lambda: stack(100, 1000), "100,000"),
+        (lambda: interpose(100, copies=1000), "100,100"),
+        (lambda: custom(100, ",".join(["0-99"] * 101)), "10,100"),
+        (lambda: Plan("by hand", 1, (Row(((0, 1.0),)),) * 10_001), "10,001"),
+    ],
+)
+def test_plans_deeper_than_any_model_are_refused(make, layers: str):
+    with pytest.raises(UsageError, match=f"{layers} layers are more than the 10,000 that a plan can have"):
+        make()
+
+
+def test_experts_more_than_any_model_has_are_refused():
+    for options in ({"count": 10**9}, {"count": 200, "granularity": 200, "upcycle": "virtual_groups"}):
+        with pytest.raises(UsageError, match="more than 10,000 experts"):
+            Experts(**options)
+    with pytest.raises(UsageError, match="router_std"):
+        Experts(router_std=math.inf)

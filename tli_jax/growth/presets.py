@@ -54,6 +54,8 @@ def tli(
     if (init == "scaled") != (scale is not None) and init not in COMPUTED_INITS:
         others = ", ".join(COMPUTED_INITS)
         raise UsageError(f"init {init!r} and scale {scale}: 'scaled' needs a scale, only {others} take one besides")
+    if not 0 <= noise_ratio <= MAX_REPEATS:  # nor NaN
+        raise UsageError(f"noise_ratio is {noise_ratio}, must be 0…{MAX_REPEATS}")
     if after is None:
         _check_range("every", every, 1, layers)
         if remainder not in ("allow", "error"):

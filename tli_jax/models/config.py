@@ -8,12 +8,11 @@ V vocabulary, L layers, E experts. A tensor is stored as Hugging Face stores it,
 import dataclasses
 import json
 import math
-import reprlib
-import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from tli_jax.errors import DataError, nearest
+from tli_jax.errors import DataError
+from tli_jax.models.fields import Reader, shorten
 
 # Name within a layer -> dims. In the layer-stacked tree each leaf has the dim L in front.
 _ATTENTION: dict[str, tuple[str, ...]] = {
@@ -205,7 +204,7 @@ class LlamaConfig:
             DataError: a key is missing, has the wrong type, or asks for something that is not plain Llama.
         """
         is_mixtral = _refuse_other_architectures(raw, where)
-        read = _Reader(raw, where)
+        read = Reader(raw, where)
         experts = read.integer("num_local_experts", 8) if is_mixtral else 0
         chosen = read.integer("num_experts_per_tok", 2) if is_mixtral else 0
         if chosen > experts:
@@ -334,20 +333,20 @@ def _refuse_other_architectures(raw: Mapping[str, Any], where: str) -> bool:
     kind = raw.get("model_type")
     architectures = raw.get("architectures") or [_SUPPORTED.get(str(kind))]
     if architectures != [_SUPPORTED.get(str(kind))]:
-        found = f"architectures {_shorten(architectures)}, model_type {_shorten(kind)}"
+        found = f"architectures {shorten(architectures)}, model_type {shorten(kind)}"
         known = " and ".join(f"{name} of model_type {kind!r}" for kind, name in _SUPPORTED.items())
         raise DataError(f"{where}: {found} is not supported, only {known} are")
     for key, only in _MUST_BE.items():
         if raw.get(key, only) not in (only, None):
-            raise DataError(f"{where}: {key} = {_shorten(raw[key])} is not supported, only {only!r} is")
+            raise DataError(f"{where}: {key} = {shorten(raw[key])} is not supported, only {only!r} is")
     if raw.get("hidden_act", "silu") not in (*_ACTIVATIONS, None):
-        raise DataError(f"{where}: hidden_act = {_shorten(raw['hidden_act'])} is not supported, only 'silu' is")
+        raise DataError(f"{where}: hidden_act = {shorten(raw['hidden_act'])} is not supported, only 'silu' is")
     layer_types = raw.get("layer_types") or []
     if not isinstance(layer_types, list):
-        raise DataError(f"{where}: layer_types is {_shorten(layer_types)}, must be a list")
+        raise DataError(f"{where}: layer_types is {shorten(layer_types)}, must be a list")
     for layer_type in layer_types:
         if layer_type != "full_attention":
-            raise DataError(f"{where}: layer_types has {_shorten(layer_type)}, only 'full_attention' is supported")
+            raise DataError(f"{where}: layer_types has {shorten(layer_type)}, only 'full_attention' is supported")
     return kind == "mixtral"
 
 
@@ -362,11 +361,11 @@ def _read_rope(
     key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
     rope = raw.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise DataError(f"{where}: {key} is {_shorten(rope)}, must be one object for all layers")
-    read = _Reader(rope, f"{where}: {key}")
+        raise DataError(f"{where}: {key} is {shorten(rope)}, must be one object for all layers")
+    read = Reader(rope, f"{where}: {key}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str):
-        raise DataError(f"{where}: {key} has rope type {_shorten(kind)}, must be a string")
+        raise DataError(f"{where}: {key} has rope type {shorten(kind)}, must be a string")
     if rope.get("partial_rotary_factor", 1.0) not in (1.0, None):
         raise DataError(
             f"{where}: {key} has partial_rotary_factor {rope['partial_rotary_factor']!r}, only 1.0 is supported"
@@ -374,63 +373,15 @@ def _read_rope(
     theta = (
         read.number("rope_theta", None)
         if "rope_theta" in rope
-        else _Reader(raw, where).number("rope_theta", default_theta)
+        else Reader(raw, where).number("rope_theta", default_theta)
     )
     if kind == "llama3":
         # As transformers 5 resolves it: the key of the model counts first, the context where there is none at all.
         original = "original_max_position_embeddings"
         found = {original: raw[original]} if original in raw else {original: context} | dict(rope)
-        read = _Reader({**rope, original: found[original]}, f"{where}: {key}")
+        read = Reader({**rope, original: found[original]}, f"{where}: {key}")
     factors = {name: read.number(name, None) for name in _ROPE_FACTORS.get(kind, ())}
     if kind == "llama3" and factors["high_freq_factor"] <= factors["low_freq_factor"]:
         high, low = factors["high_freq_factor"], factors["low_freq_factor"]
         raise DataError(f"{where}: {key} has high_freq_factor {high}, must be above its low_freq_factor {low}")
     return theta, kind, tuple(factors.items())
-
-
-class _Reader:
-    """Typed access to a parsed JSON object; every refusal names the key and what it found."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str):
-        self.raw, self.where = raw, where
-
-    def _get(self, key: str, default: Any) -> Any:
-        value = self.raw.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise DataError(f"{self.where}: key {key!r} is missing{nearest(key, self.raw)}: add it")
-        return value
-
-    def integer(self, key: str, default: int | None) -> int:
-        value = self._get(key, default)
-        if type(value) is not int or not 1 <= value < 2**63:
-            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be a whole number above 0")
-        return value
-
-    def number(self, key: str, default: float | None, can_be_zero: bool = False) -> float:
-        value = self._get(key, default)
-        # As integers of any size can be compared with a float, but not converted to one.
-        is_number = type(value) in (int, float) and 0 <= value <= sys.float_info.max
-        if not is_number or not (value or can_be_zero):
-            floor = "of 0 or more" if can_be_zero else "above 0"
-            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be a number {floor}")
-        return float(value)
-
-    def token_ids(self, key: str, default: int) -> tuple[int, ...]:
-        """One token id, a list of them, or null for none."""
-        value = self.raw.get(key, default)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(one) is not int or not 0 <= one < 2**31 for one in ids):
-            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be a token id, a list of them or null")
-        return tuple(ids)
-
-    def boolean(self, key: str, default: bool) -> bool:
-        value = self._get(key, default)
-        if type(value) is not bool:
-            raise DataError(f"{self.where}: {key} is {_shorten(value)}, must be true or false")
-        return value
-
-
-def _shorten(value: Any) -> str:
-    """A value for a message."""
-    return reprlib.repr(value)

@@ -31,8 +31,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tli_jax.checkpoint import sidecar
-from tli_jax.checkpoint.headers import parse_json, read_json
+from tli_jax.checkpoint.headers import parse_json
 from tli_jax.checkpoint.hf import Checkpoint, read_chunks
+from tli_jax.checkpoint.record import read_growth_record
 from tli_jax.config import TrainConfig, difference, from_yaml, plain, to_yaml
 from tli_jax.errors import DataError, MissingInputError, OutputError, StorageError, UnavailableError, UsageError
 
@@ -261,7 +262,7 @@ class RunFolder:
     @property
     def growth(self) -> dict[str, Any] | None:
         file = self.path / "growth.json"
-        return read_json(file) if file.is_file() else None
+        return read_growth_record(file) if file.is_file() else None
 
 
 def _open_remote(path: Path | str) -> "epath.Path":
