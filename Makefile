@@ -15,7 +15,7 @@ FIND_NEWEST = for v in 3.13 3.12; do \
   done; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-train test test-long test-topologies test-newest lint clean
+.PHONY: help demo demo-train test test-long test-topologies test-newest fuzz lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -45,6 +45,12 @@ test-newest:  ## the tests on Python 3.13 or 3.12 with the newest jax, without t
 	if [ -z "$$python" ]; then echo "test-newest: skipped, neither Python 3.13 nor 3.12 starts here"; exit 0; fi; \
 	$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$$python" && \
 	$(NEWEST)/python -m pytest -n 2 -m "not long and not topologies"
+
+FUZZ_SECONDS ?= 600
+FUZZ_TARGETS ?= headers config growth yaml tokenizer text tasks run
+
+fuzz: .venv/.test  ## feed damaged inputs to the commands (FUZZ_SECONDS=600 each of FUZZ_TARGETS)
+	$(BIN)/python benchmarks/fuzz $(FUZZ_TARGETS) --seconds $(FUZZ_SECONDS) --jobs 2
 
 lint: .venv/.lint  ## style, types and layers
 	$(BIN)/ruff check .
