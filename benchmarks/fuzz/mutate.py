@@ -1,5 +1,6 @@
 """Small changes to an input that still looks like one: to JSON trees, to bytes, and to what kind of file it is."""
 
+import copy
 import json
 import os
 import random
@@ -103,7 +104,7 @@ def value(rng: random.Random) -> Any:
 
 def tree(rng: random.Random, content: Any, more: Sequence[tuple[str, Any]] = ()) -> Any:
     """Change a JSON tree at one place; ``more`` are keys and values that belong to such a file but are not in it."""
-    content = json.loads(json.dumps(content))
+    content = copy.deepcopy(content)
     holder, key = _descend(rng, content)
     if holder is None:
         return value(rng)
@@ -119,12 +120,12 @@ def tree(rng: random.Random, content: Any, more: Sequence[tuple[str, Any]] = ())
         holder[key] = [old] if rng.random() < 0.5 else {"a": old}
     elif action == 7:  # what stands elsewhere
         other, there = _descend(rng, content)
-        holder[key] = json.loads(json.dumps(other[there])) if other is not None else None
+        holder[key] = copy.deepcopy(other[there]) if other is not None else None
     elif action == 8 and isinstance(holder, dict):
         name = rng.choice([key + "x", key[:-1], key.upper(), key.replace("_", "-"), rng.choice(_TEXTS), "a." + key])
         holder[name] = holder.pop(key)
     elif action == 9 and isinstance(holder, list):
-        holder[key:key] = [json.loads(json.dumps(old))] * rng.choice([1, 2, 1000])
+        holder[key:key] = [copy.deepcopy(old)] * rng.choice([1, 2, 1000])
     elif more and isinstance(content, dict):
         name, found = rng.choice(more)
         content[name] = value(rng) if rng.random() < 0.3 else found
@@ -210,12 +211,13 @@ def swap(rng: random.Random, file: Path, largest: int = 2**40) -> None:
 def json_file(rng: random.Random, file: Path, more: Sequence[tuple[str, Any]] = ()) -> None:
     """Change a file that holds JSON, as a tree, as bytes, or as a file."""
     kind = rng.random()
+    if not is_small(file):
+        return
     if kind < 0.06:
         swap(rng, file)
-    elif kind < 0.25:
+    elif kind < 0.25 or (content := read_json(file.read_bytes())) is None:
         file.write_bytes(raw(rng, file.read_bytes()))
     else:
-        content = json.loads(file.read_bytes())
         for _ in range(rng.choice([1, 1, 2, 3])):
             content = tree(rng, content, more)
         file.write_bytes(dump(rng, content))
@@ -224,24 +226,41 @@ def json_file(rng: random.Random, file: Path, more: Sequence[tuple[str, Any]] = 
 def lines_file(rng: random.Random, file: Path, largest: int = 2**40) -> None:
     """Change a file that holds JSON lines; see ``swap``."""
     kind = rng.random()
+    if not is_small(file):
+        return
+    lines = file.read_bytes().splitlines()
     if kind < 0.06:
         swap(rng, file, largest)
-    elif kind < 0.3:
+    elif kind < 0.3 or not lines:
         file.write_bytes(raw(rng, file.read_bytes()))
     else:
-        lines = file.read_bytes().splitlines()
         for _ in range(rng.choice([1, 1, 2])):
             at = rng.randrange(len(lines))
-            lines[at] = dump(rng, tree(rng, json.loads(lines[at]))) if rng.random() < 0.8 else raw(rng, lines[at])
+            content = read_json(lines[at])
+            is_tree = content is not None and rng.random() < 0.8
+            lines[at] = dump(rng, tree(rng, content)) if is_tree else raw(rng, lines[at])
             if rng.random() < 0.1:
                 lines.insert(rng.randrange(len(lines)), rng.choice([b"", b"null", b"{}", b"\xff", b"0", *lines]))
-            lines = [line for line in lines if line.startswith(b"{")] or [b"{}"]
         file.write_bytes(b"\n".join(lines) + b"\n")
 
 
 def any_file(rng: random.Random, file: Path, largest: int = 2**40) -> None:
     """Change a file of any kind; see ``swap``."""
-    swap(rng, file, largest) if rng.random() < 0.1 else file.write_bytes(raw(rng, file.read_bytes()))
+    if is_small(file):
+        swap(rng, file, largest) if rng.random() < 0.1 else file.write_bytes(raw(rng, file.read_bytes()))
+
+
+def is_small(file: Path) -> bool:
+    """Whether it is a file that an earlier change has left as one, and of a size to be changed again."""
+    return file.is_file() and not file.is_symlink() and file.stat().st_size <= 2**20
+
+
+def read_json(data: bytes) -> Any:
+    """What JSON says, or None where it is none any more."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def word(rng: random.Random) -> str:

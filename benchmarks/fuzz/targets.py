@@ -51,7 +51,7 @@ class Target:
 
 # --- Good inputs. Deterministic, so that a trial is the same again.
 
-_WORDS = "the a one day girl named Lily went to her mom said dog was big and red they play in park tree sun".split()
+_WORDS = ["the", "a", "one", "day", "girl", "named", "Lily", "went", "to", "her", "mom", "said", "dog", "was", "red"]
 _CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -141,7 +141,9 @@ def _grown(folder: Path) -> None:
         _run("tli_jax.upscale", "--model", str(folder / "m"), "--no-proof", "--output", str(folder / name), *flags)
 
 
-_TRAIN = "--only injected --batch-size 2 --sequence-length 16 --save-every 2 --dtypes compute=float32 --keep 9".split()
+_TRAIN = ["--only", "injected", "--batch-size", "2", "--sequence-length", "16", "--dtypes", "compute=float32"]
+# The rate depends on no number of steps: more of them are the same ones at first.
+_TRAIN += ["--save-every", "2", "--keep", "9", "--schedule", "constant"]
 
 
 def _trained(folder: Path) -> None:
@@ -155,15 +157,17 @@ def _trained(folder: Path) -> None:
     _run("tli_jax.train", *start, "--steps", "4")
     os.system("cp -r r r0")
     _run("tli_jax.train", "--run", "r", "--steps", str(STEPS), "--export", "want")
-    os.system("rm -rf r && mv r0 r")
+    os.system("rm -rf r && mv r0 r && cp r/config.yaml r.yaml")
 
 
 # --- Headers and index.
 
 
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    (length,) = struct.unpack("<Q", data[:8])
-    return data[8 : 8 + length], data[8 + length :]
+def _split(data: bytes) -> tuple[Any, bytes] | None:
+    """Header and data of a safetensors file; None where it is none any more."""
+    length = int.from_bytes(data[:8], "little")
+    header = mutate.read_json(data[8 : 8 + length])
+    return None if header is None else (header, data[8 + length :])
 
 
 def _headers(rng: random.Random, folder: Path) -> list[Call]:
@@ -171,16 +175,13 @@ def _headers(rng: random.Random, folder: Path) -> list[Call]:
     files = sorted(path for path in (folder / name).iterdir() if ".safetensors" in path.name)
     for _ in range(rng.choice([1, 1, 2])):
         file = rng.choice(files)
-        if not file.is_file() or file.stat().st_size > 2**20:
+        if not mutate.is_small(file):
             continue
         if file.name == INDEX:
             mutate.json_file(rng, file, [("weight_map", {}), ("metadata", None)])
-        elif rng.random() < 0.5 and file.read_bytes()[8:9] == b"{":
-            try:
-                header, rest = _split(file.read_bytes())
-                text = mutate.dump(rng, mutate.tree(rng, json.loads(header), [("x", {"dtype": "F32", "shape": []})]))
-            except (ValueError, struct.error, RecursionError):
-                continue
+        elif rng.random() < 0.5 and (parts := _split(file.read_bytes())):
+            header, rest = parts
+            text = mutate.dump(rng, mutate.tree(rng, header, [("x", {"dtype": "F32", "shape": []})]))
             length = len(text) if rng.random() < 0.8 else mutate.value(rng)
             length = length if type(length) is int and 0 <= length < 2**64 else len(text)
             file.write_bytes(struct.pack("<Q", length) + text + rest)
@@ -355,23 +356,14 @@ def _tokenizer(rng: random.Random, folder: Path) -> list[Call]:
     ]
     for _ in range(rng.choice([1, 1, 1, 2])):
         file = model / rng.choice(["tokenizer.json"] * 6 + ["tokenizer_config.json", "special_tokens_map.json"])
-        if file.is_file() and 0 < file.stat().st_size < 2**20 and _is_json(file):
-            mutate.json_file(rng, file, more)
-    if rng.random() < 0.05:
-        (model / "tokenizer.json").rename(model / "old.json")
+        mutate.json_file(rng, file, more)
+    if rng.random() < 0.05 and mutate.is_small(model / "tokenizer.json"):
+        (model / "tokenizer.json").unlink()
         mutate.any_file(rng, model / rng.choice(["vocab.json", "merges.txt"]))
     call = ["--model", "m", "--text", "t.txt"]
     if rng.random() < 0.1:
         return [Call("evaluate", [*call, "--sequence-length", "16", "--json"])]
     return [Call("upscale", [*call, "--output", "o/x", "--no-proof", "--every", "1"], "o/x")]
-
-
-def _is_json(file: Path) -> bool:
-    try:
-        json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 # --- Texts in all formats.
@@ -472,9 +464,7 @@ def _tasks(folder: Path) -> None:
 def _task(rng: random.Random, folder: Path) -> list[Call]:
     path = rng.choice(sorted((folder / "tasks").iterdir()))
     for _ in range(rng.choice([1, 1, 2])):
-        file = path / rng.choice(["test.jsonl", "test.jsonl", "train.jsonl"])
-        if file.is_file() and 0 < file.stat().st_size < 2**20:
-            mutate.lines_file(rng, file)
+        mutate.lines_file(rng, path / rng.choice(["test.jsonl", "test.jsonl", "train.jsonl"]))
     where = str((path / "test.jsonl" if rng.random() < 0.3 else path).relative_to(folder))
     call = ["--model", "m", "--tasks", where, "--shots", rng.choice("0012"), "--json"]
     return [Call("evaluate", [*call, "--sequence-length", "64", "--batch-size", "2"])]
@@ -492,16 +482,16 @@ def _run_folder(rng: random.Random, folder: Path) -> list[Call]:
     touched = rng.choice(sorted(parts))
     for _ in range(rng.choice([1, 1, 2])):
         file = rng.choice(parts[touched])
-        if not file.is_file() or file.stat().st_size > 2**20:
+        if not mutate.is_small(file):
             continue
-        if file.suffix == ".json" and _is_json(file):
+        if file.suffix == ".json":
             mutate.json_file(rng, file)
         elif file.suffix == ".jsonl" and touched == "metrics.jsonl":
             mutate.lines_file(rng, file)
         elif file.name == "config.yaml" and rng.random() < 0.6:
             import yaml
 
-            file.write_bytes(mutate.dump(rng, mutate.tree(rng, yaml.safe_load(file.read_text()))))
+            file.write_bytes(mutate.dump(rng, mutate.tree(rng, yaml.safe_load((folder / "r.yaml").read_text()))))
         else:
             mutate.any_file(rng, file)
     # A configuration may be changed in what may change; whatever else is there either gives the same bits, or nothing.

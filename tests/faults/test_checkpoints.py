@@ -1,0 +1,127 @@
+"""Run folders in which something is damaged, or belongs to another run: found, named, and never trained on from."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from tli_jax import command, train
+
+pytestmark = pytest.mark.usefixtures("_compile_once")
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def damage(folder, how, part):
+    """Damage every file of a checkpoint that holds array data (``state``), or what describes it (``meta``)."""
+    files = [file for file in (folder / part).rglob("*") if file.is_file()]
+    files = [file for file in files if part == "meta" or file.parent.name == "d"]
+    assert files
+    for file in files:
+        how(file)
+
+
+def go_on(run, steps=6):
+    return command.run(train.main, ["--run", str(run), "--steps", str(steps)])
+
+
+@pytest.fixture(scope="module")
+def six(once, done):
+    """The run, and what it gives after six steps."""
+
+    def make(folder):
+        shutil.copytree(done / "run", folder / "run")
+        assert go_on(folder / "run") == 0
+
+    return once("six", make) / "run"
+
+
+CASES = {
+    "a flipped bit": (flip, "state"),
+    "a cut file": (cut, "state"),
+    "a deleted file": (os.unlink, "state"),
+    "a flipped bit in what describes it": (flip, "meta"),
+    "a cut description": (cut, "meta"),
+}
+QUICK = ("a cut file", "a flipped bit in what describes it")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
+def test_a_damaged_checkpoint_is_given_up_for_the_one_before(case, run, six, arrays, capsys):
+    damage(run / "checkpoints" / "4", *CASES[case])
+    assert go_on(run) == 0
+    said = capsys.readouterr().err
+    assert str(run / "checkpoints" / "4") in said
+    assert arrays(run, 6) == arrays(six, 6)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 7))
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(run, snapshot, capsys):
+    for step in ("2", "4"):
+        damage(run / "checkpoints" / step, flip, "state")
+    before = snapshot(run)
+    assert go_on(run) == 65
+    assert str(run / "checkpoints") in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
+def test_damaged_frozen_tensors_are_refused(run, snapshot, capsys):
+    damage(run / "checkpoints" / "frozen", flip, "state")
+    before = snapshot(run)
+    assert go_on(run) == 65
+    assert "frozen" in capsys.readouterr().err
+    assert snapshot(run) == before
+
+
+def is_refused_or_right(run, six, arrays):
+    """2 or 65; or else what is foreign is set aside, and the run ends as if it had never been there."""
+    code = go_on(run)
+    assert code in (0, 2, 65)
+    assert code or arrays(run, 6) == arrays(six, 6)
+    return code
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "all checkpoints"])
+def test_checkpoints_of_another_run_are_not_gone_on_with(what, run, done, start, six, arrays, tmp_path, capsys):
+    """Of a run that differs in its seed alone: shapes, dtypes and names are the same."""
+    config = (done / "run" / "config.yaml").read_text().replace("seed: 0", "seed: 1")
+    (tmp_path / "other.yaml").write_text(config)
+    other = tmp_path / "other"
+    assert command.run(train.main, ["--config", str(tmp_path / "other.yaml"), "--run", str(other)]) == 0
+    capsys.readouterr()
+    steps = ["4"] if what == "checkpoint" else ["2", "4", "frozen"]
+    for step in steps:
+        shutil.rmtree(run / "checkpoints" / step)
+        shutil.copytree(other / "checkpoints" / step, run / "checkpoints" / step)
+    code = is_refused_or_right(run, six, arrays)
+    assert code or "checkpoints/4" in capsys.readouterr().err
+
+
+FILES = {
+    "config.yaml": lambda file: file.write_text(file.read_text().replace("learning_rate:", "learning_rate: {all: 1}#")),
+    "run.json": lambda file: file.write_text(
+        file.read_text().replace('"F32"', '"BF16"').replace("float32", "bfloat16")
+    ),
+    "growth.json": lambda file: file.write_text(file.read_text().replace('"exactness": "bit"', '"exactness": "none"')),
+    "model/config.json": lambda file: file.write_text(file.read_text().replace("1e-05", "1e-03")),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_file_of_a_run_is_refused(name, run, six, arrays, capsys):
+    before = (run / name).read_bytes()
+    FILES[name](run / name)
+    assert (run / name).read_bytes() != before
+    assert is_refused_or_right(run, six, arrays) in (2, 65)

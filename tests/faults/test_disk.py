@@ -1,0 +1,185 @@
+"""Disks that fill up, and folders that may not be written to, at several moments of growth, training and export."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import tli_jax
+from tli_jax import command, train, upscale
+from tli_jax.checkpoint import sidecar
+from tli_jax.checkpoint.hf import expected_shapes
+
+pytestmark = pytest.mark.usefixtures("_compile_once")
+
+# Fills the disk of the folder as soon as a file of weights is being written in it, up to the last byte.
+FILLER = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+print("ready", flush=True)
+while not any(file.stat().st_size for file in folder.glob(".*.partial-*/model.safetensors")):
+    time.sleep(0.0005)
+with (folder / "filler").open("wb", buffering=0) as filler:
+    try:
+        while True:
+            filler.write(bytes(2**20))
+    except OSError:
+        pass
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Iterator[Path]:
+    """A random model of 150 MB, which takes a moment to write."""
+    folder = tmp_path_factory.mktemp("large") / "base"
+    config = tli_jax.LlamaConfig(256, 1024, 1024, 6, 8, 8, 128)
+    draw = np.random.default_rng(0)
+    flat = {name: draw.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
+    folder.mkdir()
+    save_file(flat, folder / "model.safetensors", {"format": "pt"})
+    sidecar.write_json(folder / "config.json", config.to_hf())
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("method", ["tli", "average"])  # copied by the kernel, and written by us
+def test_growth_on_a_disk_that_somebody_else_fills(method, large, start, disk, snapshot):
+    parent = disk("size=450m")
+    shutil.copytree(start / "grown", parent / "out")
+    before = snapshot(parent)
+    with subprocess.Popen([sys.executable, "-c", FILLER, parent], stdout=subprocess.PIPE, text=True) as filler:
+        assert filler.stdout is not None and filler.stdout.readline() == "ready\n"
+        call = ["--model", str(large), "--output", str(parent / "out"), "--overwrite", "--no-proof"]
+        code = command.run(upscale.main, [*call, "--method", method, "--every", "3"])
+        filler.wait(timeout=60)
+    (parent / "filler").unlink()
+    assert code == 74
+    assert snapshot(parent) == before
+
+
+def test_growth_fails_before_it_writes_where_there_is_no_room(large, disk, capsys):
+    parent = disk("size=100m")
+    assert command.run(upscale.main, ["--model", str(large), "--output", str(parent / "out"), "--no-proof"]) == 73
+    assert "are needed" in capsys.readouterr().err
+    assert list(parent.iterdir()) == []
+
+
+def fill(folder: Path, free: int) -> Path:
+    """Leave so many bytes free on the disk of a folder."""
+    filler = folder / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(folder).free - free))
+    return filler
+
+
+def complete(run: Path) -> list[str]:
+    """The steps that a run may go on from. What a failed save leaves under another name goes at the next start."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
+
+
+# Of the bytes that a step takes, 250 kB: what is written first does not fit, or something later.
+@pytest.mark.parametrize(
+    "free", [pytest.param(0, marks=pytest.mark.long), 20_000, pytest.param(150_000, marks=pytest.mark.long)]
+)
+def test_training_on_a_full_disk_stops_with_the_last_step_whole(free, run, disk, snapshot, capsys):
+    parent = disk("size=32m")
+    shutil.copytree(run, parent / "run")
+    filler = fill(parent, free)
+    before = snapshot(parent / "run" / "checkpoints")
+    assert command.run(train.main, ["--run", str(parent / "run"), "--steps", "10"]) == 74
+    assert "No space left on device" in capsys.readouterr().err
+    assert complete(parent / "run") == ["2", "4"]
+    assert before.items() <= snapshot(parent / "run" / "checkpoints").items()
+    filler.unlink()
+    assert command.run(train.main, ["--run", str(parent / "run"), "--steps", "6"]) == 0
+
+
+def test_a_process_whose_disk_is_full_leaves(run, disk, tli):
+    parent = disk("size=32m")
+    shutil.copytree(run, parent / "run")
+    filler = fill(parent, 100_000)
+    code, _, said = tli("train", "--run", parent / "run", "--steps", 10, timeout=60)
+    assert code == 74 and "No space left on device" in said
+    filler.unlink()
+
+
+@pytest.mark.long
+def test_a_run_that_was_out_of_room_ends_like_one_that_was_not(done, run, disk, arrays, weights):
+    parent = disk("size=32m")
+    shutil.copytree(run, parent / "run")
+    filler = fill(parent, 100_000)
+    assert command.run(train.main, ["--run", str(parent / "run"), "--steps", "8"]) == 74
+    filler.unlink()
+    for folder in (parent / "run", run):
+        call = ["--run", str(folder), "--steps", "8", "--export", str(folder.with_name("export"))]
+        assert command.run(train.main, call) == 0
+    assert arrays(parent / "run", 8) == arrays(run, 8)
+    assert weights(parent / "export") == weights(run.with_name("export")) != {}
+
+
+@pytest.mark.parametrize("inodes", [1, 2, 4])  # beside the root and the old output: none for its folder, or for files
+def test_an_export_onto_a_full_disk_leaves_the_old_one(inodes, done, disk, snapshot):
+    parent = disk(f"size=64m,nr_inodes={1 + 1 + len(list((done / 'out').iterdir())) + inodes - 1}")
+    shutil.copytree(done / "out", parent / "out")
+    before = snapshot(parent)
+    code = command.run(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")])
+    assert code in (73, 74)
+    assert snapshot(parent) == before
+
+
+def test_an_export_that_does_not_fit_is_not_begun(done, disk):
+    parent = disk("size=4m")
+    assert command.run(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")]) == 73
+    assert list(parent.iterdir()) == []
+
+
+# --- Permission, of processes that root's powers have been taken from.
+
+
+def test_growth_without_permission(start, tmp_path, tli, unprivileged, snapshot):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    call = ["upscale", "--model", start / "base", "--no-proof", "--every", 1, "--output"]
+    code, _, said = tli(*call, locked / "out", before=unprivileged)
+    assert code == 73 and "Permission denied" in said and str(locked / "out") in said
+    shutil.copytree(start / "base", tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").chmod(0)
+    call[2] = tmp_path / "base"
+    code, _, said = tli(*call, tmp_path / "out", before=unprivileged)
+    assert code == 74 and "Permission denied" in said and str(tmp_path / "base" / "model.safetensors") in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_an_export_without_permission(done, tmp_path, tli, unprivileged):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o555)
+    call = ["train", "--run", done / "run", "--export-only", "--export", locked / "out"]
+    code, _, said = tli(*call, before=unprivileged)
+    assert code == 73 and "Permission denied" in said and list(locked.iterdir()) == []
+
+
+def test_training_that_may_not_save_leaves(run, tli, unprivileged, snapshot):
+    before = snapshot(run / "checkpoints")
+    (run / "checkpoints").chmod(0o555)
+    code, _, said = tli("train", "--run", run, "--steps", 8, before=unprivileged, timeout=60)
+    (run / "checkpoints").chmod(0o755)
+    assert code == 74 and "Permission denied" in said
+    assert snapshot(run / "checkpoints") == before
+
+
+@pytest.mark.long
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(run, tli, unprivileged, snapshot):
+    files = [file for file in (run / "checkpoints" / "4").rglob("*") if file.is_file()]
+    before = snapshot(run)
+    for file in files:
+        file.chmod(0)
+    code, _, said = tli("train", "--run", run, "--steps", 8, before=unprivileged)
+    for file in files:
+        file.chmod(0o644)
+    assert code == 74 and "Permission denied" in said
+    assert snapshot(run) == before

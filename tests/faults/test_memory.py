@@ -1,0 +1,52 @@
+"""Growth under a limit of memory: within what is promised it succeeds; without, it says so and leaves nothing."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import tli_jax
+from tli_jax.checkpoint import sidecar
+from tli_jax.checkpoint.hf import expected_shapes
+
+# The command, in an address space that may grow by so many MiB once everything is imported.
+LIMITED = """
+import resource, sys
+from tli_jax import command, upscale
+import tli_jax.checkpoint.stream
+with open("/proc/self/statm") as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+limit = size + int(sys.argv[1]) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.exit(command.run(upscale.main, sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A random model of 0.4 GB, a tensor of 64 MB in it."""
+    folder = tmp_path_factory.mktemp("large") / "base"
+    config = tli_jax.LlamaConfig(256, 2048, 8192, 1, 8, 8, 256)
+    draw = np.random.default_rng(0)
+    flat = {name: draw.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
+    folder.mkdir()
+    save_file(flat, folder / "model.safetensors", {"format": "pt"})
+    sidecar.write_json(folder / "config.json", config.to_hf())
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("mib", "code"), [(100, 0), (32, 74), (1, 74)])
+def test_growth_in_little_memory(large, tmp_path, mib, code):
+    shutil.copy(large / "config.json", tmp_path)  # something that must stay
+    call = [sys.executable, "-c", LIMITED, str(mib), "--model", str(large), "--no-proof", "--every", "1"]
+    ended = subprocess.run([*call, "--output", str(tmp_path / "out")], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == code and "Traceback" not in ended.stderr, ended.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"] + ["out"] * (ended.returncode == 0)
+    if code:
+        assert ended.stderr.splitlines()[-1].startswith("error: ") and "memory" in ended.stderr
+    else:
+        assert (tmp_path / "out" / "model.safetensors").stat().st_size > 1.9 * 2**28

@@ -1,0 +1,40 @@
+"""The scripts that throw damage and kills at the commands work, and find nothing in a short time."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def fuzz(*words, folder):
+    call = [sys.executable, str(BENCHMARKS / "fuzz"), *words, "--failures", str(folder)]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.parametrize(("targets", "trials"), [("headers config growth yaml tokenizer", 25), ("text tasks", 10)])
+def test_a_short_fuzz_finds_nothing(targets, trials, tmp_path):
+    said = fuzz(*targets.split(), "--trials", str(trials), "--jobs", "2", folder=tmp_path / "failures")
+    assert all(f"{target}: {trials} trials" in said for target in targets.split())
+
+
+@pytest.mark.long
+def test_a_fuzz_of_run_folders_finds_nothing(tmp_path):
+    fuzz("run", "--trials", "40", folder=tmp_path)
+
+
+def test_a_trial_is_the_same_again(tmp_path):
+    said = {fuzz("config", "--trial", "7", folder=tmp_path).partition("→")[0] for _ in range(2)}
+    assert len(said) == 1
+
+
+@pytest.mark.long
+def test_a_short_storm_of_kills_loses_nothing(tmp_path):
+    call = [sys.executable, str(BENCHMARKS / "killstorm.py"), "--kills", "4", "--work", str(tmp_path), "--no-write"]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.count("nothing lost") == 2

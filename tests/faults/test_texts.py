@@ -1,0 +1,62 @@
+"""Texts that cannot be read, as the command meets them: each named with file and place, counted, and left out or refused."""
+
+import gzip
+import json
+
+import pytest
+
+from tli_jax import command, evaluate
+
+GOOD = "One day, a girl named Lily went to the park. " * 40
+
+
+def parquet(file):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": [GOOD] * 50}), file, row_group_size=10)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2 :] = b""
+    file.write_bytes(content)
+
+
+def rows(*lines):
+    good = json.dumps({"text": GOOD}).encode()
+    return lambda file: file.write_bytes(b"\n".join([good, *lines, good]) + b"\n")
+
+
+# Name of the file, how it comes about, what is said of the place, and whether something is left when it is left out.
+CASES = {
+    "bad UTF-8": ("a.txt", lambda file: file.write_bytes(GOOD.encode() + b"\n\xff\xfe"), "line 2", False),
+    "bad UTF-8 in a row": ("a.jsonl", rows(b'{"text": "\xff"}'), "line 2", True),
+    "NUL": ("a.txt", lambda file: file.write_bytes(GOOD.encode() + b"\n\0"), "line 2", False),
+    "a broken row": ("a.jsonl", rows(b'{"text": '), "line 2", True),
+    "a row without the field": ("a.jsonl", rows(b'{"words": "x"}'), "line 2", True),
+    "a row that is none": ("a.jsonl", rows(b"17"), "line 2", True),
+    "a lone surrogate": ("a.jsonl", rows(b'{"text": "\\ud800"}'), "line 2", True),
+    "an empty file": ("a.txt", lambda file: file.touch(), "empty", False),
+    "gzip that breaks off": ("a.jsonl.gz", lambda f: f.write_bytes(gzip.compress(GOOD.encode() * 99)[:-9]), "", False),
+    "gzip that is none": ("a.txt.gz", lambda file: file.write_bytes(GOOD.encode()), "", False),
+    "parquet that is cut": ("a.parquet", parquet, "", False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_text_that_cannot_be_read(case, tmp_path, capsys):
+    name, make, place, has_more = CASES[case]
+    file = tmp_path / name
+    make(file)
+    call = ["--model", "embedded", "--text", str(file), "--sequence-length", "100000"]  # refused before it computes
+    assert command.run(evaluate.main, call) == 65
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and str(file) in said and place in said
+    assert command.run(evaluate.main, [*call, "--on-bad", "skip"]) == 65
+    said = capsys.readouterr().err.splitlines()[-1]
+    # What is left is counted: too little for one window. Or nothing is.
+    assert said.startswith("error: ") and ("tokens" in said if has_more else str(file) in said)
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    rows(b'{"text": ', b'{"text": "\xff"}', b'{"words": 1}')(tmp_path / "a.jsonl")
+    call = ["--model", "embedded", "--text", str(tmp_path / "a.jsonl"), "--sequence-length", "64", "--on-bad", "skip"]
+    assert command.run(evaluate.main, [*call, "--dtypes", "compute=float32"]) == 0
+    said = capsys.readouterr().err
+    assert "a.jsonl" in said and "3" in said and "line 2" in said
