@@ -6,7 +6,7 @@
 Targets: headers, config, growth, yaml, tokenizer, text, tasks, run. A trial changes a copy of good inputs at a few
 places (``mutate.py``) and runs a command on it (``targets.py``). The command must
 
-- end within 30 s (longer on a busy machine) and 1 GB, with an exit code that says what is wrong: no signal, not 1 or 70;
+- end within 30 s (longer on a busy machine) and 1 GB, by an exit code that says what is wrong: no signal, not 1 or 70;
 - print no traceback and no control characters; after a failure, one line that begins with "error:", as the last;
 - leave a complete output after 0, and nothing otherwise; nothing in the folder for temporary files; JSON that is JSON;
 - after damage to a run folder, refuse to go on or come to the same weights, bit for bit.

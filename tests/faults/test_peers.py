@@ -57,7 +57,7 @@ def child(process):
 
 
 def stand_still(started, index, folder):
-    """Stop all of a process: how long the other then takes to leave, its code; and the code of this one, once it wakes."""
+    """Stop one process: the code of the other, the seconds until it leaves, and the code of this one once it wakes."""
     stopped = [started[index].pid, child(started[index])]
     try:
         for pid in stopped:

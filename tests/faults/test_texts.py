@@ -1,4 +1,4 @@
-"""Texts that cannot be read, as the command meets them: each named with file and place, counted, and left out or refused."""
+"""Texts that cannot be read, as the command meets them: named with file and place; refused, or counted and left out."""
 
 import gzip
 import json
