@@ -226,6 +226,20 @@ def storm_training(work: Path, kills: int, rng: random.Random) -> dict[str, Any]
     }
 
 
+def table(result: dict[str, Any]) -> str:
+    lines = ["| of | kills | at which moment | seconds | what came of them |", "|---|---|---|---|---|"]
+    for name, came in {
+        "growth": "{kills} outputs absent or complete; {kills} outputs equal after one more try, byte for byte",
+        "training": "{steps} steps, each once; {arrays_compared} arrays and the export equal, bit for bit",
+    }.items():
+        found = result[name]
+        moments = ", ".join(
+            f"{count} {moment}" for moment, count in sorted(found["moments"].items()) if "," not in moment
+        )
+        lines.append(f"| {name} | {found['kills']} | {moments} | {found['seconds']:.0f} | {came.format(**found)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="of each")
@@ -233,11 +247,15 @@ def main() -> None:
     parser.add_argument("--only", choices=["growth", "training"])
     parser.add_argument("--work", type=Path, help="folder to work in, which keeps what was made (default: a new one)")
     parser.add_argument("--no-write", action="store_true", help="print the summary only")
+    parser.add_argument("--table", action="store_true", help="print what was written as a table, and do nothing else")
     args = parser.parse_args()
+    file = Path(__file__).parent / "results" / "killstorm.json"
+    if args.table:
+        print(table(json.loads(file.read_text(encoding="utf-8"))))
+        return
     work = (args.work or Path(tempfile.mkdtemp(prefix="killstorm-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()
-    file = Path(__file__).parent / "results" / "killstorm.json"
     found = json.loads(file.read_text()) if args.only and file.is_file() else {}
     for name, storm in {"growth": storm_growth, "training": storm_training}.items():
         if args.only in (None, name):

@@ -48,6 +48,7 @@ import targets
 
 ALLOWED = {0, 2, 65, 66, 69, 73, 74, 75, 76}
 SECONDS, MEMORY, FILE = 30, 2**30, 2**28
+RESULTS = Path(__file__).parents[1] / "results" / "fuzz.json"
 COMMANDS = {
     "upscale": "tli_jax.upscale",
     "train": "tli_jax.train",
@@ -250,7 +251,11 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument("--failures", default="out/fuzz", help="folder for what fails")
     parser.add_argument("--write", action="store_true", help="write benchmarks/results/fuzz.json")
+    parser.add_argument("--table", action="store_true", help="print that file as a table, and do nothing else")
     args = parser.parse_args()
+    if args.table:
+        print(_table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        return
     names = args.targets or list(targets.TARGETS)
     if unknown := set(names) - targets.TARGETS.keys():
         parser.error(f"no such target: {', '.join(sorted(unknown))}; there are {', '.join(targets.TARGETS)}")
@@ -288,8 +293,16 @@ def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
         "limits": {"seconds": SECONDS, "bytes": MEMORY},
         "targets": found,
     }
-    file = Path(__file__).parents[1] / "results" / "fuzz.json"
-    file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _table(result: dict[str, Any]) -> str:
+    lines = ["| target | trials | failures | exit codes | slowest | peak memory |", "|---|---|---|---|---|---|"]
+    for name, found in result["targets"].items():
+        codes = ", ".join(f"{code}: {count:,}" for code, count in found["exit_codes"].items())
+        cells = (f"`{name}`", f"{found['trials']:,}", f"{sum(found['failures'].values())}", codes)
+        lines.append(f"| {' | '.join(cells)} | {found['slowest_seconds']:.1f} s | {found['peak_mb']:,} MB |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
