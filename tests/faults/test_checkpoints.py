@@ -93,7 +93,7 @@ def is_refused_or_right(run, six, arrays):
     return code
 
 
-@pytest.mark.parametrize("what", ["checkpoint", "all checkpoints"])
+@pytest.mark.parametrize("what", ["checkpoint", pytest.param("all checkpoints", marks=pytest.mark.long)])
 def test_checkpoints_of_another_run_are_not_gone_on_with(what, run, done, start, six, arrays, tmp_path, capsys):
     """Of a run that differs in its seed alone: shapes, dtypes and names are the same."""
     config = (done / "run" / "config.yaml").read_text().replace("seed: 0", "seed: 1")

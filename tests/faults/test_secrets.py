@@ -6,7 +6,7 @@ TOKEN = "hf_" + "S3cret" * 5
 NAMES = ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "GOOGLE_APPLICATION_CREDENTIALS"]
 
 
-@pytest.mark.parametrize("debug", [[], ["--debug"]], ids=["", "debug"])
+@pytest.mark.parametrize("debug", [[], pytest.param(["--debug"], marks=pytest.mark.long)], ids=["", "debug"])
 def test_a_token_is_in_no_file_and_no_message(start, tmp_path, tli, debug):
     secrets = dict.fromkeys(NAMES, TOKEN)
     said = [
