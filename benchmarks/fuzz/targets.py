@@ -514,7 +514,7 @@ TARGETS = {
     "config": Target(_empty_text, _config, _GROWING),
     "growth": Target(_grown, _growth, _GROWING),
     "yaml": Target(_empty_text, _yaml, (*_COMPUTING, "tli_jax.compare.__main__")),
-    "tokenizer": Target(_with_text, _tokenizer, _GROWING),
+    "tokenizer": Target(_with_text, _tokenizer, (*_GROWING, "transformers.models.auto.tokenization_auto")),
     "text": Target(_texts, _text, _COMPUTING),
     "tasks": Target(_tasks, _task, _COMPUTING),
     "run": Target(_trained, _run_folder, _COMPUTING),
