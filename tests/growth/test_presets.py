@@ -374,7 +374,7 @@ def test_the_drawn_map_names_every_layer_within_its_width(plan: Plan):
 
 @pytest.mark.parametrize("ratio", [math.nan, math.inf, -1.0, 1e39])
 def test_noise_that_leaves_no_number_is_refused(ratio: float):
-    with pytest.raises(UsageError, match="noise_ratio is .*, must be 0…1000"):
+    with pytest.raises(UsageError, match=r"noise_ratio is .*, must be 0…1000"):
         tli(4, 2, "noise", noise_ratio=ratio)
 
 
