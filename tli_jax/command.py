@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -26,6 +27,8 @@ from tli_jax.errors import MissingInputError, StorageError, TliError, UsageError
 _LINE_EVERY = 5.0
 # What the system says of a path that leads nowhere; everything else it refuses is a matter of storage.
 _BAD_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+# How Python and the dynamic linker word it when memory runs out.
+_NO_MEMORY = re.compile("can't start new thread|cannot allocate memory|failed to map segment", re.I)
 
 
 class Parser(argparse.ArgumentParser):
@@ -73,6 +76,8 @@ def run(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
     except Exception as error:
         if "--debug" in arguments:
             traceback.print_exc()
+        if _NO_MEMORY.search(str(error)):
+            return _say("out of memory", StorageError.exit_code)
         if isinstance(error, ValueError) and "embedded null" in str(error):
             return _say("a path holds a null byte: give another path", UsageError.exit_code)
         return _say(f"internal error, {type(error).__name__}: {error}; --debug shows where", TliError.exit_code)

@@ -88,6 +88,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         }
         arrays = load(trainer, weights)
         for path, one in data.items():
+            for note in one.notes:
+                command.say(note)
             batches = math.ceil(one.validation_windows / config.batch_size)
             with command.progress("read", batches, "batches") as advance:
                 measured = Feed(trainer, one).measure(*arrays, batches, advance)

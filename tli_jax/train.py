@@ -133,7 +133,7 @@ def _train(config: TrainConfig, run: RunFolder, cache: Path, advance: command.Ad
             else:
                 run.fetch()
         facts = run.check_facts({})
-    _introduce(trainer, [*notes, *(data.notes if data else ())])
+    _introduce(trainer, [*notes, *((*data.notes, *data.repeated) if data else ())])
 
     checkpoints = Checkpoints(run.checkpoints, config.keep, run.identity)
     restored = restore(trainer, checkpoints, facts["dtypes"], _say)

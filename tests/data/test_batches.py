@@ -209,9 +209,9 @@ def test_the_digest_tells_what_content_and_order_depend_on(ids, opened):
 
 def test_notes_say_what_is_repeated_and_what_is_one_document(ids, opened):
     data = opened(ids("a.npy", 8), T=T, steps=10, batch_size=4, validation_share=0, bos=False)
-    assert len(data.notes) == 2
-    assert data.notes[0].endswith("a.npy: is read 5.0 times in 10 steps")
-    assert data.notes[1].startswith("warning: ") and "have no BOS or EOS" in data.notes[1]
+    (repeated,), (note,) = data.repeated, data.notes
+    assert repeated.endswith("a.npy: is read 5.0 times in 10 steps")
+    assert note.startswith("warning: ") and "have no BOS or EOS" in note
 
 
 def test_texts_come_back_as_they_were(opened, write, documents, tokenizer, model):

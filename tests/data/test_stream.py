@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -88,7 +89,7 @@ def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path)
     assert rules.tokenizer.calls > calls
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "record", "no ids", "starts"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "record", "a count", "nested", "no ids", "starts", "a pipe"])
 def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
     path, cache = write("a.txt", ["abc"]), tmp_path / "cache"
     open_stream(path, rules, cache)
@@ -96,6 +97,13 @@ def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
     data = ids.read_bytes()
     if damage == "record":
         record.write_text("{")
+    elif damage == "a count":
+        record.write_text(record.read_text().replace('"documents": 1', '"documents": 2'))
+    elif damage == "nested":
+        record.write_text("[" * 100_000)
+    elif damage == "a pipe":
+        ids.unlink()
+        os.mkfifo(ids)
     elif damage == "no ids":
         ids.unlink()
     elif damage == "starts":
@@ -104,7 +112,7 @@ def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
     else:
         ids.write_bytes(data[:-2] if damage == "cut" else data[:-1] + b"\7")
     assert open_stream(path, rules, cache).starts.tolist() == [0]
-    assert ids.read_bytes() == data and json.loads(record.read_text())["tokens"] == 5
+    assert ids.read_bytes() == data and json.loads(record.read_text())["record"]["tokens"] == 5
 
 
 def test_a_stopped_run_leaves_nothing_half_written(write, rules, tmp_path, monkeypatch):
@@ -227,7 +235,7 @@ def test_npy_that_is_no_row_of_ids_is_refused(array, message, rules, tmp_path):
         open_stream(tmp_path / "a.npy", rules, tmp_path)
 
 
-@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x93NUMPY\1\0"])
+@pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x93NUMPY\1\0", b"\x93NUMPY\1\0\x04\0({[ "])
 def test_npy_that_is_none_is_refused(data, rules, tmp_path):
     np.save(tmp_path / "a.npy", np.arange(100))
     whole = (tmp_path / "a.npy").read_bytes()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, read_folder, read_json, strip_prefix
+from tli_jax.checkpoint.headers import DTYPES, Tensor, check_names, inside, read_folder, read_json, strip_prefix
 from tli_jax.checkpoint.record import read_growth_record
 from tli_jax.errors import DataError, MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
@@ -138,6 +138,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     if not (folder / "config.json").is_file():
         raise MissingInputError(f"{folder}: no config.json, so not a model folder")
     # Before anything is read, so that no change goes unseen.
+    inside(folder, "config.json")  # refuses a link out of the folder before anything is read
     stamps = {file: Stamp.of(file) for file in [folder / "config.json", *folder.glob("*.safetensors")] if file.exists()}
     raw = read_json(folder / "config.json")
     notes = []
@@ -239,7 +240,7 @@ def _read_growth(folder: Path, config: LlamaConfig) -> dict[str, Any] | None:
     file = folder / "growth.json"
     if not file.is_file():
         return None
-    record = read_growth_record(file)
+    record = read_growth_record(inside(folder, file.name))
     if len(record["rows"]) != config.num_hidden_layers:
         raise DataError(
             f"{file}: is about {len(record['rows'])} layers, config.json about {config.num_hidden_layers}:"

@@ -312,14 +312,16 @@ def _compare_special(found: Loaded, config: LlamaConfig) -> list[str]:
     bos = () if config.bos_token_id is None else (config.bos_token_id,)
     parts = []
     for name, used, affix in (("bos", bos, found.prefix), ("eos", config.eos_token_ids, found.suffix)):
-        others: dict[str, list[int]] = {}
+        others: dict[str, list[Any]] = {}  # generation_config.json may hold anything
         if (value := generation.get(f"{name}_token_id")) is not None:
             others["generation_config.json"] = value if isinstance(value, list) else [value]
         named = found.vocab.get(found.named.get(f"{name}_token", ""))
         if affix or found.named:
             others["the tokenizer"] = affix[-1:] or ([] if named is None else [named])
         differing = [
-            f"{_ids(ids)} in {where}" for where, ids in others.items() if not {*ids} & {*used} and (ids or used)
+            f"{_ids(ids)} in {where}"
+            for where, ids in others.items()
+            if (ids or used) and not any(one in used for one in ids)
         ]
         if differing:
             parts.append(f"{name}_token_id is {_ids(used)} in config.json, {', '.join(differing)}")

@@ -87,6 +87,8 @@ class _Comparison:
         self.contenders, self.left_out = make_contenders(config, self.base)
         self.recipe = config.recipe
         self.new, self.old = self._read(self.recipe), self._read_old_text()
+        for note in (*self.new.notes, *(self.old.notes if self.old else ())):
+            command.say(note)
         if not self.new.validation_windows:
             raise UsageError("nothing is kept out to measure on: give validation_text, or a validation_share above 0")
         self.tasks = open_tasks(config.tasks)

@@ -75,7 +75,8 @@ class Data:
     Attributes:
         digest: sha256 over all that content and order depend on, but for batch size and seed.
         tokens: in all training sources, what is kept out of them for validation included.
-        notes: one line each: what was left out, what is read more than once.
+        notes: one line each: what was left out, or is not as it may seem.
+        repeated: one line each: which sources training reads more than once.
         sources: digest of each source, those of validation last.
         training: windows a source, with its weight.
     """
@@ -84,6 +85,7 @@ class Data:
     sources: tuple[str, ...]
     tokens: int
     notes: tuple[str, ...]
+    repeated: tuple[str, ...]
     T: int
     training: tuple[tuple[Windows, Fraction], ...]
     held_out: tuple[Windows, ...]
@@ -225,10 +227,11 @@ def open_data(
         if kept_out:
             held_out.append(Windows(stream, T, len(windows) - kept_out, kept_out))
     notes = [note for stream in streams + apart for note in stream.notes]
+    repeated = []
     for stream, (windows, weight) in zip(streams, training, strict=True):
         epochs = config.steps * config.batch_size * weight / sum(weights) / len(windows)
         if epochs > 1:
-            notes.append(f"{stream.path}: is read {float(epochs):.1f} times in {config.steps:,} steps")
+            repeated.append(f"{stream.path}: is read {float(epochs):.1f} times in {config.steps:,} steps")
     for stream in streams + apart:
         if not len(stream.starts):
             notes.append(f"warning: {stream.path}: these ids have no BOS or EOS in them, so they count as one document")
@@ -243,6 +246,7 @@ def open_data(
         sources=tuple(stream.digest for stream in streams + apart),
         tokens=sum(len(stream.ids) for stream in streams),
         notes=tuple(notes),
+        repeated=tuple(repeated),
         T=T,
         training=tuple(training),
         held_out=tuple(held_out),

@@ -102,7 +102,7 @@ def open_stream(path: Path, rules: Rules, cache: Path, known: str | None = None)
     if rules.tokenizer is None:
         raise DataError(f"{path}: the model has no tokenizer, so text cannot be read: give token ids, as .npy")
     key = rules.to_json() | {"source": digest}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    name = _sha256(key)[:32]
     files = {what: cache / f"{name}.{what}" for what in ("ids", "starts", "json")}
     cache.mkdir(parents=True, exist_ok=True)
     # Processes on one machine: the first one tokenizes, the others find it done.
@@ -115,7 +115,7 @@ def open_stream(path: Path, rules: Rules, cache: Path, known: str | None = None)
             with _replacing(files["ids"]) as output, _replacing(files["starts"]) as starts_output:
                 record |= _tokenize(Documents(path, rules.config), rules, output, starts_output)
             with _replacing(files["json"]) as output:
-                output.write(json.dumps(record, indent=1).encode())
+                output.write(json.dumps({"record": record, "sha256": _sha256(record)}, indent=1).encode())
     notes = (*found.notes, *_describe(path, record))
     if is_gone:
         notes = (f"{path}: is gone, so the run goes on with its tokens in {cache}", *notes)
@@ -159,7 +159,9 @@ def _open_npy(path: Path, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
     try:
         # Not np.load: it opens zip files too, whatever they are called.
         ids = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy hands a damaged header to Python's tokenizer and parser
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]}): write it again") from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or not ids.size:
         raise DataError(f"{path}: is {ids.dtype} {list(ids.shape)}, must be one row of whole numbers, token ids")
@@ -253,14 +255,23 @@ def _cut(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, s
 
 def _read_record(files: Mapping[str, Path], key: dict[str, Any]) -> dict[str, Any] | None:
     """The record of a cache entry, None where there is none or it is damaged."""
+    if not all(file.is_file() for file in files.values()):
+        return None
     try:
-        record = json.loads(files["json"].read_bytes())
-        is_whole = record["key"] == key and all(
-            _digest(files[what]) == record["sha256"][what] for what in ("ids", "starts")
+        document = json.loads(files["json"].read_bytes())
+        record = document["record"]
+        is_whole = (
+            document["sha256"] == _sha256(record)
+            and record["key"] == key
+            and all(_digest(files[what]) == record["sha256"][what] for what in ("ids", "starts"))
         )
-    except (FileNotFoundError, ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None
     return record if is_whole else None
+
+
+def _sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Path) -> str:

@@ -20,6 +20,7 @@ from tli_jax.checkpoint.hub import EMBEDDED
 from tli_jax.data.formats import HEAD, recognise
 from tli_jax.errors import DataError, MissingInputError, UsageError
 
+_LARGEST = 2**27  # bytes; all questions of MMLU take 10 MB
 # Of the task that the package makes for itself.
 _QUESTIONS, _LINES_BEFORE, _CHOICES = 200, 4, 4
 
@@ -103,6 +104,8 @@ def _read_task(name: str, file: Path) -> Task:
 
 def _read(file: Path) -> tuple[Question, ...]:
     found = []
+    if (size := file.stat().st_size) > _LARGEST:
+        raise DataError(f"{file}: has {size:,} bytes, more than the {_LARGEST:,} that questions may have: split it")
     with file.open("rb") as lines:
         if what := recognise(lines.read(HEAD)):
             raise DataError(f"{file}: is {what}: give JSON lines")
