@@ -132,7 +132,8 @@ def test_contribution_is_what_skipping_costs(done) -> None:
             weight = layers[part][name]["weight"]
             weight = weight if skipped is None else weight.at[skipped].set(0)
             layers[part][name] = {"weight": weight}
-        return float(tli_jax.losses(config, params | {"layers": layers}, jnp.asarray(rows)).mean())
+        losses = tli_jax.losses(config, params | {"layers": layers}, jnp.asarray(rows))
+        return float(losses[rows[:, 1:] != config.bos_token_id].mean())  # the first token of a document is no target
 
     for layer in (2, 5):
         assert found["contributions"][str(layer)] == pytest.approx(loss(layer) - loss(None), abs=2e-5)

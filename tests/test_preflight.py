@@ -17,6 +17,7 @@ from tli_jax.parallel import topology
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("llama*.yaml"))
+LARGE = {"train.batch-size": 2**20, "train.sequence-length": 64, "train.remat": "none"}
 pytestmark = pytest.mark.usefixtures("_compile_once")
 needs_libtpu = pytest.mark.skipif(not topology.has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
 
@@ -89,7 +90,7 @@ def test_what_is_not_here_is_not_checked_and_fails_only_with_strict(check, tmp_p
         ({"train.mesh": "data=3"}, 2, "mesh", "does not give the 8 devices"),
         ({"train.keep": 10**9}, 2, "disk", "keep fewer checkpoints"),
         ({"train.text": ""}, 2, "data", "text is not set"),
-        ({"train.batch-size": 2**22, "train.remat": "none"}, 2, "step compiles", "does not fit: needs"),
+        (LARGE, 2, "step compiles", "does not fit: needs"),
     ],
 )
 def test_what_is_wrong_has_its_code_and_names_itself(check, keys, code, name, says):
@@ -99,7 +100,7 @@ def test_what_is_wrong_has_its_code_and_names_itself(check, keys, code, name, sa
 
 
 def test_what_does_not_fit_says_what_to_try(check):
-    found, _ = check(code=2, **{"train.batch-size": 2**22, "train.remat": "none", "train.only": "all"})
+    found, _ = check(code=2, **LARGE, **{"train.only": "all"})
     text = found["step compiles"]["text"]
     for flag in ("--train.remat full", "--train.accumulation 0", "--train.only injected", "a larger slice"):
         assert flag in text

@@ -251,7 +251,7 @@ def test_restored_states_are_equal_bit_for_bit(stories):
         config = run.read_config()
         start = train._open_model(config, run)
         trainer, _, _ = train.make_trainer(config, start.model, start.plan)
-        checkpoints = Checkpoints(run.checkpoints, 1, read_only=True)
+        checkpoints = Checkpoints(run.checkpoints, 1, run.identity, read_only=True)
         step, state, meta = checkpoints.restore_newest(trainer.abstract_state(), pytest.fail)
         checkpoints.close()
         assert step == STEPS == int(state.step) and meta["tokens"] == STEPS * B * T
@@ -611,6 +611,7 @@ def replace_in(file, before, after):
         (lambda run: replace_in(run / "config.yaml", "seed: 0", "seed: [0"), 2, "config.yaml: is not YAML"),
         (lambda run: (run / "config.yaml").write_bytes(b"\xff\xfe"), 2, "config.yaml: is not YAML"),
         (lambda run: replace_in(run / "model" / "config.json", "10000.0", "20000.0"), 2, "config.json: was changed"),
+        (lambda run: os.truncate(run / "model" / "config.json", 2**40), 2, "config.json: was changed"),
         (lambda run: (run / "model" / "config.json").unlink(), 2, "config.json: was removed"),
         (lambda run: (run / "model" / "tokenizer.json").write_text("{}"), 2, "tokenizer.json: was added"),
         (lambda run: replace_in(run / "growth.json", "tli", "dus"), 2, "growth.json: was changed"),

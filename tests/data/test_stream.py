@@ -89,7 +89,9 @@ def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path)
     assert rules.tokenizer.calls > calls
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "record", "a count", "nested", "no ids", "starts", "a pipe"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "flipped", "record", "a count", "nested", "no ids", "starts", "a pipe", "a terabyte"]
+)
 def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
     path, cache = write("a.txt", ["abc"]), tmp_path / "cache"
     open_stream(path, rules, cache)
@@ -101,6 +103,8 @@ def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
         record.write_text(record.read_text().replace('"documents": 1', '"documents": 2'))
     elif damage == "nested":
         record.write_text("[" * 100_000)
+    elif damage == "a terabyte":
+        os.truncate(ids, 2**40)
     elif damage == "a pipe":
         ids.unlink()
         os.mkfifo(ids)

@@ -43,7 +43,7 @@ ALLOWED = (
 )
 _TEMPLATES = "additional_chat_templates"
 _CODE = (".py", ".bin", ".pth", ".pt", ".pkl", ".so", ".sh")
-_LARGEST = 2**28  # bytes; the largest tokenizer.json in use has about 60 MB
+LARGEST = 2**28  # bytes; the largest tokenizer.json in use has about 60 MB
 # What nobody misses in a grown model: weights, what is written anew, records of the old model, hidden files.
 _NOT_MISSED = (
     *("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pth", "*.pt", "*.ckpt", "*.ckpt.*"),
@@ -74,8 +74,8 @@ def _checked(folder: Path, name: str) -> Path:
     file = inside(folder, name)
     if not file.is_file():
         raise DataError(f"{file}: is a link to a file that does not exist: fetch it again")
-    if (size := file.stat().st_size) > _LARGEST:
-        raise DataError(f"{file}: has {size:,} bytes, more than the {_LARGEST:,} that such a file may have: replace it")
+    if (size := file.stat().st_size) > LARGEST:
+        raise DataError(f"{file}: has {size:,} bytes, more than the {LARGEST:,} that such a file may have: replace it")
     if name.endswith((".json", ".model", ".txt")):
         with file.open("rb") as stream:
             refuse_pointer(file, stream.read(128), "the file itself")

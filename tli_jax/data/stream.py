@@ -258,12 +258,15 @@ def _read_record(files: Mapping[str, Path], key: dict[str, Any]) -> dict[str, An
     if not all(file.is_file() for file in files.values()):
         return None
     try:
-        document = json.loads(files["json"].read_bytes())
+        with files["json"].open("rb") as opened:
+            document = json.loads(opened.read(CHUNK))
         record = document["record"]
+        sizes = {"ids": record["tokens"] * np.dtype(key["dtype"]).itemsize, "starts": record["documents"] * 8}
         is_whole = (
             document["sha256"] == _sha256(record)
             and record["key"] == key
-            and all(_digest(files[what]) == record["sha256"][what] for what in ("ids", "starts"))
+            and all(files[what].stat().st_size == size for what, size in sizes.items())
+            and all(_digest(files[what]) == record["sha256"][what] for what in sizes)
         )
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

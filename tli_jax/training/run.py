@@ -313,7 +313,8 @@ def _check_files(folder: Path, recorded: Mapping[str, str]) -> None:
         file = folder / name
         if name not in recorded:
             raise UsageError(f"{file}: was added after the run had begun: remove it")
-        if not file.is_file() or _sha256(file) != recorded[name]:
+        # What is far too large is not what was there: it is not read to the end to find out.
+        if not file.is_file() or file.stat().st_size > sidecar.LARGEST or _sha256(file) != recorded[name]:
             what = "changed" if file.exists() else "removed"
             raise UsageError(
                 f"{file}: was {what} after the run had begun: restore it from a copy, or use another run folder"
