@@ -14,7 +14,7 @@ places (``mutate.py``) and runs a command on it (``targets.py``). The command mu
 Every trial runs in a process forked from one that has imported what it needs, so a trial takes as long as the command
 works. A trial depends on the seed, the target and its number alone. Whatever fails is printed in one line and kept in
 ``--failures``: the folder of the trial, with its output and ``failure.json``; of failures that look alike, the first
-three. The exit code is 1 where there are any. ``--write`` writes ``benchmarks/results/fuzz.json``.
+three. The exit code is 1 where there are any. ``--write`` updates ``benchmarks/results/fuzz.json``.
 """
 
 import argparse
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--trial", type=int, help="only this one")
     parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument("--failures", default="out/fuzz", help="folder for what fails")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/fuzz.json")
+    parser.add_argument("--write", action="store_true", help="update benchmarks/results/fuzz.json")
     parser.add_argument("--table", action="store_true", help="print that file as a table, and do nothing else")
     args = parser.parse_args()
     if args.table:
@@ -289,9 +289,10 @@ def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
     result = {
         "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform()},
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
-        "arguments": {"seconds": args.seconds, "seed": args.seed},
         "limits": {"seconds": SECONDS, "bytes": MEMORY},
-        "targets": found,
+        # Targets that were not run keep what was measured last.
+        "targets": (json.loads(RESULTS.read_text(encoding="utf-8"))["targets"] if RESULTS.is_file() else {})
+        | {name: one | {"seed": args.seed} for name, one in found.items()},
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
