@@ -153,15 +153,27 @@ def test_dtype_is_read_under_both_names():
     assert LlamaConfig.from_hf(MINIMAL | {"torch_dtype": "bfloat16", "dtype": "float16"}).dtype == "float16"
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "half", "float"])
+SPELLINGS = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "float16": "float16", "half": "float16"}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtypes_may_be_spelt_as_torch_does(key, name):
+    for spelt in (name, f"torch.{name}"):
+        ours = LlamaConfig.from_hf(MINIMAL | {key: spelt})
+        assert ours.dtype == SPELLINGS[name]
+        # With torch. in front transformers 4 reads it and 5 does not, so it is written as both do.
+        assert ours.to_hf()[key] == SPELLINGS[name]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_dtypes_have_the_names_that_torch_gives_them(name):
+    pytest.importorskip("torch", reason="without torch transformers keeps the name as it is written")
     for key in ("dtype", "torch_dtype"):
         theirs = transformers.LlamaConfig.from_dict(MINIMAL | {key: name}).dtype
-        for spelt in (name, f"torch.{name}"):
-            ours = LlamaConfig.from_hf(MINIMAL | {key: spelt})
-            assert f"torch.{ours.dtype}" == str(theirs)
-            # With torch. in front transformers 4 reads it and 5 does not, so it is written as both do.
-            assert transformers.LlamaConfig.from_dict(ours.to_hf()).dtype == theirs
+        ours = LlamaConfig.from_hf(MINIMAL | {key: name})
+        assert f"torch.{ours.dtype}" == str(theirs)
+        assert transformers.LlamaConfig.from_dict(ours.to_hf()).dtype == theirs
 
 
 def test_mixtral_reads_missing_and_null_heads_as_transformers_does():
