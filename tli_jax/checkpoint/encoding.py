@@ -1,5 +1,6 @@
 """A tokenizer that is loaded: texts to ids and back, whichever library does it."""
 
+import abc
 import contextlib
 import itertools
 import os
@@ -34,7 +35,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-class Loaded:
+class Loaded(abc.ABC):
     """What both kinds of tokenizers have in common: no id outside the model's vocabulary gets out.
 
     Attributes:
@@ -84,15 +85,15 @@ class Loaded:
                     )
         return found
 
-    def decode(self, ids: list[int]) -> str:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def decode(self, ids: list[int]) -> str: ...
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _encode(self, texts: list[str]) -> list[list[int]]: ...
 
+    @abc.abstractmethod
     def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
         """What stands before and after the ids of a text; None if this text does not tell."""
-        raise NotImplementedError
 
 
 class RustTokenizer(Loaded):
