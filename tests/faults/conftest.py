@@ -9,13 +9,32 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+import tli_jax
 from tli_jax import command, train
+from tli_jax.checkpoint import sidecar
+from tli_jax.checkpoint.hf import expected_shapes
 
 TRAIN = ["--only", "injected", "--batch-size", "8", "--sequence-length", "16", "--dtypes", "compute=float32"]
 # The rate depends on no number of steps: more of them are the same ones at first.
 TRAIN += ["--save-every", "2", "--keep", "9", "--validation-share", "0", "--schedule", "constant"]
+
+
+@pytest.fixture(scope="session")
+def write_random() -> Callable[[Path, tli_jax.LlamaConfig], None]:
+    """Writes a random model in fp32 as a new folder, quickly however large it is."""
+
+    def write(folder: Path, config: tli_jax.LlamaConfig) -> None:
+        draw = np.random.default_rng(0)
+        flat = {name: draw.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
+        folder.mkdir()
+        save_file(flat, folder / "model.safetensors", {"format": "pt"})
+        sidecar.write_json(folder / "config.json", config.to_hf())
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -6,14 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import tli_jax
 from tli_jax import command, train, upscale
-from tli_jax.checkpoint import sidecar
-from tli_jax.checkpoint.hf import expected_shapes
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
@@ -36,15 +32,11 @@ with (folder / "filler").open("wb", buffering=0) as filler:
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Iterator[Path]:
+def large(write_random, tmp_path_factory) -> Iterator[Path]:
     """A random model of 150 MB, which takes a moment to write."""
     folder = tmp_path_factory.mktemp("large") / "base"
     config = tli_jax.LlamaConfig(256, 1024, 1024, 6, 8, 8, 128)
-    draw = np.random.default_rng(0)
-    flat = {name: draw.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
-    folder.mkdir()
-    save_file(flat, folder / "model.safetensors", {"format": "pt"})
-    sidecar.write_json(folder / "config.json", config.to_hf())
+    write_random(folder, config)
     yield folder
     shutil.rmtree(folder)
 

@@ -5,13 +5,9 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 import tli_jax
-from tli_jax.checkpoint import sidecar
-from tli_jax.checkpoint.hf import expected_shapes
 
 # The command, in an address space that may grow by so many MiB once everything is imported.
 LIMITED = """
@@ -27,15 +23,11 @@ sys.exit(command.run(upscale.main, sys.argv[2:]))
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory):
+def large(write_random, tmp_path_factory):
     """A random model of 0.4 GB, a tensor of 64 MB in it."""
     folder = tmp_path_factory.mktemp("large") / "base"
     config = tli_jax.LlamaConfig(256, 2048, 8192, 1, 8, 8, 256)
-    draw = np.random.default_rng(0)
-    flat = {name: draw.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
-    folder.mkdir()
-    save_file(flat, folder / "model.safetensors", {"format": "pt"})
-    sidecar.write_json(folder / "config.json", config.to_hf())
+    write_random(folder, config)
     yield folder
     shutil.rmtree(folder)
 
