@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tli_jax.report import comparison
+from tli_jax.reporting import comparison
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "accuracy")

@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 import tli_jax
-from tli_jax.checkpoint.hf import expected_shapes
+from tli_jax.hf.checkpoint import expected_shapes
 
 SAVE_EVERY, STEPS_A_KILL = 5, 8
 

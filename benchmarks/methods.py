@@ -25,12 +25,14 @@ from typing import Any
 
 import numpy as np
 
-from tli_jax import command, upscale
-from tli_jax.checkpoint import hub, proof, tokens
-from tli_jax.checkpoint.hf import Checkpoint, load_hf, open_checkpoint
-from tli_jax.checkpoint.save import save_hf
+from tli_jax import upscale
+from tli_jax.cli.frame import run_command
 from tli_jax.data.documents import read_plain
 from tli_jax.growth.plan import Plan
+from tli_jax.hf import hub, tokens
+from tli_jax.hf.checkpoint import Checkpoint, load_hf, open_checkpoint
+from tli_jax.hf.save import save_hf
+from tli_jax.verify import proof
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, WINDOW = 2048, 256
@@ -80,7 +82,7 @@ def grow(base: Checkpoint, flags: str, texts: list[np.ndarray], folder: Path) ->
     common = ["--model", str(base.folder), "--output", str(folder), "--json", "--no-proof"]
     started, printed = time.perf_counter(), io.StringIO()
     with contextlib.redirect_stdout(printed):
-        code = command.run(upscale.main, [*common, *shlex.split(flags)])
+        code = run_command(upscale.main, [*common, *shlex.split(flags)])
     if code:
         sys.exit(code)
     seconds = time.perf_counter() - started
@@ -90,7 +92,7 @@ def grow(base: Checkpoint, flags: str, texts: list[np.ndarray], folder: Path) ->
     row = {
         "layers": f"{plan.base_layers} → {len(plan)}",
         **{key: record["after"][key] for key in ("parameters", "active_parameters", "flops_per_token")},
-        "promise": plan.exactness,
+        "promise": plan.guarantee,
         "difference": max(one.max_abs_logit_difference / one.max_abs_logit for one in found),
         "loss_base": [one.loss_base for one in found],
         "loss": [one.loss_grown for one in found],

@@ -26,17 +26,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tli_jax import command, train
-from tli_jax.checkpoint import hub, tokens
-from tli_jax.checkpoint.hf import load_hf
-from tli_jax.compare.comparison import compare
-from tli_jax.config import CompareConfig, parse
+from tli_jax import train
+from tli_jax.cli.config import CompareConfig, parse
+from tli_jax.cli.console import console
+from tli_jax.cli.frame import run_command
+from tli_jax.comparison.run import compare
 from tli_jax.growth.inject import inject
-from tli_jax.growth.presets import tli
+from tli_jax.growth.methods import tli
+from tli_jax.hf import hub, tokens
+from tli_jax.hf.checkpoint import load_hf
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, make_rope
 from tli_jax.models.loss import token_losses
-from tli_jax.report import comparison
+from tli_jax.reporting import comparison
 
 BATCHES, RATE = 32, 0.02
 
@@ -122,8 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     known = ({"method": "tli", "init": "identity"}, {"method": "tli", "init": "half"})
     config = dataclasses.replace(config, methods=(*known, *variants(config)))
     results = compare(config, shlex.join(["python", "benchmarks/search.py", *arguments]))
-    command.console().print(comparison.tabulate(results))
+    console().print(comparison.tabulate(results))
 
 
 if __name__ == "__main__":
-    sys.exit(command.run(main, sys.argv[1:]))
+    sys.exit(run_command(main, sys.argv[1:]))

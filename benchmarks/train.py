@@ -116,9 +116,9 @@ def make_model(shape: dict[str, Any], every: int, dtype: str | None, folder: Pat
     """Write the grown model; its configuration, which layers were injected, the dtype, and the device."""
     import jax
 
-    from tli_jax.checkpoint.save import save_hf
     from tli_jax.growth.inject import inject
-    from tli_jax.growth.presets import tli
+    from tli_jax.growth.methods import tli
+    from tli_jax.hf.save import save_hf
     from tli_jax.models.llama import init_params
 
     # It is random on any device; an accelerator may not have the room beside what else it holds.
@@ -135,11 +135,11 @@ def jax_program(job: Job, contender: Contender) -> Program:
     import jax
     import optax
 
-    from tli_jax.checkpoint.hf import hf_name, load_array, open_checkpoint
-    from tli_jax.config import TrainConfig
-    from tli_jax.parallel.mesh import make_mesh, param_sharding
+    from tli_jax.cli.config import TrainConfig
+    from tli_jax.distributed.kernels import choose_attention
+    from tli_jax.distributed.mesh import make_mesh, param_sharding
+    from tli_jax.hf.checkpoint import hf_name, load_array, open_checkpoint
     from tli_jax.training.freezing import make_layout
-    from tli_jax.training.kernels import choose_kernel
     from tli_jax.training.step import Trainer
 
     class NaiveTrainer(Trainer):
@@ -149,7 +149,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
         def optimizer(self) -> optax.GradientTransformation:  # type: ignore[override]
             trains = {
                 leaf.name: np.asarray([job.injected[i] for i in leaf.layers] or [False], np.float32)
-                for leaf in self.leaves
+                for leaf in self.param_specs
             }
 
             def mask(updates: Any, _: Any) -> Any:
@@ -167,19 +167,19 @@ def jax_program(job: Job, contender: Contender) -> Program:
         schedule="constant",
         adam={"b1": BETAS[0], "b2": BETAS[1], "eps": EPS},
         weight_decay=WEIGHT_DECAY,
-        clip=CLIP,
+        clip_norm=CLIP,
         dtypes={"compute": job.dtype},  # type: ignore[dict-item]
         remat=contender.remat,  # type: ignore[arg-type]
     )
     mesh = make_mesh({}, jax.devices()[:1])
-    kernel, says = choose_kernel("auto", mesh, job.T, job.model.head_dim, job.dtype)
+    kernel, says = choose_attention("auto", mesh, job.T, job.model.head_dim, job.dtype)
     layout = make_layout(job.model, job.injected, config.only, config.outer)
     kind = NaiveTrainer if contender.kind == "naive" else Trainer
     trainer = kind(job.model, config, layout, mesh, kernel)
 
     weights = open_checkpoint(job.folder)
     trained, frozen = {}, {}
-    for leaf in trainer.leaves:
+    for leaf in trainer.param_specs:
         tensors = [
             weights.tensors[name]
             for name in [hf_name(leaf.tensor, layer) for layer in leaf.layers] or [hf_name(leaf.tensor)]
@@ -190,7 +190,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
     # Counted before the state takes the parameters over.
     sizes = {"parameters": _nbytes(trained), "gradients": _nbytes(trained), "frozen": _nbytes(frozen)}
     state = trainer.init(trained)
-    sizes["moments"] = _nbytes(state.moments)
+    sizes["moments"] = _nbytes(state.optimizer_state)
 
     def feed(number: int) -> Any:
         tokens = jax.device_put(job.batch(number)[None], trainer.batch_sharding)

@@ -36,9 +36,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from tli_jax.checkpoint.hf import expected_shapes
-from tli_jax.checkpoint.sidecar import write_json
-from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.hf.checkpoint import expected_shapes
+from tli_jax.hf.sidecar import write_json
+from tli_jax.hf.stream import Piece, parse_size, split_shards, write_safetensors
 from tli_jax.models.shapes import SHAPES
 
 

@@ -21,11 +21,11 @@ import optax
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from tli_jax.checkpoint.output import check_output
-from tli_jax.checkpoint.save import save_hf
-from tli_jax.checkpoint.tokens import library_files, topics
+from tli_jax.hf.output import check_output
+from tli_jax.hf.save import save_hf
+from tli_jax.hf.tokens import library_files, topics
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, Params, Run, init_params
+from tli_jax.models.llama import ForwardOptions, Llama, Params, init_params
 from tli_jax.models.loss import losses, token_losses
 
 BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
@@ -127,7 +127,9 @@ def main() -> None:
     @jax.jit
     def step(params: Params, state: optax.OptState, tokens: jax.Array) -> tuple[Params, optax.OptState, jax.Array]:
         def loss_of(params: Params) -> jax.Array:
-            return token_losses(Llama(config, params), tokens, chunk=2048, run=Run(remat="full"))[0].mean()
+            return token_losses(Llama(config, params), tokens, chunk=2048, options=ForwardOptions(remat="full"))[
+                0
+            ].mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, state = optimizer.update(grads, state, params)

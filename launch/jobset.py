@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from tli_jax.distributed.topology import parse_topology
 from tli_jax.errors import TliError
-from tli_jax.parallel.topology import parse_topology
 
 _ACCELERATOR = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
 _CHIPS = 4  # of a machine, in every slice of several machines

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import rich.table
 
-from tli_jax import command
+from tli_jax.cli.console import console, finite, logging_to, print_json, say, to_json, warn
+from tli_jax.cli.frame import run_command
+from tli_jax.cli.progress import progress
 
 # Markup, an emoji code, an escape sequence, a bell, a C1 control, a right-to-left override, an undecodable byte.
 NAME = "[red]a[/b] :smile: \x1b]0;t\a\x9b31m\u202e\udcff$x_y$"
@@ -21,16 +23,16 @@ SHOWN = r"[red]a[/b] :smile: \x1b]0;t\x07\x9b31m\u202e\udcff$x_y$"
 
 def print_everything() -> None:
     """A name in each place where one can be."""
-    screen = command.console()
+    screen = console()
     table = rich.table.Table(NAME, title=NAME, caption=NAME)
     table.add_row(NAME)
     screen.show(table)
     screen.print(NAME)
     screen.print(NAME, style="bold")
     screen.rule(NAME)
-    command.say(NAME)
-    command.warn(NAME)
-    with command.progress(NAME, 1, "steps") as advance:
+    say(NAME)
+    warn(NAME)
+    with progress(NAME, 1, "steps") as advance:
         advance(1, NAME)
 
 
@@ -42,7 +44,7 @@ def test_what_is_printed_is_escaped(capsys):
 
 
 def test_log_is_escaped(tmp_path):
-    with (tmp_path / "log").open("w", encoding="utf-8") as log, command.logging_to(log):
+    with (tmp_path / "log").open("w", encoding="utf-8") as log, logging_to(log):
         print_everything()
     assert (tmp_path / "log").read_text(encoding="utf-8").count(SHOWN) == 10
 
@@ -62,15 +64,15 @@ def test_terminal_shows_names_escaped(monkeypatch):
 
 
 def test_line_breaks_cannot_forge_lines(capsys):
-    command.warn("a\nerror: b")
-    command.say("a\r\nerror: b")
+    warn("a\nerror: b")
+    say("a\r\nerror: b")
     assert capsys.readouterr().err.splitlines() == ["warning: a error: b", "a error: b"]
 
 
 def test_table_wider_than_the_screen_is_not_cut(capsys):
     table = rich.table.Table("folder", "tokens")
     table.add_row("n" * 300, "123,456,789")
-    command.console().show(table)
+    console().show(table)
     shown = capsys.readouterr().out
     assert "n" * 300 in shown and "123,456,789" in shown and "…" not in shown
 
@@ -80,7 +82,7 @@ def test_json_on_any_stdout(encoding):
     content = {NAME: ["é→\U0001f600\u2028", 1.5]}
     stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     with contextlib.redirect_stdout(stdout):
-        command.print_json(content)
+        print_json(content)
         stdout.flush()
     text = stdout.buffer.getvalue().decode(encoding)
     assert json.loads(text) == content
@@ -90,20 +92,20 @@ def test_json_on_any_stdout(encoding):
 
 def test_json_has_no_nan():
     with pytest.raises(ValueError, match="not JSON compliant"):
-        command.to_json({"loss": float("nan")})
+        to_json({"loss": float("nan")})
     content = {"a": [float("nan"), (float("inf"), 1)], "b": {"c": -float("inf")}, "d": "nan", "e": True}
-    assert command.finite(content) == {"a": [None, [None, 1]], "b": {"c": None}, "d": "nan", "e": True}
+    assert finite(content) == {"a": [None, [None, 1]], "b": {"c": None}, "d": "nan", "e": True}
 
 
 def run(work) -> int:
-    return command.run(lambda arguments: work(), [])
+    return run_command(lambda arguments: work(), [])
 
 
 def test_output_in_a_narrow_encoding(monkeypatch):
     """A locale without an arrow must not end a growth after hours."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stdout)
-    assert run(lambda: command.console().print("4 → 6")) == 0
+    assert run(lambda: console().print("4 → 6")) == 0
     stdout.flush()
     assert b"4 \\u2192 6" in stdout.buffer.getvalue()
 
@@ -128,7 +130,7 @@ def test_storage_that_refuses(number, capsys):
 def test_wrong_argument_is_shown_escaped(capsys):
     from tli_jax.report.__main__ import main
 
-    assert command.run(main, ["x", "--\x1b]0;t\a"]) == 2
+    assert run_command(main, ["x", "--\x1b]0;t\a"]) == 2
     assert r"--\x1b]0;t\x07" in capsys.readouterr().err
 
 

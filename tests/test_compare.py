@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tli_jax import command, upscale
-from tli_jax.checkpoint import hub
-from tli_jax.checkpoint.hf import Checkpoint, open_checkpoint
-from tli_jax.compare.__main__ import main
-from tli_jax.compare.contenders import make_contenders
-from tli_jax.config import CompareConfig, growth_config, parse
+from tli_jax import upscale
+from tli_jax.cli.config import CompareConfig, growth_config, parse
+from tli_jax.cli.frame import run_command
+from tli_jax.compare import main
+from tli_jax.comparison.contenders import make_contenders
+from tli_jax.hf import hub
+from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
 from tli_jax.models.shapes import SHAPES
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
@@ -115,7 +116,7 @@ def test_contribution_is_what_skipping_costs(done) -> None:
     run = done / "runs" / "tli-half-injected-0"
     export = done.parent / "export"
     flags = ["--run", str(run), "--export", str(export), "--export-only", "--overwrite"]
-    assert command.run(train.main, flags) == 0
+    assert run_command(train.main, flags) == 0
     config, params = tli_jax.load_hf(export)
     found = next(r for r in read(done)["runs"] if (r["name"], r["only"], r["seed"]) == ("tli:half", "injected", 0))
     assert found["contributions"].keys() == {"2", "5"}
@@ -141,21 +142,21 @@ def test_contribution_is_what_skipping_costs(done) -> None:
 
 def test_what_is_there_is_not_done_again(done, start) -> None:
     before, stamps = read(done), {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
-    assert command.run(main, call(start, done, "--old-text", str(start / "ids.npy"))) == 0
+    assert run_command(main, call(start, done, "--old-text", str(start / "ids.npy"))) == 0
     assert numbers(read(done)) == numbers(before)
     assert stamps == {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
 
 
 def test_other_settings_are_refused(done, start, capsys) -> None:
     old = ["--old-text", str(start / "ids.npy")]
-    assert command.run(main, call(start, done, *old, "--learning-rate", "1e-2")) == 2
+    assert run_command(main, call(start, done, *old, "--learning-rate", "1e-2")) == 2
     assert "learning_rate was" in capsys.readouterr().err
     changed = call(start, done, *old)
     changed[changed.index(METHODS)] = "tli:identity,tli:half,dus"
     fewer = [*changed, "--config", str(done.parent / "dus.yaml")]
     (done.parent / "dus.yaml").write_text("methods: [{method: dus, drop: 2}]\n", encoding="utf-8")
     del fewer[fewer.index("--methods") : fewer.index("--methods") + 2]
-    assert command.run(main, fewer) == 2
+    assert run_command(main, fewer) == 2
     assert "dus was" in capsys.readouterr().err
 
 
@@ -163,9 +164,9 @@ def test_other_data_is_refused(start, tmp_path, capsys) -> None:
     shutil.copy(start / "ids.npy", tmp_path / "ids.npy")
     flags = call(start, tmp_path / "out", "--methods", "tli:identity", "--steps", "0", "--no-baselines")
     flags[flags.index("--text") + 1] = str(tmp_path / "ids.npy")
-    assert command.run(main, flags) == 0
+    assert run_command(main, flags) == 0
     np.save(tmp_path / "ids.npy", np.load(start / "ids.npy")[::-1])
-    assert command.run(main, flags) == 2
+    assert run_command(main, flags) == 2
     assert "the text is not what it was started with" in capsys.readouterr().err
 
 
@@ -201,12 +202,12 @@ def test_at_the_size_of_llama_8b() -> None:
         (["--methods", "tli:identity", "--every", "9"], 2, "must be 1…4"),
         (["--only", "some"], 2, "only"),
         (["--text", ""], 2, "text is not set"),
-        (["--validation-share", "0"], 2, "nothing is kept out"),
+        (["--validation-fraction", "0"], 2, "nothing is kept out"),
         (["--model", "nowhere/at/all"], 66, "nowhere"),
     ],
 )
 def test_refused(start, tmp_path, capsys, flags, code, message) -> None:
-    assert command.run(main, call(start, tmp_path / "out", *flags)) == code
+    assert run_command(main, call(start, tmp_path / "out", *flags)) == code
     assert message in capsys.readouterr().err
 
 
@@ -216,7 +217,7 @@ def test_base_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
     weights["model.norm.weight"][3] = float("nan")
     save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     flags = ["--model", str(tmp_path / "base"), "--methods", "tli:identity", "--steps", "0"]
-    assert command.run(main, call(start, tmp_path / "out", *flags)) == 65
+    assert run_command(main, call(start, tmp_path / "out", *flags)) == 65
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: base (") and "the loss is nan" in error
     assert not (tmp_path / "out" / "results.json").exists()
@@ -228,7 +229,7 @@ def test_growth_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
     file.write_text("methods: [{method: tli, init: noise, noise_ratio: 1.0e+30, name: loud}]", encoding="utf-8")
     flags = call(start, tmp_path / "out", "--steps", "0", "--config", str(file))
     at = flags.index("--methods")
-    assert command.run(main, [*flags[:at], *flags[at + 2 :]]) == 65
+    assert run_command(main, [*flags[:at], *flags[at + 2 :]]) == 65
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: loud (")
     # Its proof had nothing finite to say, which JSON cannot hold.
     record = (tmp_path / "out" / "grown" / "loud-0" / "growth.json").read_text(encoding="utf-8")
@@ -237,19 +238,19 @@ def test_growth_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
 
 def test_ids_outside_the_vocabulary_are_refused(start, tmp_path, capsys) -> None:
     np.save(tmp_path / "ids.npy", np.full(4000, 64, np.uint16))
-    assert command.run(main, call(start, tmp_path / "out", "--text", str(tmp_path / "ids.npy"))) == 65
+    assert run_command(main, call(start, tmp_path / "out", "--text", str(tmp_path / "ids.npy"))) == 65
     assert "64" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_foreign_folder_is_refused(start, tmp_path, capsys) -> None:
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
-    assert command.run(main, call(start, tmp_path)) == 73
+    assert run_command(main, call(start, tmp_path)) == 73
     assert "mine.txt" in capsys.readouterr().err
 
 
 def test_without_training(start, tmp_path, capsys) -> None:
     flags = ["--methods", "tli:copy,dus", "--steps", "0", "--no-baselines"]
-    assert command.run(main, call(start, tmp_path / "out", *flags)) == 0
+    assert run_command(main, call(start, tmp_path / "out", *flags)) == 0
     results = read(tmp_path / "out")
     rows = results["summary"]
     assert results["runs"] == [] and [row["name"] for row in rows[:1]] == ["base"]

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tli_jax.config import CompareConfig, TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
+from tli_jax.cli.config import CompareConfig, TrainConfig, UpscaleConfig, from_yaml, parse, to_yaml
+from tli_jax.cli.values import Source
 from tli_jax.errors import MissingInputError, UsageError
-from tli_jax.values import Source
 
 # The section is tested by itself, below.
 FIELDS = {field.name: field for field in dataclasses.fields(UpscaleConfig) if field.name != "train"}
@@ -296,7 +296,7 @@ def test_pairs_and_line_breaks() -> None:
         (("--optimizer", "adam"), "optimizer is 'adam'"),
         (("--learning-rate", "-1"), "learning_rate is '-1'"),
         (("--learning-rate", "nan"), "learning_rate is 'nan'"),
-        (("--validation-share", "2"), "validation_share is '2'"),
+        (("--validation-fraction", "2"), "validation_fraction is '2'"),
         (("--learning-rate", "injected=1e-3"), "must have a value for all"),
         (("--learning-rate", "1e-3,inject=1e-3"), "learning_rate is 'inject'"),
         (("--dtypes", "compute=float16"), "dtypes is 'float16'"),

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 import tli_jax
-from tli_jax import command, train
-from tli_jax.checkpoint import hub, tokens
-from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax import train
+from tli_jax.cli.frame import run_command
 from tli_jax.evaluate import main
+from tli_jax.hf import hub, tokens
+from tli_jax.hf.checkpoint import open_checkpoint
 
 FLAGS = ["--model", "embedded", "--dtypes", "compute=float32"]
 
@@ -36,7 +37,7 @@ def task(tmp_path) -> Path:
 
 
 def test_loss_is_that_of_the_windows(text, capsys) -> None:
-    assert command.run(main, [*FLAGS, "--text", str(text), "--sequence-length", "64", "--json"]) == 0
+    assert run_command(main, [*FLAGS, "--text", str(text), "--sequence-length", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["texts"][str(text)]
     config, params = tli_jax.load_hf("embedded", dtype="float32")
     tokenizer, _ = tokens.open_tokenizer(hub.resolve("embedded"), config)
@@ -53,7 +54,7 @@ def test_loss_is_that_of_the_windows(text, capsys) -> None:
 
 def test_tables(text, task, capsys) -> None:
     """Both kinds at once, in the dtype of the weights; an exact growth gives the same in any."""
-    assert command.run(main, ["--model", "embedded", "--text", str(text), "--tasks", str(task)]) == 0
+    assert run_command(main, ["--model", "embedded", "--text", str(text), "--tasks", str(task)]) == 0
     shown = capsys.readouterr().out
     assert "perplexity" in shown and "macro F1" in shown
     line = next(line.split() for line in shown.splitlines() if "next" in line)
@@ -65,12 +66,12 @@ def test_grown_model_does_as_its_base(task, tmp_path, capsys) -> None:
 
     output = tmp_path / "grown"
     assert (
-        command.run(upscale.main, ["--model", "embedded", "--output", str(output), "--every", "4", "--no-proof"]) == 0
+        run_command(upscale.main, ["--model", "embedded", "--output", str(output), "--every", "4", "--no-proof"]) == 0
     )
     capsys.readouterr()
     found = []
     for model in ("embedded", str(output)):
-        assert command.run(main, ["--model", model, "--tasks", str(task), "--json"]) == 0
+        assert run_command(main, ["--model", model, "--tasks", str(task), "--json"]) == 0
         found.append(json.loads(capsys.readouterr().out)["tasks"])
     assert found[0] == found[1]
 
@@ -88,21 +89,21 @@ def test_grown_model_does_as_its_base(task, tmp_path, capsys) -> None:
     ],
 )
 def test_refused(capsys, flags, code, message) -> None:
-    assert command.run(main, flags) == code
+    assert run_command(main, flags) == code
     assert message in capsys.readouterr().err
 
 
 def test_run_is_to_be_exported_first(start, tmp_path, capsys) -> None:
     run = tmp_path / "run"
     flags = ["--model", str(start / "base"), "--text", str(start / "ids.npy"), "--run", str(run), "--steps", "1"]
-    assert command.run(train.main, [*flags, "--sequence-length", "16"]) == 0
-    assert command.run(main, ["--model", str(run), "--text", str(start / "ids.npy")]) == 2
+    assert run_command(train.main, [*flags, "--sequence-length", "16"]) == 0
+    assert run_command(main, ["--model", str(run), "--text", str(start / "ids.npy")]) == 2
     assert f"--run {run} --export-only" in capsys.readouterr().err
 
 
 def test_tasks_without_a_tokenizer_are_refused(start, task, capsys) -> None:
     assert open_checkpoint(start / "base").config.vocab_size == 64
-    assert command.run(main, ["--model", str(start / "base"), "--tasks", str(task)]) == 2
+    assert run_command(main, ["--model", str(start / "base"), "--tasks", str(task)]) == 2
     assert "has no tokenizer" in capsys.readouterr().err
 
 
@@ -120,7 +121,7 @@ def test_two_processes_find_the_same(text, task, capsys) -> None:
         "--batch-size",
         "16",
     ]
-    assert command.run(main, flags) == 0
+    assert run_command(main, flags) == 0
     alone = json.loads(capsys.readouterr().out)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

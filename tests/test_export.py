@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from tli_jax import command, train, upscale
-from tli_jax.checkpoint import sidecar
-from tli_jax.checkpoint.hf import open_checkpoint
+from tli_jax import train, upscale
+from tli_jax.cli.frame import run_command
 from tli_jax.errors import DataError
-from tli_jax.report.__main__ import main as report
-from tli_jax.training.record import describe_base, read_trainings
+from tli_jax.hf import sidecar
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.training_record import read_trainings
+from tli_jax.report import main as report
+from tli_jax.training.record import describe_base
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 PROOF = {"tokens": 512, "text": "/home/me/novel.txt", "dtype": "float32", "device": "cpu", "seconds": 1.0}
@@ -24,7 +26,7 @@ TOKEN = "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"
 
 
 def call(main: Any, *arguments: Any) -> None:
-    assert command.run(main, list(map(str, arguments))) == 0
+    assert run_command(main, list(map(str, arguments))) == 0
 
 
 def read(file: Path) -> dict[str, Any]:

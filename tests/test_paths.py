@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from tli_jax import command
+from tli_jax.cli.frame import run_command
 
 SMALL = "--model embedded --text text.txt --sequence-length 16 --batch-size 8"
 COMMANDS = {
@@ -31,6 +31,6 @@ def test_refused(tmp_path, monkeypatch, capsys, name, option, path):
     (tmp_path / "text.txt").write_text("Once upon a time there was a girl. " * 400, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     module = importlib.import_module(f"tli_jax.{name.strip()}")
-    assert command.run(module.main, [*COMMANDS[name][0].split(), option, path]) in (2, 66, 73)
+    assert run_command(module.main, [*COMMANDS[name][0].split(), option, path]) in (2, 66, 73)
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ") and path.split("/")[0] in error

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tli_jax import command, preflight
-from tli_jax.checkpoint.hf import open_checkpoint
-from tli_jax.config import PreflightConfig, UpscaleConfig, parse
+from tli_jax import preflight
+from tli_jax.cli.config import PreflightConfig, UpscaleConfig, parse
+from tli_jax.cli.frame import run_command
+from tli_jax.distributed import topology
+from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.models.shapes import SHAPES
-from tli_jax.parallel import topology
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("llama*.yaml"))
@@ -32,7 +33,7 @@ def check(capsys, tmp_path, start):
         usual = {} if config else usual
         words = [f"--{key.replace('_', '-')}={value}" for key, value in (usual | keys).items() if value is not None]
         words += [f"--config={config}"] if config else []
-        assert command.run(preflight.main, ["--json", *words, *flags]) == code
+        assert run_command(preflight.main, ["--json", *words, *flags]) == code
         out, err = capsys.readouterr()
         found = {one["name"]: one for one in json.loads(out)["checks"]} if out else {}
         return found, err
@@ -102,7 +103,7 @@ def test_what_is_wrong_has_its_code_and_names_itself(check, keys, code, name, sa
 def test_what_does_not_fit_says_what_to_try(check):
     found, _ = check(code=2, **LARGE, **{"train.only": "all"})
     text = found["step compiles"]["text"]
-    for flag in ("--train.remat full", "--train.accumulation 0", "--train.only injected", "a larger slice"):
+    for flag in ("--train.remat full", "--train.grad-accum-steps 0", "--train.only injected", "a larger slice"):
         assert flag in text
     assert found["step compiles"]["peak"] > found["step compiles"]["limit"]
 
@@ -140,7 +141,7 @@ def test_a_run_that_was_started_otherwise_is_refused(check, start, tmp_path):
     flags = {"model": start / "base", "run": tmp_path / "run", "text": start / "ids.npy", "sequence_length": 16}
     file = tmp_path / "train.yaml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in flags.items()) + "steps: 1\n")
-    assert command.run(train.main, [f"--config={file}"]) == 0
+    assert run_command(train.main, [f"--config={file}"]) == 0
     found, _ = check(config=file)
     assert "has begun, and goes on" in found["run"]["text"]
     found, _ = check(config=file, code=2, **{"train.learning-rate": 1})
@@ -152,7 +153,7 @@ def test_search_finds_the_largest_batch(check):
     found, err = check("--search", **{"train.batch-size": 16})
     largest = found["step compiles"]["largest"]
     assert largest == {"none": 2, "dots": 2, "full": 2}  # all 16 over eight devices
-    assert found["step compiles"]["flags"] == "--train.remat none --train.accumulation 1"
+    assert found["step compiles"]["flags"] == "--train.remat none --train.grad-accum-steps 1"
     assert "remat none, 2 sequences a device at a time: fits" in err
 
 
@@ -250,6 +251,6 @@ def test_without_the_compiler_a_slice_is_not_checked(check):
 
 
 def test_a_batch_is_cut_for_the_mesh(check):
-    """accumulation 0 leaves a device one sequence at a time."""
-    found, _ = check(**{"train.batch-size": 64, "train.accumulation": 0})
+    """grad_accum_steps 0 leaves a device one sequence at a time."""
+    found, _ = check(**{"train.batch-size": 64, "train.grad-accum-steps": 0})
     assert found["mesh"]["sequences_a_device"] == 1 and "8 times a step" in found["mesh"]["text"]

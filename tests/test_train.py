@@ -27,10 +27,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
-from tli_jax import command, train, upscale
-from tli_jax.checkpoint import hub
-from tli_jax.checkpoint.hf import open_checkpoint, read_tensor
-from tli_jax.checkpoint.state import Checkpoints
+from tli_jax import train, upscale
+from tli_jax.cli.frame import run_command
+from tli_jax.hf import hub
+from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
+from tli_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
@@ -43,8 +44,9 @@ SMALL = BASIC | {"only": "injected", "schedule": "constant", "spike": 1e-6}
 # The command, slowed down from some step on, so that there is time to do something to it.
 SLOW = """
 import sys, time
-from tli_jax import command, train
-from tli_jax.parallel import processes
+from tli_jax import train
+from tli_jax.cli.frame import run_command
+from tli_jax.distributed import processes
 from tli_jax.training.metrics import Metrics
 
 since, pause, write = int(sys.argv[1]), float(sys.argv[2]), Metrics.write
@@ -55,7 +57,7 @@ def slow(self, values):
         time.sleep(pause)
 
 Metrics.write = slow
-processes.leave(command.run(train.main, sys.argv[3:]))
+processes.leave(run_command(train.main, sys.argv[3:]))
 """
 
 
@@ -73,7 +75,7 @@ def words(run, **options):
 
 def here(run, **options):
     """The command within this process; its exit code."""
-    return command.run(train.main, words(run, **options))
+    return run_command(train.main, words(run, **options))
 
 
 def usual(start, model="grown", **options):
@@ -182,7 +184,7 @@ def tell_killed(folder, start, environment):
 
 
 def tell_stopped(folder, start, environment):
-    options = usual(start, only="all", accumulation=2)
+    options = usual(start, only="all", grad_accum_steps=2)
     straight, stopped = folder / "straight", folder / "stopped"
     Process(environment, words(straight, **options, export=folder / "straight-out")).end()
     every = words(stopped, **options, export=folder / "stopped-out")
@@ -247,7 +249,7 @@ def test_restored_states_are_equal_bit_for_bit(stories):
     folder = stories[0]
     states = []
     for name in ("straight", "killed"):
-        run = train.RunFolder(folder / name)
+        run = train.RunDirectory(folder / name)
         config = run.read_config()
         start = train._open_model(config, run)
         trainer, _, _ = train.make_trainer(config, start.model, start.plan)
@@ -283,7 +285,7 @@ def test_second_run_on_a_folder_is_refused(stories):
 @pytest.mark.long
 @pytest.mark.parametrize("only", ["injected", "all"])
 def test_ten_kills(start, stories, compiled, tmp_path, only):
-    options = usual(start, only=only) | ({"accumulation": 2} if only == "all" else {})
+    options = usual(start, only=only) | ({"grad_accum_steps": 2} if only == "all" else {})
     every, draw = words(tmp_path / "run", **options, export=tmp_path / "out"), random.Random(only)
     for _ in range(10):
         if newest(tmp_path / "run") >= 30:  # from here on a kill may come too late
@@ -773,7 +775,7 @@ def test_what_may_change(small, tmp_path):
     assert here(run, **options, mesh="data=2,fsdp=4", max_shard_size="100KB", process=None) == 0
     assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [2, 3, 4, 5]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "5", "frozen"]
-    stored = train.RunFolder(run).read_config()
+    stored = train.RunDirectory(run).read_config()
     assert stored.steps == 5 and stored.mesh == {"data": 2, "fsdp": 4} and stored.run == str(run)
 
 
@@ -866,7 +868,7 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
     file.write_text("\n".join(lines + [f"  {name.replace('-', '_')}: {value}" for name, value in section.items()]))
 
     def both(*flags):
-        code = command.run(upscale.main, ["--config", str(file), *map(str, flags)])
+        code = run_command(upscale.main, ["--config", str(file), *map(str, flags)])
         return code, capsys.readouterr().err
 
     assert both("--train.steps", 3, "--train.export", tmp_path / "out")[0] == 0
@@ -878,7 +880,7 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert (tmp_path / "grown" / "growth.json").stat().st_mtime_ns == at
     # The same file serves for the second half alone.
-    assert command.run(train.main, ["--config", str(file), "--steps", "5"]) == 0
+    assert run_command(train.main, ["--config", str(file), "--steps", "5"]) == 0
     assert "5 steps are done" in say(capsys)
     old, new = tensors(tmp_path / "grown"), tensors(tmp_path / "out")
     assert {re.findall(r"\d+", name)[0] for name in old if old[name] != new[name]} == {"1"}
@@ -895,8 +897,8 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
         ({"mesh": "fsdp=-1,tensor=-1"}, 2, "one at most -1"),
         ({"mesh": "tensr=2"}, 2, "mesh"),
         ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 cannot be cut over tensor = 4"),
-        ({"batch-size": 12}, 2, "batch size / accumulation 12 cannot be cut over fsdp = 8"),
-        ({"accumulation": 3}, 2, "batch_size 8 is not a multiple of accumulation 3"),
+        ({"batch-size": 12}, 2, "batch size / grad_accum_steps 12 cannot be cut over fsdp = 8"),
+        ({"grad-accum-steps": 3}, 2, "batch_size 8 is not a multiple of grad_accum_steps 3"),
         ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
         ({"steps": "many"}, 2, "steps is 'many'"),
         ({"steps": 0}, 2, "steps is '0'"),
@@ -930,7 +932,7 @@ def test_run_folder_that_is_something_else(start, tmp_path, capsys):
     (tmp_path / "run" / "thesis.tex").touch()
     assert here(tmp_path / "run", **usual(start)) == 73
     assert "is not a run and not empty (thesis.tex)" in say(capsys)
-    assert command.run(train.main, words("", **usual(start))) == 2
+    assert run_command(train.main, words("", **usual(start))) == 2
     (tmp_path / "file").touch()
     assert here(tmp_path / "file", **usual(start)) == 73
 
@@ -945,14 +947,14 @@ def test_what_a_kill_at_the_start_leaves_is_no_hindrance(small, start, tmp_path)
     (run / ".start.partial-x").mkdir()
     (run / ".config.yaml.partial").write_text("half: ")
     shutil.copy(start / "grown" / "growth.json", run)
-    assert here(run, **BASIC, model=small / "base", text=start / "ids.npy", validation_share=0, steps=1) == 0
+    assert here(run, **BASIC, model=small / "base", text=start / "ids.npy", validation_fraction=0, steps=1) == 0
     assert not (run / "growth.json").exists() and not (run / "model" / "tokenizer.json").exists()
     assert here(run) == 0
 
 
 def test_unknown_key_in_a_file(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model: x\nlerning_rate: 1\nsteps: yes\n")
-    assert command.run(train.main, ["--config", str(tmp_path / "run.yaml")]) == 2
+    assert run_command(train.main, ["--config", str(tmp_path / "run.yaml")]) == 2
     said = say(capsys)
     assert "'lerning_rate' is not known, is learning_rate meant?" in said
     assert "steps is True: " in said and "must be a number" in said

@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 
 import tli_jax
-from tli_jax import command, train
-from tli_jax.checkpoint.hf import open_checkpoint, read_tensor
-from tli_jax.parallel import processes
+from tli_jax import train
+from tli_jax.cli.frame import run_command
+from tli_jax.distributed import processes
+from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
@@ -26,8 +27,9 @@ STEPS = 40
 # The command, slowed down from some step on, so that there is time to do something to it.
 SLOW = """
 import sys, time
-from tli_jax import command, train
-from tli_jax.parallel import processes
+from tli_jax import train
+from tli_jax.cli.frame import run_command
+from tli_jax.distributed import processes
 from tli_jax.training.metrics import Metrics
 
 since, write = int(sys.argv[1]), Metrics.write
@@ -38,7 +40,7 @@ def slow(self, values):
         time.sleep(0.3)
 
 Metrics.write = slow
-processes.leave(command.run(train.main, sys.argv[2:]))
+processes.leave(run_command(train.main, sys.argv[2:]))
 """
 
 
@@ -146,8 +148,8 @@ def one(once, start, compiled):
     """The same run by one process with eight devices."""
 
     def make(folder):
-        assert command.run(train.main, words(folder / "run", **usual(start))) == 0
-        assert command.run(train.main, words(folder / "run", export=folder / "out")) == 0
+        assert run_command(train.main, words(folder / "run", **usual(start))) == 0
+        assert run_command(train.main, words(folder / "run", export=folder / "out")) == 0
 
     return once("one", make)
 

@@ -20,13 +20,14 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
 
-from tli_jax.checkpoint.hf import open_checkpoint, read_tensor
+from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
 
 STEPS = 20
 # The command, ended by SIGKILL when it has done some step: of the step saved before, nobody knows how much is there.
 KILLED = """
 import os, signal, sys
-from tli_jax import command, train
+from tli_jax import train
+from tli_jax.cli.frame import run_command
 from tli_jax.training.metrics import Metrics
 
 write = Metrics.write
@@ -37,10 +38,10 @@ def until(self, values):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Metrics.write = until
-command.run(train.main, sys.argv[2:])
+run_command(train.main, sys.argv[2:])
 """
 LACKING = "import sys; sys.modules['gcsfs'] = None; from tli_jax import command, train; "
-LACKING += "sys.exit(command.run(train.main, sys.argv[1:]))"
+LACKING += "sys.exit(run_command(train.main, sys.argv[1:]))"
 
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 

@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from tli_jax import command, report, upscale
-from tli_jax.checkpoint import stream
-from tli_jax.checkpoint.hf import expected_shapes, open_checkpoint, read_tensor
-from tli_jax.checkpoint.output import staged
+from tli_jax import report, upscale
+from tli_jax.cli.frame import run_command
+from tli_jax.growth.methods import tli
 from tli_jax.growth.plan import Plan
-from tli_jax.growth.presets import tli
+from tli_jax.hf import stream
+from tli_jax.hf.checkpoint import expected_shapes, open_checkpoint, read_tensor
+from tli_jax.hf.output import staged
 from tli_jax.models.shapes import SHAPES
 
 GROWTH_KEYS = [
@@ -29,7 +30,7 @@ GROWTH_KEYS = [
     "injected",
     "trainable",
     "experts",
-    "exactness",
+    "guarantee",
     "digests",
     "proof",
     "history",
@@ -38,7 +39,7 @@ PROOF_KEYS = ["tokens", "dtype", "max_abs_logit_difference", "kl", "loss_base", 
 
 
 def run(*flags):
-    return command.run(upscale.main, [str(flag) for flag in flags])
+    return run_command(upscale.main, [str(flag) for flag in flags])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_growth_record(grown):
     record = json.loads((grown / "growth.json").read_text())
     assert set(GROWTH_KEYS) <= record.keys()
     assert set(PROOF_KEYS) <= record["proof"].keys()
-    assert record["exactness"] == "bit"
+    assert record["guarantee"] == "bit"
     assert record["proof"]["max_abs_logit_difference"] == 0
     assert record["proof"]["loss_base"] == record["proof"]["loss_grown"]
     assert record["proof"]["tokens"] >= 128
@@ -94,7 +95,7 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
     torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tli_jax.checkpoint import hub, tokens
+    from tli_jax.hf import hub, tokens
 
     base = hub.resolve("embedded")
     checkpoint = open_checkpoint(base)
@@ -205,7 +206,7 @@ def test_every_method_from_the_command_line(flags, layers, tmp_path):
     assert len(record["rows"]) == layers
     assert open_checkpoint(tmp_path / "out").config.num_hidden_layers == layers
     is_same = record["proof"]["max_abs_logit_difference"] == 0
-    assert is_same == (record["exactness"] == "bit")
+    assert is_same == (record["guarantee"] == "bit")
 
 
 def test_option_of_another_method_is_refused(capsys):
@@ -228,7 +229,7 @@ def test_broken_promise_fails_names_the_layer_and_leaves_nothing(tmp_path, monke
 def test_report_compares_and_draws(grown, tmp_path, capsys):
     from tli_jax.report.__main__ import main
 
-    assert command.run(main, [str(grown), "--layer-maps", str(tmp_path / "maps.svg")]) == 0
+    assert run_command(main, [str(grown), "--layer-maps", str(tmp_path / "maps.svg")]) == 0
     assert "tli identity" in capsys.readouterr().out
     drawing = (tmp_path / "maps.svg").read_text()
     assert drawing.count(">new<") == 3

@@ -7,14 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tli_jax.checkpoint.hf import grown_config, load_hf
-    from tli_jax.checkpoint.importance import measure_importance
-    from tli_jax.checkpoint.save import save_hf
     from tli_jax.errors import TliError
     from tli_jax.growth.experts import Experts
     from tli_jax.growth.inject import inject
-    from tli_jax.growth.plan import Plan, Row
-    from tli_jax.growth.presets import (
+    from tli_jax.growth.methods import (
         adept,
         average,
         custom,
@@ -30,21 +26,27 @@ if TYPE_CHECKING:
         stack,
         tli,
     )
+    from tli_jax.growth.plan import Plan, Row
     from tli_jax.growth.upcycle import upcycle
+    from tli_jax.hf.checkpoint import load_hf
+    from tli_jax.hf.grown_config import grown_config
+    from tli_jax.hf.save import save_hf
     from tli_jax.models.config import LlamaConfig
     from tli_jax.models.generate import generate
     from tli_jax.models.llama import Llama, forward, init_params
     from tli_jax.models.loss import losses
+    from tli_jax.verify.importance import measure_importance
 
 _HOMES = {
-    "tli_jax.checkpoint.hf": ("grown_config", "load_hf"),
-    "tli_jax.checkpoint.importance": ("measure_importance",),
-    "tli_jax.checkpoint.save": ("save_hf",),
+    "tli_jax.hf.checkpoint": ("load_hf",),
+    "tli_jax.hf.grown_config": ("grown_config",),
+    "tli_jax.verify.importance": ("measure_importance",),
+    "tli_jax.hf.save": ("save_hf",),
     "tli_jax.errors": ("TliError",),
     "tli_jax.growth.experts": ("Experts",),
     "tli_jax.growth.inject": ("inject",),
     "tli_jax.growth.plan": ("Plan", "Row"),
-    "tli_jax.growth.presets": (
+    "tli_jax.growth.methods": (
         *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
         *("opt_deus", "lesa", "midas", "lidas", "adept", "moe", "custom"),
     ),

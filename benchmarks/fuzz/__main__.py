@@ -103,12 +103,12 @@ def _become(call: targets.Call, folder: Path) -> None:
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
         os.dup2(os.open(name, flags, 0o600), number)
     tempfile.tempdir = str(folder / "tmp")
-    from tli_jax import command
-    from tli_jax.parallel import processes
+    from tli_jax.cli.frame import run_command
+    from tli_jax.distributed import processes
 
     code: Any = 1
     try:
-        processes.leave(command.run(importlib.import_module(COMMANDS[call.module]).main, call.arguments))
+        processes.leave(run_command(importlib.import_module(COMMANDS[call.module]).main, call.arguments))
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:

@@ -130,9 +130,9 @@ def _with_text(folder: Path) -> None:
 def _run(module: str, *arguments: str) -> None:
     import importlib
 
-    from tli_jax import command
+    from tli_jax.cli.frame import run_command
 
-    assert command.run(importlib.import_module(module).main, arguments) == 0, (module, arguments)
+    assert run_command(importlib.import_module(module).main, arguments) == 0, (module, arguments)
 
 
 def _grown(folder: Path) -> None:
@@ -506,7 +506,7 @@ def _run_folder(rng: random.Random, folder: Path) -> list[Call]:
 _GROWING = ("tli_jax.upscale", "tli_jax.report.__main__", "tokenizers", "yaml", "rich.progress")
 _COMPUTING = (
     *_GROWING,
-    *("tli_jax.evaluate", "tli_jax.evaluation.scoring", "tli_jax.data.batches", "tli_jax.checkpoint.state"),
+    *("tli_jax.evaluate", "tli_jax.evaluation.scoring", "tli_jax.data.batches", "tli_jax.training.checkpoints"),
     *("tli_jax.training.export", "tli_jax.training.loop", "tli_jax.train"),
 )
 TARGETS = {

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from tli_jax.checkpoint import hub
-from tli_jax.checkpoint.hf import open_checkpoint
-from tli_jax.checkpoint.tokens import Tokenizer, embedded_text, open_tokenizer
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.values import Source
 from tli_jax.data.batches import Data, open_data
+from tli_jax.hf import hub
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tokens import Tokenizer, embedded_text, open_tokenizer
 from tli_jax.models.config import LlamaConfig
-from tli_jax.values import Source
 
 DOCUMENTS = ["One day, a girl\nnamed Lily.", "naïve 한국어 😀", "Three.\r\n", "x" * 3000, "The end"]
 

@@ -34,7 +34,7 @@ def firsts(batches, steps, start=100):
 
 @pytest.fixture
 def data(ids, opened):
-    return opened(ids("a.npy", 10), ids("b.npy", 21, start=100), T=T, validation_share=0)
+    return opened(ids("a.npy", 10), ids("b.npy", 21, start=100), T=T, validation_fraction=0)
 
 
 def test_a_row_is_a_window_and_one_token_more(data):
@@ -66,7 +66,7 @@ def test_threads_do_not_change_the_order(data, threads):
 
 
 def test_every_epoch_has_every_window_once_in_another_order(ids, opened):
-    data = opened(ids("a.npy", 24), T=T, validation_share=0)
+    data = opened(ids("a.npy", 24), T=T, validation_fraction=0)
     assert (data.windows, data.validation_windows, data.tokens) == (24, 0, 24 * T + 1)
     rows = [window for step in firsts(data.batches(0, 5, range(5), 0), 48) for window in step]
     epochs = [rows[start : start + 24] for start in range(0, 240, 24)]
@@ -77,19 +77,19 @@ def test_every_epoch_has_every_window_once_in_another_order(ids, opened):
 
 def test_the_order_of_a_seed_stays_what_it_was(ids, opened):
     # A run that goes on with a newer Grain must find its data in the old order; where this fails it does not.
-    data = opened(ids("a.npy", 10), T=T, validation_share=0)
+    data = opened(ids("a.npy", 10), T=T, validation_fraction=0)
     assert firsts(data.batches(0, 5, range(5), 0), 2) == [[5, 8, 9, 7, 4], [2, 1, 0, 3, 6]]
 
 
 def test_sources_of_equal_length_are_not_read_in_one_order(ids, opened):
-    data = opened(ids("a.npy", 20), ids("b.npy", 20, start=500), T=T, validation_share=0)
+    data = opened(ids("a.npy", 20), ids("b.npy", 20, start=500), T=T, validation_fraction=0)
     tokens = np.concatenate([batch.tokens[:, 0] for batch in itertools.islice(data.batches(0, 4, range(4), 0), 10)])
     one, other = tokens[tokens < 500] - 100, tokens[tokens >= 500] - 500
     assert len(one) == len(other) == 20 and (one != other).any()
 
 
 def test_weights_hold_and_each_source_wraps_by_itself(ids, opened):
-    data = opened((ids("a.npy", 5), 0.7), (ids("b.npy", 9, start=500), 0.3), T=T, validation_share=0)
+    data = opened((ids("a.npy", 5), 0.7), (ids("b.npy", 9, start=500), 0.3), T=T, validation_fraction=0)
     tokens = np.concatenate([batch.tokens[:, 0] for batch in itertools.islice(data.batches(0, 10, range(10), 0), 90)])
     one, other = tokens[tokens < 500], tokens[tokens >= 500]
     assert (len(one), len(other)) == (630, 270)
@@ -128,7 +128,7 @@ def test_segments_of_texts_are_their_documents(keys, opened, write, tokenizer, m
     texts = ["One.", "A second one, longer.", "x", "<|endoftext|> and the last of these."]
     marks = [[model.bos_token_id] * keys.get("bos", True), [model.eos_token_ids[0]] * keys.get("eos", True)]
     stream = [(i, n) for n, text in enumerate(texts) for i in (*marks[0], *tokenizer.encode(text), *marks[1])]
-    data = opened(write("a.jsonl", texts), T=len(stream) - 1, validation_share=0, **keys)
+    data = opened(write("a.jsonl", texts), T=len(stream) - 1, validation_fraction=0, **keys)
     batch = next(data.batches(0, 1, [0], 0))
     assert [*zip(batch.tokens[0].tolist(), batch.segments[0].tolist(), strict=True)] == stream
     firsts = {i for i in range(1, len(stream)) if stream[i][1] != stream[i - 1][1]}
@@ -137,7 +137,7 @@ def test_segments_of_texts_are_their_documents(keys, opened, write, tokenizer, m
 
 
 def test_segments_of_a_window_do_not_depend_on_where_it_starts(opened, write):
-    data = opened(write("a.jsonl", [f"Document {i} of many." for i in range(60)]), T=T, validation_share=0)
+    data = opened(write("a.jsonl", [f"Document {i} of many." for i in range(60)]), T=T, validation_fraction=0)
     ((windows, _),) = data.training
     whole = np.zeros(len(windows.stream.ids), int)
     whole[windows.stream.starts[1:]] = 1
@@ -154,7 +154,7 @@ def test_segments_end_at_eos_where_there_is_no_bos(opened, tmp_path):
 
 
 def test_what_is_kept_out_is_the_end_and_is_not_trained_on(ids, opened):
-    data = opened(ids("a.npy", 20), ids("b.npy", 3, start=500), T=T, validation_share=0.1)
+    data = opened(ids("a.npy", 20), ids("b.npy", 3, start=500), T=T, validation_fraction=0.1)
     assert (data.windows, data.validation_windows) == (18 + 2, 2 + 1)
     trained = {int(i) for b in itertools.islice(data.batches(0, 4, range(4), 0), 40) for i in b.tokens[:, 0]}
     held = [int(i) for batch in data.validation(2, range(2), 9) for i in batch.tokens[:, 0]]
@@ -172,7 +172,7 @@ def test_a_validation_batch_is_filled_up_and_split_like_any(ids, opened):
         for one, all_rows in zip(data.validation(4, rows, 10), whole, strict=True):
             np.testing.assert_array_equal(one.tokens, all_rows.tokens[rows])
     assert firsts(data.validation(2, range(2), 1), 9, start=500) == [[0, 2]]
-    assert list(opened(ids("a.npy", 20), T=T, validation_share=0).validation(4, range(4), 3)) == []
+    assert list(opened(ids("a.npy", 20), T=T, validation_fraction=0).validation(4, range(4), 3)) == []
 
 
 def test_too_few_tokens_are_counted(ids, opened):
@@ -197,7 +197,7 @@ def test_the_digest_tells_what_content_and_order_depend_on(ids, opened):
         opened(other, T=T),
         opened(one, other, T=T),
         opened(one, T=8),
-        opened(one, T=T, validation_share=0.2),
+        opened(one, T=T, validation_fraction=0.2),
         opened(one, T=T, validation_text=[other]),
         opened(one, T=T, bos=False),
         opened(one, T=T, eos=False),
@@ -208,14 +208,14 @@ def test_the_digest_tells_what_content_and_order_depend_on(ids, opened):
 
 
 def test_notes_say_what_is_repeated_and_what_is_one_document(ids, opened):
-    data = opened(ids("a.npy", 8), T=T, steps=10, batch_size=4, validation_share=0, bos=False)
+    data = opened(ids("a.npy", 8), T=T, steps=10, batch_size=4, validation_fraction=0, bos=False)
     (repeated,), (note,) = data.repeated, data.notes
     assert repeated.endswith("a.npy: is read 5.0 times in 10 steps")
     assert note.startswith("warning: ") and "have no BOS or EOS" in note
 
 
 def test_texts_come_back_as_they_were(opened, write, documents, tokenizer, model):
-    data = opened(write("a.jsonl", documents * 3), T=T, validation_share=0)
+    data = opened(write("a.jsonl", documents * 3), T=T, validation_fraction=0)
     rows = [row for b in itertools.islice(data.batches(0, 1, [0], 0), data.windows) for row in b.tokens.tolist()]
     (eos,) = model.eos_token_ids
     stream = [i for text in documents * 3 for i in [model.bos_token_id, *tokenizer.encode(text), eos]]

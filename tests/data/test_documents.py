@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
 from tli_jax.data.documents import Documents, read_plain
 from tli_jax.data.formats import CHUNK, need, read_json, split, universal_newlines
 from tli_jax.errors import DataError, MissingInputError, UsageError
@@ -356,7 +356,7 @@ def test_a_flipped_bit_in_an_arrow_file_is_refused_and_kills_nothing(name, write
 # What is read is a part of the true texts, but for one character.
 FLIP = """
 import json, pathlib, sys
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
 from tli_jax.data.documents import Documents
 from tli_jax.errors import DataError
 

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
 from tli_jax.data.stream import Rules, _cut, open_stream
 from tli_jax.errors import DataError, MissingInputError
 
@@ -190,10 +190,10 @@ def test_where_a_cut_would_show_a_document_stays_whole(rules, tmp_path, write, m
 READ_LONG_LINE = """
 import resource, sys
 from pathlib import Path
-from tli_jax.checkpoint import hub
-from tli_jax.checkpoint.hf import open_checkpoint
-from tli_jax.checkpoint.tokens import open_tokenizer
-from tli_jax.config import TrainConfig
+from tli_jax.hf import hub
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tokens import open_tokenizer
+from tli_jax.cli.config import TrainConfig
 from tli_jax.data.stream import Rules, open_stream
 folder = hub.resolve("embedded")
 model = open_checkpoint(folder).config

@@ -18,13 +18,13 @@ from safetensors.numpy import load_file, save_file
 
 import tli_jax
 from tli_jax import train
-from tli_jax.checkpoint import tokens
-from tli_jax.checkpoint.hf import open_checkpoint
-from tli_jax.checkpoint.hub import resolve
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
 from tli_jax.errors import DataError
 from tli_jax.evaluation.scoring import encode, evaluate, score, summarise
 from tli_jax.evaluation.tasks import Question, Task, open_tasks
+from tli_jax.hf import tokens
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.hub import resolve
 from tli_jax.training.loop import load
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")

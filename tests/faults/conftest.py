@@ -14,13 +14,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import tli_jax
-from tli_jax import command, train
-from tli_jax.checkpoint import sidecar
-from tli_jax.checkpoint.hf import expected_shapes
+from tli_jax import train
+from tli_jax.cli.frame import run_command
+from tli_jax.hf import sidecar
+from tli_jax.hf.checkpoint import expected_shapes
 
 TRAIN = ["--only", "injected", "--batch-size", "8", "--sequence-length", "16", "--dtypes", "compute=float32"]
 # The rate depends on no number of steps: more of them are the same ones at first.
-TRAIN += ["--save-every", "2", "--keep", "9", "--validation-share", "0", "--schedule", "constant"]
+TRAIN += ["--save-every", "2", "--keep", "9", "--validation-fraction", "0", "--schedule", "constant"]
 
 
 @pytest.fixture(scope="session")
@@ -43,8 +44,8 @@ def done(once, start) -> Path:
 
     def make(folder: Path) -> None:
         call = ["--model", start / "grown", "--text", start / "ids.npy", "--run", folder / "run", *TRAIN, "--steps", 4]
-        assert command.run(train.main, [str(word) for word in call]) == 0
-        assert command.run(train.main, ["--run", str(folder / "run"), "--export", str(folder / "out")]) == 0
+        assert run_command(train.main, [str(word) for word in call]) == 0
+        assert run_command(train.main, ["--run", str(folder / "run"), "--export", str(folder / "out")]) == 0
 
     return once("done", make)
 

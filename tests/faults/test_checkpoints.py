@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 
-from tli_jax import command, train
+from tli_jax import train
+from tli_jax.cli.frame import run_command
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
@@ -31,7 +32,7 @@ def damage(folder, how, part):
 
 
 def go_on(run, steps=6):
-    return command.run(train.main, ["--run", str(run), "--steps", str(steps)])
+    return run_command(train.main, ["--run", str(run), "--steps", str(steps)])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_checkpoints_of_another_run_are_not_gone_on_with(what, run, done, start,
     config = (done / "run" / "config.yaml").read_text().replace("seed: 0", "seed: 1")
     (tmp_path / "other.yaml").write_text(config)
     other = tmp_path / "other"
-    assert command.run(train.main, ["--config", str(tmp_path / "other.yaml"), "--run", str(other)]) == 0
+    assert run_command(train.main, ["--config", str(tmp_path / "other.yaml"), "--run", str(other)]) == 0
     capsys.readouterr()
     steps = ["4"] if what == "checkpoint" else ["2", "4", "frozen"]
     for step in steps:
@@ -114,7 +115,7 @@ FILES = {
     "run.json": lambda file: file.write_text(
         file.read_text().replace('"F32"', '"BF16"').replace("float32", "bfloat16")
     ),
-    "growth.json": lambda file: file.write_text(file.read_text().replace('"exactness": "bit"', '"exactness": "none"')),
+    "growth.json": lambda file: file.write_text(file.read_text().replace('"guarantee": "bit"', '"guarantee": "none"')),
     "model/config.json": lambda file: file.write_text(file.read_text().replace("1e-05", "1e-03")),
 }
 

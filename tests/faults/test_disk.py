@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import tli_jax
-from tli_jax import command, train, upscale
+from tli_jax import train, upscale
+from tli_jax.cli.frame import run_command
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
@@ -49,7 +50,7 @@ def test_growth_on_a_disk_that_somebody_else_fills(method, large, start, disk, s
     with subprocess.Popen([sys.executable, "-c", FILLER, parent], stdout=subprocess.PIPE, text=True) as filler:
         assert filler.stdout is not None and filler.stdout.readline() == "ready\n"
         call = ["--model", str(large), "--output", str(parent / "out"), "--overwrite", "--no-proof"]
-        code = command.run(upscale.main, [*call, "--method", method, "--every", "3"])
+        code = run_command(upscale.main, [*call, "--method", method, "--every", "3"])
     assert filler.returncode == 0
     (parent / "filler").unlink()
     assert code == 74
@@ -58,7 +59,7 @@ def test_growth_on_a_disk_that_somebody_else_fills(method, large, start, disk, s
 
 def test_growth_fails_before_it_writes_where_there_is_no_room(large, disk, capsys):
     parent = disk("size=100m")
-    assert command.run(upscale.main, ["--model", str(large), "--output", str(parent / "out"), "--no-proof"]) == 73
+    assert run_command(upscale.main, ["--model", str(large), "--output", str(parent / "out"), "--no-proof"]) == 73
     assert "are needed" in capsys.readouterr().err
     assert list(parent.iterdir()) == []
 
@@ -84,12 +85,12 @@ def test_training_on_a_full_disk_stops_with_the_last_step_whole(free, run, disk,
     shutil.copytree(run, parent / "run")
     filler = fill(parent, free)
     before = snapshot(parent / "run" / "checkpoints")
-    assert command.run(train.main, ["--run", str(parent / "run"), "--steps", "10"]) == 74
+    assert run_command(train.main, ["--run", str(parent / "run"), "--steps", "10"]) == 74
     assert "No space left on device" in capsys.readouterr().err
     assert complete(parent / "run") == ["2", "4"]
     assert before.items() <= snapshot(parent / "run" / "checkpoints").items()
     filler.unlink()
-    assert command.run(train.main, ["--run", str(parent / "run"), "--steps", "6"]) == 0
+    assert run_command(train.main, ["--run", str(parent / "run"), "--steps", "6"]) == 0
 
 
 def test_a_process_whose_disk_is_full_leaves(run, disk, tli):
@@ -106,11 +107,11 @@ def test_a_run_that_was_out_of_room_ends_like_one_that_was_not(done, run, disk, 
     parent = disk("size=32m")
     shutil.copytree(run, parent / "run")
     filler = fill(parent, 100_000)
-    assert command.run(train.main, ["--run", str(parent / "run"), "--steps", "8"]) == 74
+    assert run_command(train.main, ["--run", str(parent / "run"), "--steps", "8"]) == 74
     filler.unlink()
     for folder in (parent / "run", run):
         call = ["--run", str(folder), "--steps", "8", "--export", str(folder.with_name("export"))]
-        assert command.run(train.main, call) == 0
+        assert run_command(train.main, call) == 0
     assert arrays(parent / "run", 8) == arrays(run, 8)
     assert weights(parent / "export") == weights(run.with_name("export")) != {}
 
@@ -120,14 +121,14 @@ def test_an_export_onto_a_full_disk_leaves_the_old_one(inodes, done, disk, snaps
     parent = disk(f"size=64m,nr_inodes={1 + 1 + len(list((done / 'out').iterdir())) + inodes - 1}")
     shutil.copytree(done / "out", parent / "out")
     before = snapshot(parent)
-    code = command.run(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")])
+    code = run_command(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")])
     assert code in (73, 74)
     assert snapshot(parent) == before
 
 
 def test_an_export_that_does_not_fit_is_not_begun(done, disk):
     parent = disk("size=4m")
-    assert command.run(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")]) == 73
+    assert run_command(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")]) == 73
     assert list(parent.iterdir()) == []
 
 

@@ -12,13 +12,14 @@ import tli_jax
 # The command, in an address space that may grow by so many MiB once everything is imported.
 LIMITED = """
 import resource, sys
-from tli_jax import command, upscale
-import tli_jax.checkpoint.stream
+from tli_jax import upscale
+from tli_jax.cli.frame import run_command
+import tli_jax.hf.stream
 with open("/proc/self/statm") as file:
     size = int(file.read().split()[0]) * resource.getpagesize()
 limit = size + int(sys.argv[1]) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-sys.exit(command.run(upscale.main, sys.argv[2:]))
+sys.exit(run_command(upscale.main, sys.argv[2:]))
 """
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tli_jax import command, evaluate, upscale
+from tli_jax import evaluate, upscale
+from tli_jax.cli.frame import run_command
 
 NAME = "model.layers.1.mlp.down_proj.weight"
 
@@ -30,10 +31,10 @@ def base(request, start, tmp_path):
 
 def test_growth_names_them(base, tmp_path, capsys):
     call = ["--model", str(base), "--every", "2", "--no-proof", "--output", str(tmp_path / "out")]
-    assert command.run(upscale.main, call) == 65
+    assert run_command(upscale.main, call) == 65
     said = capsys.readouterr().err
     assert f"{NAME} (2)" in said and "--allow-nonfinite" in said and not (tmp_path / "out").exists()
-    assert command.run(upscale.main, [*call, "--allow-nonfinite"]) == 0
+    assert run_command(upscale.main, [*call, "--allow-nonfinite"]) == 0
     assert f"{NAME} (2)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "growth.json").read_text())["nonfinite"] == {NAME: 2}
 
@@ -41,6 +42,6 @@ def test_growth_names_them(base, tmp_path, capsys):
 @pytest.mark.parametrize("base", ["float32"], indirect=True)
 def test_no_loss_and_no_accuracy_comes_of_them(base, start, tmp_path, capsys):
     call = ["--model", str(base), "--text", str(start / "ids.npy"), "--sequence-length", "16", "--json"]
-    assert command.run(evaluate.main, call) == 65
+    assert run_command(evaluate.main, call) == 65
     printed = capsys.readouterr()
     assert printed.out == "" and printed.err.splitlines()[-1].startswith("error: ")

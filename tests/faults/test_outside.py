@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tli_jax.checkpoint.headers import INDEX
+from tli_jax.hf.headers import INDEX
 
 # The command, and a line for each file that was opened below a folder.
 WATCHED = """
@@ -15,9 +15,10 @@ import os, sys
 def hook(event, arguments):
     if event in ("open", "os.listdir", "shutil.copyfile") and str(arguments[0]).startswith(sys.argv[1]):
         os.write(2, f"opened: {arguments[0]}\\n".encode())
-from tli_jax import command, upscale
+from tli_jax import upscale
+from tli_jax.cli.frame import run_command
 sys.addaudithook(hook)
-sys.exit(command.run(upscale.main, sys.argv[2:]))
+sys.exit(run_command(upscale.main, sys.argv[2:]))
 """
 
 

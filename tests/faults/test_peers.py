@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tli_jax.parallel import processes
+from tli_jax.distributed import processes
 
 # Steps over both processes, until something happens; the heartbeat of a real run takes twice as long.
 SCRIPT = """
 import os, sys, time
-from tli_jax import command
-from tli_jax.parallel import processes
+from tli_jax.cli.frame import run_command
+from tli_jax.distributed import processes
 
 processes._LEAVE = 5
 
@@ -32,7 +32,7 @@ def main(arguments):
                 print("running", os.getpid(), flush=True)
             time.sleep(0.01)
 
-processes.leave(command.run(main, []))
+processes.leave(run_command(main, []))
 """
 
 
@@ -93,7 +93,7 @@ def test_a_peer_that_stands_still_is_gone(index, tmp_path):
 def test_a_training_whose_peer_stands_still_leaves(start_folder, tmp_path):
     flags = ["--model", start_folder / "grown", "--text", start_folder / "ids.npy", "--run", tmp_path / "run"]
     flags += ["--only", "injected", "--batch-size", 8, "--sequence-length", 16, "--dtypes", "compute=float32"]
-    flags += ["--steps", 100_000, "--save-every", 10, "--validation-share", 0]
+    flags += ["--steps", 100_000, "--save-every", 10, "--validation-fraction", 0]
     words = [sys.executable, "-m", "tli_jax.train", *map(str, flags)]
     started = start(lambda process: [*words, "--process", process], tmp_path)
     until = time.monotonic() + 300

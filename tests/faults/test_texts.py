@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from tli_jax import command, evaluate
+from tli_jax import evaluate
+from tli_jax.cli.frame import run_command
 
 GOOD = "One day, a girl named Lily went to the park. " * 40
 
@@ -45,10 +46,10 @@ def test_a_text_that_cannot_be_read(case, tmp_path, capsys):
     file = tmp_path / name
     make(file)
     call = ["--model", "embedded", "--text", str(file), "--sequence-length", "100000"]  # refused before it computes
-    assert command.run(evaluate.main, call) == 65
+    assert run_command(evaluate.main, call) == 65
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: ") and str(file) in said and place in said
-    assert command.run(evaluate.main, [*call, "--on-bad", "skip"]) == 65
+    assert run_command(evaluate.main, [*call, "--on-bad", "skip"]) == 65
     said = capsys.readouterr().err.splitlines()[-1]
     # What is left is counted: too little for one window. Or nothing is.
     assert said.startswith("error: ") and ("tokens" in said if has_more else str(file) in said)
@@ -57,6 +58,6 @@ def test_a_text_that_cannot_be_read(case, tmp_path, capsys):
 def test_what_is_left_out_is_said(tmp_path, capsys):
     rows(b'{"text": ', b'{"text": "\xff"}', b'{"words": 1}')(tmp_path / "a.jsonl")
     call = ["--model", "embedded", "--text", str(tmp_path / "a.jsonl"), "--sequence-length", "64", "--on-bad", "skip"]
-    assert command.run(evaluate.main, [*call, "--dtypes", "compute=float32"]) == 0
+    assert run_command(evaluate.main, [*call, "--dtypes", "compute=float32"]) == 0
     said = capsys.readouterr().err
     assert "a.jsonl" in said and "3" in said and "line 2" in said

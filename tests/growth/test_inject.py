@@ -16,8 +16,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tli_jax.errors import UsageError
 from tli_jax.growth.inject import inject
+from tli_jax.growth.methods import average, custom, dus, interpose, llama_pro, slayer, stack, tli
 from tli_jax.growth.plan import Plan, Row
-from tli_jax.growth.presets import average, custom, dus, interpose, llama_pro, slayer, stack, tli
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Linear, Llama, init_params
 

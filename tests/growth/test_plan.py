@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tli_jax.errors import DataError, UsageError
-from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, Plan, Row
-from tli_jax.growth.presets import (
-    PRESETS,
+from tli_jax.growth.methods import (
+    METHODS,
     adept,
     average,
     custom,
@@ -28,6 +27,7 @@ from tli_jax.growth.presets import (
     stack,
     tli,
 )
+from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, Plan, Row
 
 LINEAR = [init for init in INITS if init not in COMPUTED_INITS]
 
@@ -37,7 +37,7 @@ def plans(draw: st.DrawFn, layers: int | None = None, inits: list[str] | None = 
     """Any plan that a preset makes."""
     layers = draw(st.integers(1, 9)) if layers is None else layers
     computes = layers > 1 and inits is None
-    method = draw(st.sampled_from([name for name in PRESETS if computes or name not in ("opt_deus", "lesa")]))
+    method = draw(st.sampled_from([name for name in METHODS if computes or name not in ("opt_deus", "lesa")]))
     every = draw(st.integers(1, layers))
     if method == "tli":
         # Of two neighbours nothing can be made after the last layer.
@@ -78,7 +78,7 @@ def test_exactness_by_what_the_layers_do(plan: Plan):
     left = [row for row in plan.rows if row.scale != 0]
     is_base = [describe(row) for row in left] == [({layer: 1.0}, 1.0) for layer in range(plan.base_layers)]
     assert plan.is_exact == (is_base and all(row.init not in ("noise", "random") for row in left))
-    assert plan.exactness == ("bit" if plan.is_exact else "none")
+    assert plan.guarantee == ("bit" if plan.is_exact else "none")
 
 
 @given(plan=plans(inits=["identity", "average_identity", "copy", "half", "noise"]))
@@ -124,7 +124,7 @@ def test_keys_of_the_record():
     }
     assert record["layer_map"] == [[0], [1], [1], [2], [3], [3]]
     assert record["injected"] == record["trainable"] == [False, False, True, False, False, True]
-    assert (record["exactness"], record["experts"], record["history"]) == ("bit", None, [])
+    assert (record["guarantee"], record["experts"], record["history"]) == ("bit", None, [])
 
 
 @pytest.mark.parametrize(

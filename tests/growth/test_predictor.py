@@ -8,7 +8,7 @@ import pytest
 from tli_jax.errors import UsageError
 from tli_jax.growth import predictor
 from tli_jax.growth.inject import inject
-from tli_jax.growth.presets import lesa
+from tli_jax.growth.methods import lesa
 
 NAME = "mlp.up_proj.weight"
 

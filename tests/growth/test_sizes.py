@@ -2,11 +2,11 @@
 
 import pytest
 
+from tli_jax.growth.methods import METHODS
 from tli_jax.growth.plan import Plan
-from tli_jax.growth.presets import PRESETS
 from tli_jax.growth.sizes import fit
 
-DEPTH = sorted(PRESETS.keys() - {"custom", "moe"})
+DEPTH = sorted(METHODS.keys() - {"custom", "moe"})
 
 
 def grow(method: str, layers: int, every: int) -> Plan | None:
@@ -14,7 +14,7 @@ def grow(method: str, layers: int, every: int) -> Plan | None:
     if options is None:
         return None
     importance = {"importance": [float(i) for i in range(layers)]} if method == "adept" else {}
-    return PRESETS[method](layers, **options, **importance)
+    return METHODS[method](layers, **options, **importance)
 
 
 @pytest.mark.parametrize("method", DEPTH)

@@ -9,7 +9,7 @@ import pytest
 
 from tli_jax.errors import UsageError
 from tli_jax.growth.inject import inject
-from tli_jax.growth.presets import opt_deus, tli
+from tli_jax.growth.methods import opt_deus, tli
 
 pytest.importorskip("ot", reason="POT is not installed")
 SHAPES = {

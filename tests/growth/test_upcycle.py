@@ -11,8 +11,8 @@ import pytest
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.experts import UPCYCLES, Experts
 from tli_jax.growth.inject import inject
+from tli_jax.growth.methods import dus, moe, tli
 from tli_jax.growth.plan import Plan
-from tli_jax.growth.presets import dus, moe, tli
 from tli_jax.growth.upcycle import upcycle
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import forward, init_params
@@ -151,10 +151,10 @@ def test_dtypes_are_kept(params):
 
 def test_depth_and_experts_are_one_plan(params):
     plan = dataclasses.replace(tli(3, 3), experts=Experts(count=2))
-    assert plan.exactness == "arithmetic" and not plan.is_exact
-    assert dataclasses.replace(dus(3, 1), experts=Experts(count=2)).exactness == "none"
-    assert dataclasses.replace(moe(3), experts=Experts(upcycle="drop")).exactness == "none"
-    assert moe(3).exactness == "bit" and not any(moe(3).injected)
+    assert plan.guarantee == "arithmetic" and not plan.is_exact
+    assert dataclasses.replace(dus(3, 1), experts=Experts(count=2)).guarantee == "none"
+    assert dataclasses.replace(moe(3), experts=Experts(upcycle="drop")).guarantee == "none"
+    assert moe(3).guarantee == "bit" and not any(moe(3).injected)
     grown = upcycle(inject(params, plan), plan.experts)
     w2 = np.asarray(grown["layers"]["block_sparse_moe"]["experts"]["w2"]["weight"])
     assert w2.shape[:2] == (4, 2) and not w2[3].any() and w2[:3].any(axis=(1, 2, 3)).all()

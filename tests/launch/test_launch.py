@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tli_jax.parallel import topology
+from tli_jax.distributed import topology
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, Run, forward, init_params
+from tli_jax.models.llama import ForwardOptions, Llama, forward, init_params
 from tli_jax.models.loss import losses, token_losses
 
 SIZES = {
@@ -58,7 +58,8 @@ def expected(request, random_params):
 def test_chunked_equals_plain(expected, chunk, remat):
     config, params, value, gradients = expected
     ours, of_ours = value_and_grad(
-        lambda params: token_losses(Llama(config, params), TOKENS, chunk, run=Run(remat=remat))[0], params
+        lambda params: token_losses(Llama(config, params), TOKENS, chunk, options=ForwardOptions(remat=remat))[0],
+        params,
     )
     assert ours.shape == (3, 11) and ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, value, rtol=1e-5, atol=1e-6)

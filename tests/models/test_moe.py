@@ -9,7 +9,7 @@ import pytest
 
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.generate import generate
-from tli_jax.models.llama import Llama, Run, forward, init_params
+from tli_jax.models.llama import ForwardOptions, Llama, forward, init_params
 from tli_jax.models.loss import token_losses
 from tli_jax.models.moe import choose, chosen_experts, every_expert
 
@@ -39,20 +39,20 @@ def by_hand(weights, k):
 
 
 @pytest.mark.parametrize("k", [1, 2, 8])
-@pytest.mark.parametrize("mix", [every_expert, chosen_experts])
-def test_it_is_the_definition(weights, mix, k):
+@pytest.mark.parametrize("dispatch", [every_expert, chosen_experts])
+def test_it_is_the_definition(weights, dispatch, k):
     choice, _ = choose(weights["x"], weights["gate"], k)
     np.testing.assert_allclose(choice.weights.sum(-1), 1, rtol=1e-6)
-    out = mix(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])
+    out = dispatch(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])
     np.testing.assert_allclose(out, by_hand(weights, k), rtol=0, atol=1e-6)
 
 
 def test_both_ways_have_the_same_gradients(weights):
-    def loss(weights, mix):
+    def loss(weights, dispatch):
         choice, balance = choose(weights["x"], weights["gate"], 2)
-        return jnp.square(mix(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])).sum() + balance
+        return jnp.square(dispatch(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])).sum() + balance
 
-    one, other = (jax.grad(loss)(weights, mix) for mix in (every_expert, chosen_experts))
+    one, other = (jax.grad(loss)(weights, dispatch) for dispatch in (every_expert, chosen_experts))
     for name, gradient in one.items():
         assert np.abs(gradient).max() > 1e-3, name
         np.testing.assert_allclose(gradient, other[name], rtol=0, atol=1e-5, err_msg=name)
@@ -94,7 +94,10 @@ def test_both_ways_through_the_whole_model():
     params = init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 64)
     model = Llama(CONFIG, params)
-    one, other = (token_losses(model, tokens, run=Run(mix=mix)) for mix in (every_expert, chosen_experts))
+    one, other = (
+        token_losses(model, tokens, options=ForwardOptions(dispatch=dispatch))
+        for dispatch in (every_expert, chosen_experts)
+    )
     np.testing.assert_allclose(one[0], other[0], rtol=1e-5)
     assert 1 <= one[2] < 2 and one[2] == pytest.approx(float(other[2]), rel=1e-6)
 
@@ -132,7 +135,7 @@ def mixtral(tmp_path_factory):
 def test_parity_with_transformers(mixtral):
     import torch
 
-    from tli_jax.checkpoint.hf import load_hf
+    from tli_jax.hf.checkpoint import load_hf
 
     folder, model = mixtral
     config, params = load_hf(folder)
@@ -147,7 +150,7 @@ def test_parity_with_transformers(mixtral):
 def test_gradients_are_those_of_transformers(mixtral):
     import torch
 
-    from tli_jax.checkpoint.hf import load_hf
+    from tli_jax.hf.checkpoint import load_hf
 
     folder, model = mixtral
     config, params = load_hf(folder)

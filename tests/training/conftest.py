@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
+from tli_jax.distributed.mesh import make_mesh, param_sharding
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Params, init_params
-from tli_jax.parallel.mesh import make_mesh, param_sharding
 from tli_jax.training.freezing import Arrays, group, make_layout
 from tli_jax.training.step import Trainer
 
@@ -51,10 +51,10 @@ def start(model: LlamaConfig, params: Params, injected: Sequence[bool]) -> Any:
         devices = jax.devices()[:1] if mesh is None else jax.devices()
         layout = make_layout(model, injected, config.only, config.outer)
         trainer = Trainer(model, config, layout, make_mesh(config.mesh, devices), causal)
-        dims = {leaf.name: leaf.dims for leaf in trainer.leaves}
+        dims = {leaf.name: leaf.dims for leaf in trainer.param_specs}
         parts = [
             {name: jax.device_put(np.asarray(x), param_sharding(trainer.mesh, dims[name])) for name, x in part.items()}
-            for part in group(params, trainer.leaves)
+            for part in group(params, trainer.param_specs)
         ]
         return trainer, parts[0], parts[1]
 

@@ -5,14 +5,14 @@ import numpy as np
 import optax
 import pytest
 
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
+from tli_jax.distributed.kernels import choose_dispatch, grouped
+from tli_jax.distributed.mesh import make_mesh, param_sharding
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import init_params
 from tli_jax.models.moe import every_expert
-from tli_jax.parallel.mesh import make_mesh, param_sharding
 from tli_jax.training.freezing import as_model, group, make_layout
-from tli_jax.training.kernels import choose_mix, grouped
 from tli_jax.training.optimizer import make_optimizer
 from tli_jax.training.step import Trainer
 
@@ -33,17 +33,17 @@ def params():
 
 @pytest.fixture(scope="module")
 def start(params):
-    def make(mesh=None, mix=every_expert, **options):
-        config = TrainConfig(**{"dtypes": {"compute": "float32"}, "clip": 0, "learning_rate": 1e-2} | options)
+    def make(mesh=None, dispatch=every_expert, **options):
+        config = TrainConfig(**{"dtypes": {"compute": "float32"}, "clip_norm": 0, "learning_rate": 1e-2} | options)
         count = int(np.prod(list((mesh or {}).values()))) if mesh else 1
         grid = make_mesh(mesh or {}, jax.devices()[:count])
-        chosen = mix if mix is every_expert else lambda *args: grouped(grid, *args)
+        chosen = dispatch if dispatch is every_expert else lambda *args: grouped(grid, *args)
         layout = make_layout(MODEL, [False] * 4, config.only, config.outer)
         trainer = Trainer(MODEL, config, layout, grid, causal, chosen)
-        dims = {leaf.name: leaf.dims for leaf in trainer.leaves}
+        dims = {leaf.name: leaf.dims for leaf in trainer.param_specs}
         parts = [
             {name: jax.device_put(np.asarray(x), param_sharding(grid, dims[name])) for name, x in part.items()}
-            for part in group(params, trainer.leaves)
+            for part in group(params, trainer.param_specs)
         ]
         return trainer, *parts
 
@@ -68,11 +68,11 @@ def alone(start, batch):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "mix"),
-    [(mesh, mix) for mesh in MESHES for mix in (every_expert, grouped)][1:],  # the first is ``alone``
+    ("mesh", "dispatch"),
+    [(mesh, dispatch) for mesh in MESHES for dispatch in (every_expert, grouped)][1:],  # the first is ``alone``
 )
-def test_every_mesh_and_kernel_gives_the_same(start, batch, alone, mesh, mix):
-    found, slopes = gradients(*start(MESHES[mesh], mix), batch)
+def test_every_mesh_and_kernel_gives_the_same(start, batch, alone, mesh, dispatch):
+    found, slopes = gradients(*start(MESHES[mesh], dispatch), batch)
     assert found == pytest.approx(alone[0], rel=1e-5)
     for name, slope in slopes.items():
         largest = np.abs(alone[1][name]).max()
@@ -82,7 +82,7 @@ def test_every_mesh_and_kernel_gives_the_same(start, batch, alone, mesh, mix):
 
 def test_experts_lie_where_the_table_says(start):
     trainer, trained, _ = start({"fsdp": 2, "expert": 4})
-    shapes = {leaf.tensor: trained[leaf.name].addressable_shards[0].data.shape for leaf in trainer.leaves}
+    shapes = {leaf.tensor: trained[leaf.name].addressable_shards[0].data.shape for leaf in trainer.param_specs}
     assert shapes["block_sparse_moe.experts.w1.weight"] == (4, 1, 48, 16)
     assert shapes["block_sparse_moe.experts.w2.weight"] == (4, 1, 16, 48)
     assert shapes["self_attn.q_proj.weight"] == (4, 32, 4)  # D over both, as it has no experts
@@ -113,12 +113,12 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(start, batch):
     ends = []
     for parts in (1, 4):
         # The balance of a part is not that of the whole, so without it.
-        trainer, trained, frozen = start(accumulation=parts, auxiliary={"balance": 0})
+        trainer, trained, frozen = start(grad_accum_steps=parts, auxiliary={"balance": 0})
         cut = [part.reshape(parts, 8 // parts, 17) for part in batch]
         state, metrics = trainer.step(trainer.init(trained), frozen, *cut, np.zeros(1, np.int32))
         # The first moment is the gradient scaled. The weights would not do: where a gradient is near nothing, Adam's
         # first step is its sign.
-        moments = jax.device_get(optax.tree.get(state.moments, "mu"))
+        moments = jax.device_get(optax.tree.get(state.optimizer_state, "mu"))
         ends.append((float(metrics["loss"]), float(metrics["balance"]) > 1, moments))
     assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6) and ends[0][1] and ends[1][1]
     for name, whole in ends[0][2].items():
@@ -136,7 +136,7 @@ def test_one_layer_s_experts_can_train_alone(start, batch):
         np.testing.assert_array_equal(array, frozen[name])
     experts = [name for name in state.trained if "experts" in name]
     assert len(experts) == 3 and all(state.trained[name].shape[0] == 1 for name in experts)
-    model = as_model(state.trained, frozen, trainer.leaves)
+    model = as_model(state.trained, frozen, trainer.param_specs)
     assert len(model["layers"]) == 2
 
 
@@ -144,7 +144,7 @@ def test_one_layer_s_experts_can_train_alone(start, batch):
 def test_an_expert_is_updated_as_if_alone(start, params, optimizer):
     """Each expert's matrix by itself, and the router not by Muon."""
     trainer, trained, _ = start(optimizer=optimizer, schedule="constant", weight_decay=0.0)
-    config, leaves = trainer.config, trainer.leaves
+    config, leaves = trainer.config, trainer.param_specs
     draw = np.random.default_rng(0)
     slopes = {name: np.asarray(draw.normal(0, 1, x.shape), np.float32) for name, x in trained.items()}
     whole = make_optimizer(config, leaves)
@@ -163,5 +163,5 @@ def test_an_expert_is_updated_as_if_alone(start, params, optimizer):
 
 
 def test_what_runs_where():
-    assert choose_mix(make_mesh({}, jax.devices()[:1]))[0] is every_expert
-    assert choose_mix(make_mesh({"fsdp": 2, "expert": 4}))[0] is not every_expert
+    assert choose_dispatch(make_mesh({}, jax.devices()[:1]))[0] is every_expert
+    assert choose_dispatch(make_mesh({"fsdp": 2, "expert": 4}))[0] is not every_expert

@@ -93,7 +93,7 @@ def test_every_layer_is_in_one_leaf_and_ungroup_is_the_inverse(model, params, tr
 @pytest.mark.parametrize("only", ["all", "injected", "layers(0,1,5)"])
 def test_the_grouped_model_is_the_flat_one_and_so_are_its_gradients(model, params, injected, batch, only):
     layout = make_layout(model, injected, only, None)
-    leaves = layout.leaves(model)
+    leaves = layout.param_specs(model)
     trained, frozen = group(params, leaves)
     tokens, segments = batch[0][0], jnp.asarray(batch[1][0])
 

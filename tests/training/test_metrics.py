@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
 from tli_jax.errors import DataError, StorageError, UsageError
-from tli_jax.report.run import draw_curves, read_run, tabulate, validation
+from tli_jax.reporting.run import draw_curves, read_run, tabulate, validation
 from tli_jax.training.metrics import Metrics, read_metrics
-from tli_jax.training.run import RunFolder
+from tli_jax.training.run_directory import RunDirectory
 
 
 def line(step: int) -> dict:
@@ -22,7 +22,7 @@ def line(step: int) -> dict:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A run of ten steps, with validation before, in the middle and at the end."""
-    metrics = Metrics(RunFolder(tmp_path), TrainConfig(), 0, "id")
+    metrics = Metrics(RunDirectory(tmp_path), TrainConfig(), 0, "id")
     for step in range(1, 11):
         before = {"validation_loss_before": 4.0} if step == 1 else {}
         metrics.write(line(step) | before | ({"validation_loss": 4.0 - step / 10} if step in (5, 10) else {}))
@@ -33,8 +33,8 @@ def folder(tmp_path: Path) -> Path:
 def test_a_line_a_step_cut_back_to_where_a_run_goes_on(folder):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')  # killed while writing
-    assert [entry["step"] for entry in read_metrics(RunFolder(folder))] == list(range(1, 11))
-    metrics = Metrics(RunFolder(folder), TrainConfig(), 7, "id")
+    assert [entry["step"] for entry in read_metrics(RunDirectory(folder))] == list(range(1, 11))
+    metrics = Metrics(RunDirectory(folder), TrainConfig(), 7, "id")
     metrics.write(line(8))
     metrics.close()
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -73,19 +73,19 @@ def test_a_damaged_line_is_dropped_and_counted(folder, name, capsys):
     assert read_run(folder) == whole
     assert f"{file}: 1 of 11 lines are damaged and ignored" in capsys.readouterr().err
     tabulate({"a": read_run(folder)})
-    Metrics(RunFolder(folder), TrainConfig(), 7, "id").close()
+    Metrics(RunDirectory(folder), TrainConfig(), 7, "id").close()
     capsys.readouterr()
     assert read_run(folder) == whole[:7] and not capsys.readouterr().err
 
 
 def test_nothing_but_damage(folder, capsys):
     (folder / "metrics.jsonl").write_bytes(os.urandom(2000) + b"\n")
-    assert read_metrics(RunFolder(folder)) == []
+    assert read_metrics(RunDirectory(folder)) == []
     assert "damaged" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path):
-    metrics = Metrics(RunFolder(tmp_path), TrainConfig(), 0, "id")
+    metrics = Metrics(RunDirectory(tmp_path), TrainConfig(), 0, "id")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
@@ -96,12 +96,12 @@ def test_a_full_disk_is_said_in_one_line(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     metrics.close()
-    assert [entry["step"] for entry in read_metrics(RunFolder(tmp_path))] == [1, 2, 3]
+    assert [entry["step"] for entry in read_metrics(RunDirectory(tmp_path))] == [1, 2, 3]
 
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboardX")
-    metrics = Metrics(RunFolder(tmp_path), TrainConfig(track=("tensorboard",)), 0, "id")
+    metrics = Metrics(RunDirectory(tmp_path), TrainConfig(track=("tensorboard",)), 0, "id")
     metrics.write(line(1))
     metrics.close()
     (events,) = (tmp_path / "tensorboard").iterdir()
@@ -112,7 +112,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    metrics = Metrics(RunFolder(tmp_path), TrainConfig(track=("wandb:project",)), 0, "abc123")
+    metrics = Metrics(RunDirectory(tmp_path), TrainConfig(track=("wandb:project",)), 0, "abc123")
     metrics.write(line(1))
     metrics.close()
     (log,) = (tmp_path / "wandb").glob("offline-run-*-abc123/run-abc123.wandb")

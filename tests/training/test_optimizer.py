@@ -8,13 +8,13 @@ import numpy as np
 import optax
 import pytest
 
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
 from tli_jax.training.freezing import Layout, group
 from tli_jax.training.optimizer import make_optimizer, make_schedule
 
 
 def rates(**options):
-    config = TrainConfig(**{"steps": 100, "learning_rate": 1.0, "final_share": 0.1} | options)
+    config = TrainConfig(**{"steps": 100, "learning_rate": 1.0, "final_fraction": 0.1} | options)
     return [float(make_schedule(config, "kept")(step)) for step in range(1, 101)]
 
 
@@ -26,7 +26,7 @@ def test_cosine():
 
 
 def test_wsd():
-    found = rates(schedule="wsd", warmup=10, decay_share=0.2)
+    found = rates(schedule="wsd", warmup=10, decay_fraction=0.2)
     np.testing.assert_allclose(found[9:80], 1.0)
     np.testing.assert_allclose(found[79:], np.linspace(1.0, 0.1, 21), rtol=1e-5)
 
@@ -94,7 +94,7 @@ def test_only_matrices_of_layers_and_the_head_decay(everything, optimizer):
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon"])
 def test_a_layer_in_a_stack_is_updated_as_if_alone(everything, optimizer):
     leaves, trained, gradients = everything
-    config = TrainConfig(learning_rate=1.0, schedule="constant", optimizer=optimizer, weight_decay=0.0, clip=0.0)
+    config = TrainConfig(learning_rate=1.0, schedule="constant", optimizer=optimizer, weight_decay=0.0, clip_norm=0.0)
     stacked = update(config, leaves, trained, gradients)
     alone = [dataclasses.replace(leaf, layers=leaf.layers[:1], groups=leaf.groups[:1]) for leaf in leaves]
 
@@ -107,7 +107,7 @@ def test_a_layer_in_a_stack_is_updated_as_if_alone(everything, optimizer):
 
 def test_muon_is_for_matrices_of_layers_and_makes_them_orthogonal(everything):
     leaves, trained, gradients = everything
-    config = TrainConfig(learning_rate=1.0, schedule="constant", optimizer="muon", weight_decay=0.0, clip=0.0)
+    config = TrainConfig(learning_rate=1.0, schedule="constant", optimizer="muon", weight_decay=0.0, clip_norm=0.0)
     updates = update(config, leaves, trained, gradients)
     q_LOI = np.asarray(updates["layers.0.0.self_attn.q_proj.weight"])  # [8, 32, 40]
     # Five Newton-Schulz iterations bring singular values near 1, before the size of AdamW's updates.
@@ -121,7 +121,7 @@ def test_muon_is_for_matrices_of_layers_and_makes_them_orthogonal(everything):
 
 def test_adamw_is_optax_s(everything):
     leaves, trained, gradients = everything
-    config = TrainConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.1, clip=1.0, adam={"b2": 0.99})
+    config = TrainConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.1, clip_norm=1.0, adam={"b2": 0.99})
     decayed = {leaf.name: len(leaf.dims) == 3 or leaf.name == "lm_head.weight" for leaf in leaves}
     theirs = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(3e-3, b1=0.9, b2=0.99, weight_decay=0.1, mask=decayed)

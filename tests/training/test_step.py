@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from tli_jax.checkpoint.save import save_hf
-from tli_jax.parallel.mesh import batch_sharding, replicated
+from tli_jax.distributed.mesh import batch_sharding, replicated
+from tli_jax.hf.save import save_hf
 from tli_jax.training.freezing import group
 
 MESHES = {"8x1": {"fsdp": 8}, "4x2": {"data": 4, "fsdp": 2}}
@@ -43,7 +43,7 @@ def train_with_gradients(trainer, trained, frozen, batch):
         state, measured = program(state, *arguments)
         losses.append(float(measured["loss"]))
         # Fetched before the state is donated.
-        gradients = gradients or {n: np.asarray(x) for n, x in optax.tree.get(state.moments, "mu").items()}
+        gradients = gradients or {n: np.asarray(x) for n, x in optax.tree.get(state.optimizer_state, "mu").items()}
     return losses, gradients, program.as_text()
 
 
@@ -54,7 +54,7 @@ def on_one_device(start, batch):
 
     def of(only):
         if only not in found:
-            found[only] = train_with_gradients(*start(only=only, learning_rate=1e-2, clip=0), batch)
+            found[only] = train_with_gradients(*start(only=only, learning_rate=1e-2, clip_norm=0), batch)
         return found[only]
 
     return of
@@ -69,7 +69,7 @@ def check_gradients(found, expected):
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("only", ["all", "injected"])
 def test_every_mesh_gives_the_same_and_brings_no_stack_together(start, batch, on_one_device, mesh, only):
-    trainer = start(MESHES[mesh], only=only, learning_rate=1e-2, clip=0)
+    trainer = start(MESHES[mesh], only=only, learning_rate=1e-2, clip_norm=0)
     (losses, gradients, text), (expected, of_expected, _) = train_with_gradients(*trainer, batch), on_one_device(only)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     check_gradients(gradients, of_expected)
@@ -120,7 +120,7 @@ def test_parts_of_a_batch_give_the_step_of_the_whole(start, batch):
     batches = [tuple(np.asarray(rng.permutation(x.swapaxes(0, 1)).swapaxes(0, 1)) for x in batch) for _ in range(3)]
     trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3})
     whole, _ = train(trainer, trained, frozen, batches)
-    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3}, accumulation=4)
+    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3}, grad_accum_steps=4)
     parts, _ = train(trainer, trained, frozen, [tuple(x.reshape(4, 2, 17) for x in b) for b in batches])
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
@@ -136,7 +136,7 @@ def test_documents_in_a_window_do_not_see_each_other(start, batch):
         from tli_jax.models.loss import token_losses
         from tli_jax.training.freezing import as_model
 
-        llama = Llama(trainer.model, as_model(trained, frozen, trainer.leaves))
+        llama = Llama(trainer.model, as_model(trained, frozen, trainer.param_specs))
         return np.asarray(token_losses(llama, jnp.asarray(tokens), segments_BT=jnp.asarray(segments))[0])
 
     same = losses(tokens, segments) == losses(other, segments)
@@ -160,7 +160,7 @@ def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
     from tli_jax.models.llama import Llama
     from tli_jax.training.freezing import as_model
 
-    llama = Llama(trainer.model, as_model(trained, frozen, trainer.leaves))
+    llama = Llama(trainer.model, as_model(trained, frozen, trainer.param_specs))
     hidden, _, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
     log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1) * (segments[:, 1:] == segments[:, :-1])
     np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)
@@ -168,7 +168,7 @@ def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
 
 @pytest.mark.parametrize(("remat", "only"), [("none", "injected"), ("dots", "all")])
 def test_what_is_computed_again_is_the_same(start, batch, on_one_device, remat, only):
-    trainer = start(only=only, remat=remat, learning_rate=1e-2, clip=0)
+    trainer = start(only=only, remat=remat, learning_rate=1e-2, clip_norm=0)
     check_gradients(train_with_gradients(*trainer, batch)[1], on_one_device(only)[1])
 
 
@@ -190,7 +190,7 @@ class TestBadSteps:
         _, state = train(trainer, broken, frozen, [batch] * 2)
         assert (int(state.step), int(state.skipped)) == (2, 2)
         jax.tree.map(np.testing.assert_array_equal, state.trained, before)
-        assert all(not np.asarray(x).any() for x in jax.tree.leaves(state.moments))
+        assert all(not np.asarray(x).any() for x in jax.tree.leaves(state.optimizer_state))
 
     def test_spike(self, start, batch):
         trainer, trained, frozen = start(only="injected", spike=3.0, learning_rate=1e-3)
@@ -215,13 +215,18 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(5)
     batches = [rng.integers(0, 72, (1, 4, 25)).astype(np.int32) for _ in range(10)]
-    options = {"learning_rate": 3e-3, "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8}, "weight_decay": 0.1, "clip": 1.0}
+    options = {
+        "learning_rate": 3e-3,
+        "adam": {"b1": 0.9, "b2": 0.95, "eps": 1e-8},
+        "weight_decay": 0.1,
+        "clip_norm": 1.0,
+    }
     trainer, trained, frozen = start(only=only, schedule="constant", remat="full", **options)
     ours, _ = train(trainer, trained, frozen, [(tokens, np.zeros_like(tokens)) for tokens in batches])
 
     save_hf(tmp_path / "model", model, params)
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    trains = {f".{layer}." for leaf in trainer.leaves if leaf.trains for layer in leaf.layers}
+    trains = {f".{layer}." for leaf in trainer.param_specs if leaf.trains for layer in leaf.layers}
     decayed, others = [], []
     for name, parameter in llama.named_parameters():
         in_layer = re.search(r"\.\d+\.", name)
@@ -246,7 +251,7 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
 def test_group_and_dtype_of_every_leaf(start, model, params):
     trainer, trained, _ = start(only="injected", dtypes={"param": "bfloat16", "compute": "float32"})
     state = trainer.abstract_state()
-    assert set(state.trained) == set(group(params, trainer.leaves)[0]) == set(trained)
+    assert set(state.trained) == set(group(params, trainer.param_specs)[0]) == set(trained)
     assert all(x.dtype == jnp.bfloat16 for x in state.trained.values())
 
 

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tli_jax.checkpoint.tokens import Tokenizer
-from tli_jax.config import Recipe
+from tli_jax.cli.config import Recipe
+from tli_jax.cli.values import Source
 from tli_jax.data.formats import need
 from tli_jax.data.stream import Rules, Stream, open_stream
 from tli_jax.errors import DataError, UsageError
+from tli_jax.hf.tokens import Tokenizer
 from tli_jax.models.config import LlamaConfig
-from tli_jax.values import Source
 
 
 class Batch(NamedTuple):
@@ -222,7 +222,7 @@ def open_data(
     weights = [Fraction(str(source.weight)) for source in config.text]
     for stream, weight in zip(streams, weights, strict=True):
         windows = _all_windows(stream, T)
-        kept_out = 0 if apart else _count_held_out(len(windows), config.validation_share)
+        kept_out = 0 if apart else _count_held_out(len(windows), config.validation_fraction)
         training.append((dataclasses.replace(windows, count=len(windows) - kept_out), weight))
         if kept_out:
             held_out.append(Windows(stream, T, len(windows) - kept_out, kept_out))
@@ -237,7 +237,7 @@ def open_data(
             notes.append(f"warning: {stream.path}: these ids have no BOS or EOS in them, so they count as one document")
     content = rules.to_json() | {
         "T": T,
-        "validation_share": None if apart else config.validation_share,
+        "validation_fraction": None if apart else config.validation_fraction,
         "sources": [[stream.digest, str(weight)] for stream, weight in zip(streams, weights, strict=True)],
         "validation": [stream.digest for stream in apart],
     }

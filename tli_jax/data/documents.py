@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tli_jax.config import Recipe
+from tli_jax.cli.config import Recipe
 from tli_jax.data import formats
 from tli_jax.data.arrow import read_arrow
 from tli_jax.data.formats import BadDocumentError, Record

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tli_jax.checkpoint.tokens import Tokenizer
-from tli_jax.command import progress
-from tli_jax.config import Recipe
+from tli_jax.cli.config import Recipe
+from tli_jax.cli.progress import progress
 from tli_jax.data.documents import Documents
 from tli_jax.data.formats import CHUNK
 from tli_jax.data.sources import Found, find_files
 from tli_jax.errors import DataError, MissingInputError
+from tli_jax.hf.tokens import Tokenizer
 
 _PIECE = 2**16  # characters from which on a document is encoded in pieces
 _NEAR = 1000  # characters on either side that tell whether it may be cut

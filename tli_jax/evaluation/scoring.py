@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tli_jax.checkpoint.tokens import Tokenizer
-from tli_jax.command import Advance, progress, warn
+from tli_jax.cli.console import warn
+from tli_jax.cli.progress import Advance, progress
+from tli_jax.distributed.mesh import batch_sharding
 from tli_jax.errors import DataError
 from tli_jax.evaluation.tasks import Task
+from tli_jax.hf.tokens import Tokenizer
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
-from tli_jax.parallel.mesh import batch_sharding
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.step import Trainer
 
@@ -110,7 +111,7 @@ def score(
     Raises:
         DataError: the model gives NaN or infinity.
     """
-    B = trainer.config.batch_size // trainer.config.accumulation
+    B = trainer.config.batch_size // trainer.config.grad_accum_steps
     sharding = batch_sharding(trainer.mesh, ("B", "T"))
     found = np.zeros(len(rows))
     done = 0.0
@@ -188,7 +189,9 @@ def evaluate(
         DataError: see ``encode`` and ``score``.
         UsageError: see ``Task.prompt``.
     """
-    trainer = dataclasses.replace(trainer, kernel=causal)  # lengths are too many for kernels that want certain ones
+    trainer = dataclasses.replace(
+        trainer, attention_impl=causal
+    )  # lengths are too many for kernels that want certain ones
     inputs = [encode(tokenizer, task, shots, seed, trainer.model) for task in tasks]
     found = {}
     for task, one in zip(tasks, inputs, strict=True):

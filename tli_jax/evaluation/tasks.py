@@ -15,10 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic.dataclasses import dataclass
 
-from tli_jax.checkpoint import tokens
-from tli_jax.checkpoint.hub import EMBEDDED
 from tli_jax.data.formats import HEAD, recognise
 from tli_jax.errors import DataError, MissingInputError, UsageError
+from tli_jax.hf import tokens
+from tli_jax.hf.hub import EMBEDDED
 
 _LARGEST = 2**27  # bytes; all questions of MMLU take 10 MB
 # Of the task that the package makes for itself.

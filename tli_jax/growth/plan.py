@@ -140,7 +140,7 @@ class Plan:
         return tuple(row.injected for row in self.rows)
 
     @property
-    def exactness(self) -> Exactness:
+    def guarantee(self) -> Exactness:
         """What the plan promises. ``bit``: every base layer exactly once and in order, all others add nothing.
         ``arithmetic``: and experts are made that come to the same but for rounding."""
         through = [row for row in self.rows if row.scale != 0]
@@ -157,7 +157,7 @@ class Plan:
     @property
     def is_exact(self) -> bool:
         """Whether the grown model is promised to be the same function as the base, bit for bit."""
-        return self.exactness == "bit"
+        return self.guarantee == "bit"
 
     @property
     def generation(self) -> int:
@@ -228,7 +228,7 @@ class Plan:
             "injected": list(self.injected),
             "trainable": list(self.injected),
             "experts": self.experts and self.experts.to_json(),
-            "exactness": self.exactness,
+            "guarantee": self.guarantee,
             "notes": list(self.notes),
             "history": list(self.history),
         }

@@ -9,9 +9,9 @@ import numpy as np
 from tli_jax.models.config import LlamaConfig
 
 # q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h].
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # T and which document of its sequence each token belongs to, [B, T] or None for one document -> causal attention.
-Kernel = Callable[[int, jax.Array | None], Attend]
+AttentionImpl = Callable[[int, jax.Array | None], AttentionFn]
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -56,7 +56,7 @@ def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask: jax
     return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, implementation="xla")
 
 
-def causal(T: int, segments_BT: jax.Array | None) -> Attend:
+def causal(T: int, segments_BT: jax.Array | None) -> AttentionFn:
     """Causal attention by ``attention``: runs everywhere, within documents where ``segments_BT`` numbers them."""
     positions_T = jnp.arange(T)
     mask = positions_T[None] <= positions_T[:, None]

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tli_jax.models.attention import Attend, Kernel, attention, causal, rotary_tables, rotate
+from tli_jax.models.attention import AttentionFn, AttentionImpl, attention, causal, rotary_tables, rotate
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.moe import Experts, Mix, every_expert
+from tli_jax.models.moe import ExpertDispatch, Experts, every_expert
 from tli_jax.models.tree import nest
 
 Params = dict[str, Any]
@@ -39,25 +39,25 @@ class Rope(NamedTuple):
 
     cos: jax.Array
     sin: jax.Array
-    attend: Attend
+    attend: AttentionFn
 
 
-class Run(NamedTuple):
+class ForwardOptions(NamedTuple):
     """How a model is run: nothing here changes the mathematics.
 
     Args:
         dtype: of activations and matrix products; that of the embedding by default. Norms, softmax and loss are fp32.
         remat: what the backward pass computes again: nothing, all but the products with weights, or all of a layer.
         kernel: the attention kernel.
-        mix: how experts are run.
+        dispatch: how experts are run.
         place: pins an array, whose dims are spelled by letters, to its place on a mesh.
     """
 
     dtype: Any = None
     remat: Remat = "none"
-    kernel: Kernel = causal
-    mix: Mix = every_expert
-    place: Callable[[jax.Array, str], jax.Array] = lambda x, dims: x
+    attention_impl: AttentionImpl = causal
+    dispatch: ExpertDispatch = every_expert
+    constrain: Callable[[jax.Array, str], jax.Array] = lambda x, dims: x
 
 
 class Cache(NamedTuple):
@@ -144,13 +144,13 @@ class Block(nnx.Module):
         self.has_experts = config.num_experts > 0
 
     def __call__(
-        self, x_BTD: jax.Array, rope: Rope, cache: Cache | None = None, mix: Mix = every_expert
+        self, x_BTD: jax.Array, rope: Rope, cache: Cache | None = None, dispatch: ExpertDispatch = every_expert
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
         """What leaves the layer, its keys and values, and how unevenly its experts were used, if it has any."""
         attended, kv = self.self_attn(self.input_layernorm(x_BTD), rope, cache)
         x_BTD = x_BTD + attended
         inside = self.post_attention_layernorm(x_BTD)
-        out, balance = self.block_sparse_moe(inside, mix) if self.has_experts else (self.mlp(inside), None)
+        out, balance = self.block_sparse_moe(inside, dispatch) if self.has_experts else (self.mlp(inside), None)
         return x_BTD + out, kv, balance
 
 
@@ -174,18 +174,18 @@ class Llama(nnx.Module):
         tokens_BT: jax.Array,
         cache: Cache | None = None,
         segments_BT: jax.Array | None = None,
-        run: Run = Run(),  # noqa: B008
+        options: ForwardOptions = ForwardOptions(),  # noqa: B008
     ) -> tuple[jax.Array, Cache | None, jax.Array]:
         """Hidden states after the final norm, ``[B, T, D]``; the cache with these tokens in it; and how unevenly the
         experts were used, the mean over the layers, 0 without experts or with a cache."""
         T = tokens_BT.shape[1]
         embedding_VD = self.embed_tokens.weight[...]
         # Placed as it is used, not as it is stored: the compiler would bring the looked-up rows together instead.
-        embedding_VD = run.place(embedding_VD.astype(run.dtype or embedding_VD.dtype), "VD")
-        x_BTD = run.place(embedding_VD[tokens_BT], "BTD")
+        embedding_VD = options.constrain(embedding_VD.astype(options.dtype or embedding_VD.dtype), "VD")
+        x_BTD = options.constrain(embedding_VD[tokens_BT], "BTD")
         rope = make_rope(self.config, T, x_BTD.dtype, cache)
         if cache is None:
-            x_BTD, balance = self._through(x_BTD, rope._replace(attend=run.kernel(T, segments_BT)), run)
+            x_BTD, balance = self._through(x_BTD, rope._replace(attend=options.attention_impl(T, segments_BT)), options)
             return self.norm(x_BTD), None, balance
 
         def body(x: jax.Array, layer: tuple[Block, Any]) -> tuple[jax.Array, Any]:
@@ -196,13 +196,13 @@ class Llama(nnx.Module):
         x_BTD, (k, v) = jax.lax.scan(body, x_BTD, (layers, (cache.k, cache.v)))
         return self.norm(x_BTD), Cache(k, v, cache.length + T), jnp.zeros(())
 
-    def _through(self, x_BTD: jax.Array, rope: Rope, run: Run) -> tuple[jax.Array, jax.Array]:
+    def _through(self, x_BTD: jax.Array, rope: Rope, options: ForwardOptions) -> tuple[jax.Array, jax.Array]:
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, jax.Array | None]:
-            x, _, balance = block(x, rope, mix=run.mix)
-            return run.place(x, "BTD"), balance
+            x, _, balance = block(x, rope, dispatch=options.dispatch)
+            return options.constrain(x, "BTD"), balance
 
         def stack(x: jax.Array, blocks: Block) -> tuple[jax.Array, jax.Array | None]:
-            return jax.lax.scan(_REMAT[run.remat](layer), x, blocks)
+            return jax.lax.scan(_REMAT[options.remat](layer), x, blocks)
 
         def period(x: jax.Array, stacks: list[Block]) -> tuple[jax.Array, list[jax.Array | None]]:
             found = []

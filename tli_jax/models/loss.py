@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, Params, Run
+from tli_jax.models.llama import ForwardOptions, Llama, Params
 
 # Logits that exist at a time, by default: 256 MiB in fp32, whatever the vocabulary.
 LOGITS = 2**26
@@ -26,7 +26,7 @@ def token_losses(
     tokens_BT: jax.Array,
     chunk: int | None = None,
     segments_BT: jax.Array | None = None,
-    run: Run = Run(),  # noqa: B008
+    options: ForwardOptions = ForwardOptions(),  # noqa: B008
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Cross-entropy of each token after the first, given those before it, in nats, fp32 ``[B, T-1]``; and the log of
     the softmax's denominator, likewise, for a z-loss. Both are 0 where ``next_tokens`` is -1. And the load-balancing
@@ -35,23 +35,23 @@ def token_losses(
     Args:
         chunk: positions that the head runs over at a time, counted over the whole batch; by default as many as keep
             the logits within ``LOGITS``, so that memory grows neither with B*T nor with V.
-        segments_BT: the document of each token, for the targets and for ``run.kernel``; None for one document.
+        segments_BT: the document of each token; None if there is only one.
     """
     inputs_BT, targets_BT = jnp.maximum(tokens_BT[:, :-1], 0), next_tokens(tokens_BT, segments_BT)
-    x_BTD, _, balance = model.hidden(inputs_BT, None, None if segments_BT is None else segments_BT[:, :-1], run)
+    x_BTD, _, balance = model.hidden(inputs_BT, None, None if segments_BT is None else segments_BT[:, :-1], options)
     B, T, D = x_BTD.shape
     # Cut along T, so that every device has a share of every chunk.
     C = min(T, max(1, (chunk or LOGITS // model.config.vocab_size) // B))
     pad = -T % C
     x_NBCD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
     targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad)), constant_values=-1).reshape(B, -1, C).swapaxes(0, 1)
-    head_VD = run.place(model.head.weight[...].astype(x_BTD.dtype), "VD")
+    head_VD = options.constrain(model.head.weight[...].astype(x_BTD.dtype), "VD")
 
     @jax.checkpoint
     def one(chunk_of: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_BCD, targets_BC = run.place(chunk_of[0], "BTD"), chunk_of[1]
+        x_BCD, targets_BC = options.constrain(chunk_of[0], "BTD"), chunk_of[1]
         logits_BCV = jnp.einsum("...d,vd->...v", x_BCD, head_VD, preferred_element_type=jnp.float32)
-        logits_BCV = run.place(logits_BCV, "BTV")
+        logits_BCV = options.constrain(logits_BCV, "BTV")
         log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
         # Not a gather: over a vocabulary that lies on several devices that would bring all logits together.
         is_target = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]

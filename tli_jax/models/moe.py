@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-class Choice(NamedTuple):
+class Routing(NamedTuple):
     """Of each token the experts chosen, ``[B, T, k]`` int32, and their weights, fp32, which sum to 1."""
 
     experts: jax.Array
@@ -20,10 +20,10 @@ class Choice(NamedTuple):
 
 
 # x [B, T, D], who computes it, w1 and w3 [E, F, D], w2 [E, D, F] -> [B, T, D].
-Mix = Callable[[jax.Array, Choice, jax.Array, jax.Array, jax.Array], jax.Array]
+ExpertDispatch = Callable[[jax.Array, Routing, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def choose(x_BTD: jax.Array, gate_ED: jax.Array, k: int) -> tuple[Choice, jax.Array]:
+def choose(x_BTD: jax.Array, gate_ED: jax.Array, k: int) -> tuple[Routing, jax.Array]:
     """The experts of each token; and how unevenly they are used, 1 if evenly, E/k at worst: E times the sum over the
     experts of the share of choices that fall to one with its mean probability (arXiv 2101.03961)."""
     precise = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
@@ -33,10 +33,10 @@ def choose(x_BTD: jax.Array, gate_ED: jax.Array, k: int) -> tuple[Choice, jax.Ar
     weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdims=True)
     E = gate_ED.shape[0]
     share_E = jax.nn.one_hot(experts_BTk, E).mean((0, 1, 2))
-    return Choice(experts_BTk, weights_BTk), E * jnp.sum(share_E * odds_BTE.mean((0, 1)))
+    return Routing(experts_BTk, weights_BTk), E * jnp.sum(share_E * odds_BTE.mean((0, 1)))
 
 
-def every_expert(x_BTD: jax.Array, choice: Choice, w1: jax.Array, w2: jax.Array, w3: jax.Array) -> jax.Array:
+def every_expert(x_BTD: jax.Array, choice: Routing, w1: jax.Array, w2: jax.Array, w3: jax.Array) -> jax.Array:
     """All experts run on all tokens: E/k times the work, in plain products of matrices. For CPUs and small models."""
     share_BTE = (jax.nn.one_hot(choice.experts, w1.shape[0]) * choice.weights[..., None]).sum(-2)
     inside_BTEF = jax.nn.silu(jnp.einsum("btd,efd->btef", x_BTD, w1)) * jnp.einsum("btd,efd->btef", x_BTD, w3)
@@ -45,7 +45,7 @@ def every_expert(x_BTD: jax.Array, choice: Choice, w1: jax.Array, w2: jax.Array,
 
 
 def chosen_experts(
-    x_BTD: jax.Array, choice: Choice, w1: jax.Array, w2: jax.Array, w3: jax.Array, first: Any = 0
+    x_BTD: jax.Array, choice: Routing, w1: jax.Array, w2: jax.Array, w3: jax.Array, first: Any = 0
 ) -> jax.Array:
     """The chosen experts alone run on their tokens, sorted by expert: one grouped product a matrix.
 
@@ -82,8 +82,8 @@ class Experts(nnx.Module):
         self.gate = nnx.Param(params["gate"]["weight"])
         self.w1, self.w2, self.w3 = (nnx.Param(params["experts"][name]["weight"]) for name in ("w1", "w2", "w3"))
 
-    def __call__(self, x_BTD: jax.Array, mix: Mix = every_expert) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x_BTD: jax.Array, dispatch: ExpertDispatch = every_expert) -> tuple[jax.Array, jax.Array]:
         """What the chosen experts give, ``[B, T, D]``, and how unevenly they are used, see ``choose``."""
         choice, balance = choose(x_BTD, self.gate[...], self.k)
         weights = (w[...].astype(x_BTD.dtype) for w in (self.w1, self.w2, self.w3))
-        return mix(x_BTD, choice, *weights).astype(x_BTD.dtype), balance
+        return dispatch(x_BTD, choice, *weights).astype(x_BTD.dtype), balance

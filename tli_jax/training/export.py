@@ -9,23 +9,23 @@ from typing import Any
 import jax
 import numpy as np
 
-from tli_jax import command
-from tli_jax.checkpoint import sidecar
-from tli_jax.checkpoint.headers import CODES, read_json
-from tli_jax.checkpoint.hf import hf_name
-from tli_jax.checkpoint.output import check_output, staged
-from tli_jax.checkpoint.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.cli.progress import progress
+from tli_jax.distributed.mesh import replicated
+from tli_jax.distributed.processes import barrier, is_first
 from tli_jax.errors import OutputError
-from tli_jax.parallel.mesh import replicated
-from tli_jax.parallel.processes import barrier, is_first
-from tli_jax.report.card import trained_card
-from tli_jax.training.freezing import Arrays, Leaf
-from tli_jax.training.record import RECORD
-from tli_jax.training.run import RunFolder
+from tli_jax.hf import sidecar
+from tli_jax.hf.card import trained_card
+from tli_jax.hf.checkpoint import hf_name
+from tli_jax.hf.headers import CODES, read_json
+from tli_jax.hf.output import check_output, staged
+from tli_jax.hf.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.hf.training_record import RECORD
+from tli_jax.training.freezing import Arrays, ParamSpec
+from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.step import Trainer
 
 
-def check_export(path: Path, run: RunFolder, model: str, run_id: str, overwrite: bool) -> None:
+def check_export(path: Path, run: RunDirectory, model: str, run_id: str, overwrite: bool) -> None:
     """Refuse, before a long training, a folder that may not be written; this run's own export may be replaced.
 
     Args:
@@ -47,7 +47,7 @@ def _exported(path: Path) -> dict[str, Any]:
 
 
 def export(
-    trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str], run: RunFolder, path: Path, facts: dict[str, Any]
+    trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str], run: RunDirectory, path: Path, facts: dict[str, Any]
 ) -> None:
     """Write all tensors in the dtype that they were stored in, configuration, tokenizer, plan, ``training.json`` and a
     model card.
@@ -71,7 +71,7 @@ def export(
         barrier("export")
         return
     total = sum(piece.nbytes for piece in pieces)
-    with staged(path, total, overwrite=True) as partial, command.progress("export", total) as advance:
+    with staged(path, total, overwrite=True) as partial, progress("export", total) as advance:
         digests, _ = write_safetensors(partial, shards, {}, advance)
         sidecar.write_json(partial / "config.json", read_json(run.model / "config.json"))
         sidecar.copy_allowed(run.model, partial)
@@ -97,11 +97,13 @@ def _of_trained(growth: dict[str, Any], digests: Mapping[str, str], facts: Mappi
 
 def _pieces(trainer: Trainer, arrays: Arrays, dtypes: Mapping[str, str]) -> Iterator[Piece]:
     """In the order in which Hugging Face writes a Llama."""
-    in_layers = {(layer, leaf.tensor): (leaf, row) for leaf in trainer.leaves for row, layer in enumerate(leaf.layers)}
-    outside = {leaf.tensor: leaf for leaf in trainer.leaves if not leaf.layers}
+    in_layers = {
+        (layer, leaf.tensor): (leaf, row) for leaf in trainer.param_specs for row, layer in enumerate(leaf.layers)
+    }
+    outside = {leaf.tensor: leaf for leaf in trainer.param_specs if not leaf.layers}
     first, *rest = trainer.model.outer_tensors
 
-    def piece(name: str, leaf: Leaf, *at: int) -> Piece:
+    def piece(name: str, leaf: ParamSpec, *at: int) -> Piece:
         array, dtype = arrays[leaf.name], np.dtype(dtypes[leaf.name])
         shape = array.shape[len(at) :]
 

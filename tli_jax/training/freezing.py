@@ -15,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tli_jax.cli.values import Group
 from tli_jax.errors import UsageError
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import nest, pick
-from tli_jax.values import Group
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ParamSpec:
     """One array of the grouped stack, described once: its shape, its place, how it is read and how it is updated.
 
     Args:
@@ -75,11 +75,11 @@ class Layout:
         periods = [tuple(runs[i : i + 2]) for i in range(0, len(runs), 2)]
         return lead + [(len(list(equal)), sizes) for sizes, equal in itertools.groupby(periods)]
 
-    def leaves(self, config: LlamaConfig) -> list[Leaf]:
+    def param_specs(self, config: LlamaConfig) -> list[ParamSpec]:
         """Every array, in the order of the model."""
         found = []
         for name, dims in config.outer_tensors.items():
-            found.append(Leaf(name, name, dims, (), 1, name.split(".")[0] in self.outer, ("outer",)))
+            found.append(ParamSpec(name, name, dims, (), 1, name.split(".")[0] in self.outer, ("outer",)))
         first = 0
         for number, (periods, sizes) in enumerate(self.segments):
             length = sum(sizes)
@@ -89,7 +89,7 @@ class Layout:
                 groups: tuple[Group, ...] = tuple("injected" if self.injected[i] else "kept" for i in layers)
                 for tensor, dims in config.layer_tensors.items():
                     name = f"layers.{number}.{stack}.{tensor}"
-                    found.append(Leaf(name, tensor, ("L", *dims), layers, periods, self.trains[start], groups))
+                    found.append(ParamSpec(name, tensor, ("L", *dims), layers, periods, self.trains[start], groups))
             first += periods * length
         return found
 
@@ -147,7 +147,7 @@ def _ranges(text: str, L: int) -> set[int]:
 Arrays = dict[str, jax.Array]
 
 
-def group(params: Mapping[str, Any], leaves: Sequence[Leaf]) -> tuple[Arrays, Arrays]:
+def group(params: Mapping[str, Any], leaves: Sequence[ParamSpec]) -> tuple[Arrays, Arrays]:
     """Cut layer-stacked params into what trains and what does not, by the names of ``leaves``. Pure."""
     parts: tuple[Arrays, Arrays] = ({}, {})
     for leaf in leaves:
@@ -157,7 +157,7 @@ def group(params: Mapping[str, Any], leaves: Sequence[Leaf]) -> tuple[Arrays, Ar
     return parts
 
 
-def ungroup(trained: Arrays, frozen: Arrays, leaves: Sequence[Leaf]) -> dict[str, Any]:
+def ungroup(trained: Arrays, frozen: Arrays, leaves: Sequence[ParamSpec]) -> dict[str, Any]:
     """The inverse of ``group``. Where a tensor trains in some layers only, all become of the dtype that holds both."""
     flat = {leaf.name: (trained | frozen)[leaf.name] for leaf in leaves if not leaf.layers}
     for tensor in dict.fromkeys(leaf.tensor for leaf in leaves if leaf.layers):
@@ -167,7 +167,7 @@ def ungroup(trained: Arrays, frozen: Arrays, leaves: Sequence[Leaf]) -> dict[str
     return nest(flat)
 
 
-def as_model(trained: Arrays, frozen: Arrays, leaves: Sequence[Leaf]) -> dict[str, Any]:
+def as_model(trained: Arrays, frozen: Arrays, leaves: Sequence[ParamSpec]) -> dict[str, Any]:
     """Params that ``Llama`` runs as they are grouped: no copy, the layers split in periods."""
     arrays = trained | frozen
     tree = nest(

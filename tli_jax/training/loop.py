@@ -10,17 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from tli_jax.checkpoint.hf import Checkpoint, load_array
-from tli_jax.checkpoint.state import Checkpoints
-from tli_jax.command import Advance
+from tli_jax.cli.progress import Advance
 from tli_jax.data.batches import Batch, Data
+from tli_jax.distributed.mesh import batch_sharding, local_rows, param_sharding
+from tli_jax.distributed.processes import StopSignal, flag_array
 from tli_jax.errors import DataError, DivergedError, StoppedError
 from tli_jax.growth.plan import is_residual_output
-from tli_jax.parallel.mesh import batch_sharding, local_rows, param_sharding
-from tli_jax.parallel.processes import StopSignal, flag_array
+from tli_jax.hf.checkpoint import Checkpoint, load_array
+from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.metrics import Metrics
-from tli_jax.training.step import State, Trainer
+from tli_jax.training.step import Trainer, TrainState
 
 # Dense bf16 FLOP/s of a device, as their makers state them, by what JAX calls them. MFU is against these.
 _PEAK_FLOPS = {
@@ -52,7 +52,7 @@ def load(trainer: Trainer, weights: Checkpoint) -> tuple[Arrays, Arrays]:
         DataError: a file has become shorter.
     """
     parts: tuple[Arrays, Arrays] = ({}, {})
-    for leaf in trainer.leaves:
+    for leaf in trainer.param_specs:
         dtype = trainer.config.param_dtype if leaf.trains else None
         sharding = param_sharding(trainer.mesh, leaf.dims)
         parts[not leaf.trains][leaf.name] = load_array(weights.stored(leaf.tensor, leaf.layers), sharding, dtype)
@@ -61,7 +61,7 @@ def load(trainer: Trainer, weights: Checkpoint) -> tuple[Arrays, Arrays]:
 
 def restore(
     trainer: Trainer, checkpoints: Checkpoints, dtypes: Mapping[str, str], report: Callable[[str], None]
-) -> tuple[State, Arrays] | None:
+) -> tuple[TrainState, Arrays] | None:
     """The newest good checkpoint on this mesh, as state and frozen tensors; None where there is none.
 
     Args:
@@ -75,7 +75,9 @@ def restore(
     if newest is None:
         return None
     params = trainer.abstract_params(lambda leaf: dtypes[leaf.name])
-    frozen = checkpoints.restore_frozen({leaf.name: params[leaf.name] for leaf in trainer.leaves if not leaf.trains})
+    frozen = checkpoints.restore_frozen(
+        {leaf.name: params[leaf.name] for leaf in trainer.param_specs if not leaf.trains}
+    )
     if frozen is None:
         raise DataError("checkpoints/frozen is gone: restore the run folder from a copy, or use another run folder")
     return newest[1], frozen
@@ -118,10 +120,10 @@ class Feed:
     def __init__(self, trainer: Trainer, data: Data):
         config, mesh = trainer.config, trainer.mesh
         self.trainer, self.data = trainer, data
-        self.part = config.batch_size // config.accumulation
+        self.part = config.batch_size // config.grad_accum_steps
         # Rows of one part that this process holds, and the same in every part of the whole batch.
         self.local = local_rows(batch_sharding(mesh, ("B",)), self.part)
-        self.rows = [part * self.part + row for part in range(config.accumulation) for row in self.local]
+        self.rows = [part * self.part + row for part in range(config.grad_accum_steps) for row in self.local]
 
     def to_mesh(self, batch: Batch, parts: int) -> tuple[jax.Array, jax.Array]:
         """Rows of this process, ``[A * R, T+1]``, as its share of global ``[A, B, T+1]`` arrays."""
@@ -182,7 +184,7 @@ def contributions(feed: Feed, trained: Arrays, frozen: Arrays, batches: int) -> 
     for number, is_injected in enumerate(trainer.layout.injected):
         if not is_injected or whole is None:
             continue
-        outputs = [leaf for leaf in trainer.leaves if number in leaf.layers and is_residual_output(leaf.tensor)]
+        outputs = [leaf for leaf in trainer.param_specs if number in leaf.layers and is_residual_output(leaf.tensor)]
         without = {leaf.name: arrays[leaf.name].at[leaf.layers.index(number)].set(0) for leaf in outputs}
         some, others = ({n: without.get(n, array) for n, array in part.items()} for part in (trained, frozen))
         loss = feed.validate(some, others, batches)
@@ -209,7 +211,7 @@ class Loop:
         self.peak = sum(peak for peak in peaks if peak) if all(peaks) else None
         self.flops = self.trainer.flops_per_token(self.data.T)
 
-    def train(self, state: State, frozen: Arrays, advance: Advance) -> State:
+    def train(self, state: TrainState, frozen: Arrays, advance: Advance) -> TrainState:
         """Run up to the last step.
 
         Raises:
@@ -226,7 +228,7 @@ class Loop:
         reader = _Reader(self, advance)
         with StopSignal() as signal:
             for step in range(start + 1, config.steps + 1):
-                tokens, segments = self.feed.to_mesh(next(batches), config.accumulation)
+                tokens, segments = self.feed.to_mesh(next(batches), config.grad_accum_steps)
                 stop = flag_array(self.trainer.mesh, signal.requested)
                 state, measured = self.trainer.step(state, frozen, tokens, segments, stop)
                 is_told = reader.read()

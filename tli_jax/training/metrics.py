@@ -5,13 +5,14 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from tli_jax import command
-from tli_jax.config import TrainConfig
+from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.console import warn
 from tli_jax.errors import UsageError
-from tli_jax.training.run import RunFolder, reaching, replacing, writing
+from tli_jax.training.run_directory import RunDirectory, reaching, replacing, writing
 
 # What every line holds. A loss or a rate that is not finite is null.
 _COUNTS, _RATE = {"step", "tokens", "skipped"}, "tokens_per_second"
@@ -21,7 +22,7 @@ _KEYS = {*_COUNTS, _RATE, "loss", "mfu"}
 class Metrics:
     """``metrics.jsonl``, and what else was asked for: TensorBoard, Weights & Biases."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig, step: int, run_id: str):
+    def __init__(self, run: RunDirectory, config: TrainConfig, step: int, run_id: str):
         """Open the file and drop the lines after ``step``, whose steps are repeated.
 
         Raises:
@@ -73,7 +74,7 @@ class Metrics:
         self.mirror()
 
 
-def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
+def read_metrics(run: RunDirectory) -> list[dict[str, Any]]:
     """The whole lines, in order of their steps. Damaged lines are dropped, and a warning says how many.
 
     Each line has the counts ``step``, ``tokens`` and ``skipped``, a positive ``tokens_per_second``, and ``loss``,
@@ -90,7 +91,7 @@ def read_metrics(run: RunFolder) -> list[dict[str, Any]]:
     lines = content[: content.rfind(b"\n") + 1].splitlines()
     found = _rising([line for line in map(_parse_line, lines) if line is not None])
     if dropped := len(lines) - len(found):
-        command.warn(f"{file}: {dropped} of {len(lines)} lines are damaged and ignored")
+        warn(f"{file}: {dropped} of {len(lines)} lines are damaged and ignored")
     return found
 
 
@@ -129,6 +130,26 @@ def _rising(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append(lines[i])
         i = before[i]
     return found[::-1]
+
+
+def validation(lines: list[dict[str, Any]]) -> list[tuple[int, float | None]]:
+    """Validation loss after so many tokens; the first is before training. None where it was not finite."""
+    before = [(0, line["validation_loss_before"]) for line in lines if "validation_loss_before" in line]
+    return before + [(line["tokens"], line["validation_loss"]) for line in lines if "validation_loss" in line]
+
+
+def losses(lines: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The losses of a run in nats per token: ``validation_before`` and ``validation_after`` training, and ``training``,
+    the mean over the last tenth of the steps, as single batches differ. None where there is none, or it is not
+    finite."""
+    values = [value for _, value in validation(lines)]
+    tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :] if line["loss"] is not None]
+    before, after = (values[0], values[-1]) if values else (None, None)
+    return {
+        "validation_before": before,
+        "validation_after": after,
+        "training": statistics.fmean(tail) if tail else None,
+    }
 
 
 def _need(module: str, extra: str) -> Any:

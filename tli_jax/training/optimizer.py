@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tli_jax.config import TrainConfig
-from tli_jax.training.freezing import Leaf
-from tli_jax.values import Group
+from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.values import Group
+from tli_jax.training.freezing import ParamSpec
 
 GROUPS: tuple[Group, ...] = ("kept", "injected", "outer")
 
@@ -20,11 +20,11 @@ def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
     peak = config.learning_rate.get(group, config.learning_rate["all"])
     warmup = config.warmup.get(group, config.warmup["all"])
     if config.schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), config.final_share)
+        after = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), config.final_fraction)
     elif config.schedule == "wsd":
-        decay = round(config.steps * config.decay_share)
+        decay = round(config.steps * config.decay_fraction)
         flat = max(0, config.steps - warmup - decay)
-        fall = optax.linear_schedule(peak, peak * config.final_share, max(1, decay))
+        fall = optax.linear_schedule(peak, peak * config.final_fraction, max(1, decay))
         after = optax.join_schedules([optax.constant_schedule(peak), fall], [flat])
     else:
         after = optax.constant_schedule(peak)
@@ -33,7 +33,7 @@ def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def scale_by_rates(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
+def scale_by_rates(config: TrainConfig, leaves: Sequence[ParamSpec]) -> optax.GradientTransformation:
     """Multiply each layer of each leaf with minus the learning rate of its group."""
     schedules = {group: make_schedule(config, group) for group in GROUPS}
     index = {leaf.name: np.asarray([GROUPS.index(group) for group in leaf.groups]) for leaf in leaves}
@@ -52,7 +52,7 @@ def scale_by_rates(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.Gradien
     return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)  # type: ignore[arg-type]
 
 
-def _per_matrix(leaf: Leaf, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
+def _per_matrix(leaf: ParamSpec, transformation: optax.GradientTransformation) -> optax.GradientTransformation:
     """The same on each layer of a stack by itself, and each expert, for what looks at a whole array: its two largest
     dims, its mean."""
     stacked = bool(leaf.layers) + (len(leaf.dims) == 4)
@@ -69,7 +69,7 @@ def _as_large_as_adam_s(update: jax.Array) -> jax.Array:
     return 0.2 * max(update.shape[-2:]) ** 0.5 * update
 
 
-def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, leaves: Sequence[ParamSpec]) -> optax.GradientTransformation:
     """The update of the leaves that train, a dict by their names: clip, direction, weight decay, learning rate.
 
     AdamW (arXiv 1711.05101), Lion (arXiv 2302.06675), Adafactor (arXiv 1804.04235, factored within a layer), or Muon
@@ -102,6 +102,6 @@ def make_optimizer(config: TrainConfig, leaves: Sequence[Leaf]) -> optax.Gradien
             {leaf.name: leaf.name for leaf in leaves},
         )
     decayed = {leaf.name: is_matrix[leaf.name] or leaf.tensor.startswith("lm_head") for leaf in leaves}
-    parts = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     parts += [direction, optax.add_decayed_weights(config.weight_decay, decayed), scale_by_rates(config, leaves)]
     return optax.chain(*parts)

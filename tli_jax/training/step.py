@@ -10,36 +10,36 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tli_jax.config import TrainConfig
-from tli_jax.models.attention import Kernel
+from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.values import Group
+from tli_jax.distributed.mesh import batch_sharding, constrain, param_sharding, replicated
+from tli_jax.models.attention import AttentionImpl
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, Run
+from tli_jax.models.llama import ForwardOptions, Llama
 from tli_jax.models.loss import LOGITS, next_tokens, token_losses
-from tli_jax.models.moe import Mix, every_expert
-from tli_jax.parallel.mesh import batch_sharding, param_sharding, place, replicated
-from tli_jax.training.freezing import Arrays, Layout, Leaf, as_model
+from tli_jax.models.moe import ExpertDispatch, every_expert
+from tli_jax.training.freezing import Arrays, Layout, ParamSpec, as_model
 from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
-from tli_jax.values import Group
 
 # Steps before which a gradient is not called a spike, and the weight of the newest in the running mean of its norm.
 _SPIKE_AFTER = 20
 _NORM_WEIGHT = 0.05
 
 
-class State(NamedTuple):
+class TrainState(NamedTuple):
     """All that a step changes.
 
     Args:
         step: steps done, skipped ones included; so the data position too.
         trained: the parameters that train, by the names of their leaves, in ``param_dtype``.
-        moments: the state of the optimizer.
+        optimizer_state: the state of the optimizer.
         skipped: bad steps in a row.
         norm: running mean of the gradient's norm.
     """
 
     step: jax.Array
     trained: Arrays
-    moments: optax.OptState
+    optimizer_state: optax.OptState
     skipped: jax.Array
     norm: jax.Array
 
@@ -52,36 +52,38 @@ class Trainer:
     config: TrainConfig
     layout: Layout
     mesh: Mesh
-    kernel: Kernel
-    mix: Mix = every_expert
+    attention_impl: AttentionImpl
+    dispatch: ExpertDispatch = every_expert
 
     @functools.cached_property
-    def leaves(self) -> list[Leaf]:
-        return self.layout.leaves(self.model)
+    def param_specs(self) -> list[ParamSpec]:
+        return self.layout.param_specs(self.model)
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        return make_optimizer(self.config, self.leaves)
+        return make_optimizer(self.config, self.param_specs)
 
     @property
-    def run(self) -> Run:
-        placed = functools.partial(place, self.mesh)
-        return Run(self.config.compute_dtype, self.config.remat, self.kernel, self.mix, placed)
+    def forward_options(self) -> ForwardOptions:
+        constrained = functools.partial(constrain, self.mesh)
+        return ForwardOptions(
+            self.config.compute_dtype, self.config.remat, self.attention_impl, self.dispatch, constrained
+        )
 
-    def abstract_params(self, dtypes: Callable[[Leaf], Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    def abstract_params(self, dtypes: Callable[[ParamSpec], Any]) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and place of every leaf."""
         return {
             leaf.name: jax.ShapeDtypeStruct(
                 leaf.shape(self.model), dtypes(leaf), sharding=param_sharding(self.mesh, leaf.dims)
             )
-            for leaf in self.leaves
+            for leaf in self.param_specs
         }
 
     def abstract_state(self) -> Any:
         """Shape, dtype and place of every array of the state; moments lie where their parameters do."""
         everywhere = replicated(self.mesh)
         params = self.abstract_params(lambda leaf: self.config.param_dtype)
-        trained = {leaf.name: params[leaf.name] for leaf in self.leaves if leaf.trains}
+        trained = {leaf.name: params[leaf.name] for leaf in self.param_specs if leaf.trains}
 
         def place_moment(path: tuple[Any, ...], moment: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in trained]
@@ -92,14 +94,14 @@ class Trainer:
         moments = jax.tree_util.tree_map_with_path(place_moment, jax.eval_shape(self.optimizer.init, trained))
         whole = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
         mean = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
-        return State(*cast(Any, (whole, trained, moments, whole, mean)))
+        return TrainState(*cast(Any, (whole, trained, moments, whole, mean)))
 
-    def init(self, trained: Arrays) -> State:
+    def init(self, trained: Arrays) -> TrainState:
         """The state before the first step; ``trained`` is taken over."""
 
-        def make(trained: Arrays) -> State:
+        def make(trained: Arrays) -> TrainState:
             zero = jnp.zeros((), jnp.int32)
-            return State(zero, trained, self.optimizer.init(trained), zero, jnp.zeros((), jnp.float32))
+            return TrainState(zero, trained, self.optimizer.init(trained), zero, jnp.zeros((), jnp.float32))
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
@@ -108,10 +110,10 @@ class Trainer:
         self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See ``models.loss.token_losses``."""
-        model = Llama(self.model, as_model(trained, frozen, self.leaves))
+        model = Llama(self.model, as_model(trained, frozen, self.param_specs))
         # A device has its share of the batch and of the vocabulary, so that much more fits at a time.
         chunk = LOGITS * self.mesh.size // self.model.vocab_size
-        return token_losses(model, tokens, chunk, segments, self.run)
+        return token_losses(model, tokens, chunk, segments, self.forward_options)
 
     def _sums(self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> tuple[Any, Any]:
         """What is differentiated, summed over targets; and its parts: the cross-entropy, the number of targets, and the
@@ -124,15 +126,15 @@ class Trainer:
         return whole + self.config.balance_loss * count * balance, (loss, count, balance)
 
     def _step(
-        self, state: State, frozen: Arrays, tokens: jax.Array, segments: jax.Array, stop: jax.Array
-    ) -> tuple[State, dict[str, jax.Array]]:
+        self, state: TrainState, frozen: Arrays, tokens: jax.Array, segments: jax.Array, stop: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         grad = jax.value_and_grad(self._sums, has_aux=True)
 
         def part(carry: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
             (_, aux), gradients = grad(state.trained, frozen, *batch)
             return jax.tree.map(jnp.add, carry, (gradients, aux)), None
 
-        parts = self.config.accumulation
+        parts = self.config.grad_accum_steps
         if parts == 1:
             (_, (loss, count, *balance)), gradients = grad(state.trained, frozen, tokens[0], segments[0])
         else:
@@ -146,10 +148,10 @@ class Trainer:
         is_bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
         if self.config.spike:
             is_bad |= (state.step >= _SPIKE_AFTER) & (norm > self.config.spike * state.norm)
-        updates, moments = self.optimizer.update(gradients, state.moments, state.trained)
+        updates, moments = self.optimizer.update(gradients, state.optimizer_state, state.trained)
         trained = optax.apply_updates(state.trained, updates)
         running = jnp.where(state.norm == 0, norm, (1 - _NORM_WEIGHT) * state.norm + _NORM_WEIGHT * norm)
-        kept = (state.trained, state.moments, state.norm)
+        kept = (state.trained, state.optimizer_state, state.norm)
         trained, moments, running = jax.tree.map(
             lambda old, new: jnp.where(is_bad, old, new), kept, (trained, moments, running)
         )
@@ -159,10 +161,10 @@ class Trainer:
             metrics["balance"] = balance[0] / parts
         # Computed here and not where they are logged: there it would wait for the device. In a fixed order, as the
         # programs of all processes must be the same to the last operation, or their collectives deadlock.
-        found = {group for leaf in self.leaves if leaf.trains for group in leaf.groups}
+        found = {group for leaf in self.param_specs if leaf.trains for group in leaf.groups}
         groups: list[Group] = [group for group in GROUPS if group in found]
         metrics |= {f"learning_rate_{group}": jnp.asarray(make_schedule(self.config, group)(step)) for group in groups}
-        return State(step, trained, moments, skipped, running), metrics
+        return TrainState(step, trained, moments, skipped, running), metrics
 
     @functools.cached_property
     def step(self) -> Any:

@@ -1,0 +1,77 @@
+"""Meshes: what is refused, what lies where, and which rows a process holds."""
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tli_jax.distributed.mesh import batch_sharding, check_fits, local_rows, make_mesh, param_sharding
+from tli_jax.errors import UsageError
+
+SIZES = {"V": 64, "D": 32, "F": 48, "H": 4, "K": 2, "E": 0}
+
+
+@pytest.mark.parametrize(
+    ("degrees", "shape"),
+    [
+        ({}, (1, 8, 1, 1)),
+        ({"data": 2}, (2, 4, 1, 1)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 1, 2)),
+        ({"fsdp": 2, "expert": 4}, (1, 2, 4, 1)),
+        ({"data": -1}, (8, 1, 1, 1)),
+        ({"tensor": -1}, (1, 1, 1, 8)),
+        ({"fsdp": -1, "tensor": 4}, (1, 2, 1, 4)),
+    ],
+)
+def test_degrees(degrees, shape):
+    assert tuple(make_mesh(degrees).shape.values()) == shape
+
+
+@pytest.mark.parametrize(
+    ("degrees", "words"),
+    [
+        ({"data": 3, "fsdp": 2}, "mesh: data 3 × fsdp 2 × expert 1 × tensor 1 does not give the 8 devices"),
+        ({"data": 3}, "mesh: data 3 × fsdp -1 × expert 1 × tensor 1 does not give the 8 devices"),
+        ({"data": 16, "fsdp": 1}, "does not give the 8 devices"),
+        (
+            {"data": -1, "fsdp": -1},
+            "mesh: data -1 × fsdp -1 × expert 1 × tensor 1: every axis must be 1 or more, and one at most",
+        ),
+        ({"tensor": 0}, "every axis must be 1 or more"),
+    ],
+)
+def test_what_does_not_multiply_is_refused(degrees, words):
+    with pytest.raises(UsageError) as error:
+        make_mesh(degrees)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "batch", "words"),
+    [
+        ({"K": 1}, 8, "key/value heads 1 cannot be cut over tensor = 2"),
+        ({"V": 63}, 8, "vocabulary 63 cannot be cut over tensor = 2"),
+        ({"D": 31}, 8, "hidden size 31 cannot be cut over fsdp = 2"),
+        ({}, 6, "batch size / grad_accum_steps 6 cannot be cut over data × fsdp = 4"),
+    ],
+)
+def test_sizes_that_cannot_be_cut_are_refused(sizes, batch, words):
+    with pytest.raises(UsageError) as error:
+        check_fits(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), SIZES | sizes, batch)
+    assert words in str(error.value)
+    check_fits(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), SIZES, 8)
+
+
+def test_dims_say_where_an_array_lies():
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    assert param_sharding(mesh, ("L", "Hh", "D")).spec == P(None, "tensor", "fsdp")
+    assert param_sharding(mesh, ("L", "D", "F")).spec == P(None, "fsdp", "tensor")
+    assert param_sharding(mesh, ("V", "D")).spec == P("tensor", "fsdp")
+    assert batch_sharding(mesh, ("A", "B", "T")).spec == P(None, ("data", "fsdp"), None)
+    # A weight as it is used: whole but for what tensor parallelism keeps apart.
+    assert batch_sharding(mesh, ("V", "D")).spec == P("tensor", None)
+
+
+def test_one_process_holds_all_rows():
+    mesh = make_mesh({"data": 2, "tensor": 2})
+    assert local_rows(batch_sharding(mesh, ("B",)), 12) == list(range(12))
+    assert len(jax.devices()) == 8

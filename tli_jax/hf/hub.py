@@ -1,0 +1,161 @@
+"""Where a model comes from: a folder here, the package itself, or the Hugging Face hub (neither code nor pickles)."""
+
+import atexit
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import tempfile
+from importlib import resources
+from pathlib import Path
+
+from tli_jax.errors import DataError, MissingInputError, StorageError, TliError, UnavailableError, UsageError
+from tli_jax.hf.headers import INDEX, MAX_HEADER, SINGLE, parse_json
+from tli_jax.hf.sidecar import ALLOWED
+
+EMBEDDED = "embedded"
+_CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json", "training.json")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
+_SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
+_FIRST_READ = 65_536  # bytes; most headers are shorter, so that one request is enough
+
+
+def resolve(model: Path | str, revision: str | None = None, headers_only: bool = False) -> Path:
+    """The local folder that holds ``model``: a folder, which is returned as it is, the word ``embedded`` for the small
+    base that the package carries, or else a hub id ``name/name``.
+
+    ``revision`` is a branch, tag or full commit hash on the hub. A hub model lands in the hub's cache, in a folder that
+    is named by the commit. With ``headers_only``, unless its weights are cached, it lands in a temporary folder of that
+    name, gone when the process ends: configuration, index and sparse safetensors files, which have their real header
+    and their real size, but no weights (they read as zeros). That is good for a plan, and for nothing else.
+
+    Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer, not
+    cached), DataError (only pickles; damaged index), StorageError (disk), UsageError (a folder with ``revision``).
+    """
+    model = str(model)
+    if model == EMBEDDED:
+        return Path(str(resources.files("tli_jax") / "assets" / "base"))
+    folder = os.path.expanduser(model)  # noqa: PTH111  # Path's own raises where there is no such home
+    if os.path.isdir(folder):  # noqa: PTH112  # and Path.is_dir where the name is too long
+        if revision is not None:
+            raise UsageError(f"{model!r} is a folder here, which has no revision {revision!r}: leave the revision out")
+        return Path(folder)
+    if not _HUB_ID.fullmatch(model):
+        raise MissingInputError(f"no folder {model!r}, and it is no hub id either: give a folder, or name/name")
+
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
+
+    try:
+        return _fetch(model, revision, headers_only)
+    except (HTTPError, OSError, RuntimeError, UnicodeError, json.JSONDecodeError) as error:
+        problem = _in_our_words(error, model, revision)
+    # Raised out here because inside `except` the exception above, whose text may quote the token, would be its context.
+    raise problem
+
+
+def origin(folder: Path) -> tuple[str, str] | None:
+    """Hub id and commit of a folder in the hub's cache; None for any other folder."""
+    snapshots = Path(os.path.abspath(folder)).parent  # noqa: PTH100  # Path.absolute keeps the ".."
+    repository = snapshots.parent.name
+    if snapshots.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/"), Path(os.path.abspath(folder)).name  # noqa: PTH100
+
+
+def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
+    import huggingface_hub as hf
+
+    if not isinstance(hf.try_to_load_from_cache(model, "config.json", revision=revision), str):
+        # Asked once, because a download asks a hub that does not answer again and again, for half a minute.
+        hf.get_hf_file_metadata(hf.hf_hub_url(model, "config.json", revision=revision))
+    commit = Path(hf.hf_hub_download(model, "config.json", revision=revision)).parent.name
+
+    def download(*patterns: str) -> Path:
+        # In these patterns a * matches slashes too. Only some of ours have a *, and none is meant for a sub-folder's.
+        never = ["*.py", "*.bin", "*/*/*", *(f"{pattern}/*" for pattern in ALLOWED if pattern.endswith("*"))]
+        return Path(hf.snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=never))
+
+    folder = download(*_CONFIG_FILES, *(() if headers_only else ALLOWED))
+    shards = _shards(folder, model)
+    if not headers_only and shards:
+        download(*shards)
+    elif not all((folder / shard).is_file() for shard in shards):
+        folder = _without_weights(folder, shards, model)
+    if any((folder / shard).is_file() for shard in shards):
+        return folder  # one that lacks some of its shards is the reader's to refuse: it names them all
+    files = [file.rfilename for file in hf.HfApi().model_info(model, revision=commit, timeout=10).siblings or []]
+    if pickles := sorted(file for file in files if file.endswith((".bin", ".pth", ".pt", ".ckpt"))):
+        raise DataError(f"hub model {model!r} has only pickled weights ({pickles[0]}): convert them to safetensors")
+    raise MissingInputError(f"hub model {model!r} has no weights: looked for {SINGLE} and the shards named by {INDEX}")
+
+
+def _shards(folder: Path, model: str) -> list[str]:
+    """Names of the safetensors files to fetch; where there is an index, those that it names and no others."""
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    weight_map = parse_json((folder / INDEX).read_bytes(), f"hub model {model!r}: {INDEX}").get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise DataError(f"hub model {model!r}: {INDEX}: weight_map must be an object of tensor name → file name")
+    return sorted({name for name in weight_map.values() if isinstance(name, str) and _SHARD.fullmatch(name)})
+
+
+def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
+    """A temporary copy of ``folder`` with sparse shards; shards that the hub lacks are left out."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+    root = Path(tempfile.mkdtemp(prefix="tli_jax-headers-only-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    copy = Path(shutil.copytree(folder, root / folder.name, ignore=lambda _, names: set(names) - set(_CONFIG_FILES)))
+
+    def read(shard: str, url: str, start: int, stop: int) -> bytes:
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        # Streamed, because a server that knows no ranges answers 200 and sends the whole file.
+        with http_stream_backoff("GET", url, headers=headers, timeout=10, max_retries=2) as response:
+            hf_raise_for_status(response)
+            data = response.read() if response.status_code == 206 else b""
+        if len(data) != stop - start:
+            raise UnavailableError(f"the hub does not serve parts of {shard} of {model!r}: download the model first")
+        return data
+
+    def write(shard: str) -> None:
+        url = hf_hub_url(model, shard, revision=folder.name)
+        try:
+            size = get_hf_file_metadata(url).size or 0
+        except EntryNotFoundError:
+            return
+        data = read(shard, url, 0, min(size, _FIRST_READ)) if size else b""
+        end = 8 + int.from_bytes(data[:8], "little")
+        if len(data) < end <= min(size, MAX_HEADER):
+            data += read(shard, url, len(data), end)
+        (copy / shard).write_bytes(data[:end])  # of what is no safetensors file, enough for the reader to name it
+        os.truncate(copy / shard, size)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a model of 400B parameters has 200 shards
+        list(pool.map(write, shards))
+    return copy
+
+
+def _in_our_words(error: Exception, model: str, revision: str | None) -> TliError:
+    """What an exception of huggingface_hub means to the user, without any of its text: it may quote the token."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    log_in = "log in ('hf auth login', or set HF_TOKEN)"
+    if isinstance(cause, errors.GatedRepoError):
+        return MissingInputError(f"hub model {model!r} is gated: accept its licence on its hub page, and {log_in}")
+    if isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403):
+        return MissingInputError(f"no folder {model!r} and no hub model that you may read: check the name, or {log_in}")
+    if isinstance(cause, errors.RevisionNotFoundError):
+        return MissingInputError(f"hub model {model!r} has no revision {revision!r}: give a branch, tag or full commit")
+    if isinstance(cause, errors.RemoteEntryNotFoundError):
+        return MissingInputError(f"hub model {model!r} has no config.json: only Hugging Face Llama folders can be read")
+    if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
+        return StorageError(f"cannot store {model!r} ({os.strerror(cause.errno)}): point HF_HOME, TMPDIR to free space")
+    if isinstance(cause, errors.OfflineModeIsEnabled):
+        return UnavailableError(f"no folder {model!r}, HF_HUB_OFFLINE is set and the hub cache lacks it: go online")
+    why = f"answers HTTP {status}" if status else f"cannot be reached ({type(cause).__name__})"
+    return UnavailableError(f"no folder {model!r}, and the hub {why}: check the connection, or give a folder")
