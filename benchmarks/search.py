@@ -27,9 +27,10 @@ import numpy as np
 import optax
 
 from tli_jax import train
-from tli_jax.cli.config import CompareConfig, parse
+from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.console import console
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import parse
 from tli_jax.comparison.run import compare
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import tli

@@ -15,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tli_jax import upscale
-from tli_jax.cli.config import CompareConfig, growth_config, parse
+from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import growth_config, parse
 from tli_jax.compare import main
 from tli_jax.comparison.contenders import make_contenders
 from tli_jax.hf import hub

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tli_jax import preflight
-from tli_jax.cli.config import PreflightConfig, UpscaleConfig, parse
+from tli_jax.cli.config import PreflightConfig, UpscaleConfig
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import parse
 from tli_jax.distributed import topology
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.models.shapes import SHAPES

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tli_jax.hf.grown_config import grown_config
     from tli_jax.hf.save import save_hf
     from tli_jax.models.config import LlamaConfig
-    from tli_jax.models.generate import generate
+    from tli_jax.models.generate import generate_tokens
     from tli_jax.models.llama import Llama, forward, init_params
     from tli_jax.models.loss import losses
     from tli_jax.verify.importance import measure_importance
@@ -52,7 +52,7 @@ _HOMES = {
     ),
     "tli_jax.growth.upcycle": ("upcycle",),
     "tli_jax.models.config": ("LlamaConfig",),
-    "tli_jax.models.generate": ("generate",),
+    "tli_jax.models.generate": ("generate_tokens",),
     "tli_jax.models.llama": ("Llama", "forward", "init_params"),
     "tli_jax.models.loss": ("losses",),
 }
@@ -70,7 +70,7 @@ __all__ = [
     "custom",
     "dus",
     "forward",
-    "generate",
+    "generate_tokens",
     "grown_config",
     "init_params",
     "inject",

@@ -4,9 +4,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from tli_jax.cli.config import CompareConfig, parse
+from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.console import console
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import parse
 from tli_jax.comparison.run import compare
 from tli_jax.distributed import processes
 from tli_jax.reporting.comparison import describe, tabulate

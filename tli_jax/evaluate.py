@@ -7,9 +7,10 @@ from typing import Any
 import rich.box
 import rich.table
 
-from tli_jax.cli.config import EvaluateConfig, parse
+from tli_jax.cli.config import EvaluateConfig
 from tli_jax.cli.console import console, print_json
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import parse
 from tli_jax.distributed import processes
 from tli_jax.evaluation.evaluate import evaluate
 

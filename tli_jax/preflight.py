@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from tli_jax.checks.preflight import Preflight
-from tli_jax.cli.config import PreflightConfig, TrainConfig, parse
+from tli_jax.cli.config import PreflightConfig, TrainConfig
 from tli_jax.cli.console import print_json
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import parse
 from tli_jax.distributed import processes
 from tli_jax.errors import UsageError
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tli_jax.cli.config import UpscaleConfig, parse
+from tli_jax.cli.config import UpscaleConfig
 from tli_jax.cli.console import console, print_json, printable, say
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.parse import parse
 from tli_jax.distributed import processes
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub
@@ -89,14 +90,16 @@ def _sample(job: Job, screen: Any, prompt: str) -> None:
     import jax.numpy as jnp
 
     from tli_jax.hf.checkpoint import load_hf
-    from tli_jax.models.generate import generate
+    from tli_jax.models.generate import generate_tokens
 
     assert job.tokenizer is not None, "refused at the start"
     for name, folder in {"base": job.base.folder, "grown": Path(str(job.config.output))}.items():
         config, params = load_hf(folder)
         bos = [] if config.bos_token_id is None else [config.bos_token_id]
         ids = np.asarray([bos + job.tokenizer.encode(prompt)])
-        longer = generate(config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1]))
+        longer = generate_tokens(
+            config, params, jnp.asarray(ids), min(64, config.max_position_embeddings - ids.shape[1])
+        )
         text = job.tokenizer.decode(np.asarray(longer)[0, len(bos) :].tolist())
         screen.print(f"{name:>5} writes: {text!r}", soft_wrap=True)
 

@@ -12,7 +12,7 @@ from tli_jax.growth.methods import dus, tli
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.checkpoint import load_hf
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.generate import generate
+from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import Llama, forward
 from tli_jax.models.loss import token_losses
 
@@ -58,14 +58,14 @@ def test_other_growth_does_change_them(stories: Stories, plan: Plan):
 def test_cached_generation_equals_uncached_and_the_bases(stories: Stories):
     config, params, _ = stories
     prompt = jnp.full((1, 1), config.bos_token_id)
-    base = generate(config, params, prompt, 60)
+    base = generate_tokens(config, params, prompt, 60)
     grown = grow(params, tli(5, 2))
-    np.testing.assert_array_equal(generate(config, grown, prompt, 60), base)
-    np.testing.assert_array_equal(generate(config, grown, prompt, 60, cached=False), base)
+    np.testing.assert_array_equal(generate_tokens(config, grown, prompt, 60), base)
+    np.testing.assert_array_equal(generate_tokens(config, grown, prompt, 60, cached=False), base)
     # A cache that mixed up its layers could go unseen where the injected ones add nothing.
     grown = grow(params, tli(5, 2, "half"))
-    cached = generate(config, grown, prompt, 60)
-    np.testing.assert_array_equal(cached, generate(config, grown, prompt, 60, cached=False))
+    cached = generate_tokens(config, grown, prompt, 60)
+    np.testing.assert_array_equal(cached, generate_tokens(config, grown, prompt, 60, cached=False))
     assert (cached != base).any()
 
 

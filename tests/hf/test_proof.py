@@ -16,7 +16,7 @@ from tli_jax.growth.plan import Plan
 from tli_jax.hf import tokens
 from tli_jax.hf.checkpoint import load_hf, open_checkpoint
 from tli_jax.hf.headers import read_folder
-from tli_jax.models.generate import generate
+from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import forward
 from tli_jax.verify import proof
 
@@ -329,7 +329,7 @@ def test_the_grown_folder_tells_the_same_story_in_transformers(material: Path, g
     ids = torch.full((1, 1), model.config.bos_token_id)
     story = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False).numpy()
     config, params = load_hf(material / "stories260k")
-    np.testing.assert_array_equal(story, generate(config, params, ids.numpy(), 200))
+    np.testing.assert_array_equal(story, generate_tokens(config, params, ids.numpy(), 200))
     # The tokenizer came along.
     text = transformers.AutoTokenizer.from_pretrained(grown).decode(story[0], skip_special_tokens=True)
     assert text.startswith(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.generate import generate
+from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import ForwardOptions, Llama, forward, init_params
 from tli_jax.models.loss import token_losses
 from tli_jax.models.moe import choose, chosen_experts, every_expert
@@ -105,8 +105,8 @@ def test_both_ways_through_the_whole_model():
 def test_cached_generation_equals_uncached():
     params = init_params(dataclasses.replace(CONFIG, initializer_range=0.3), jax.random.key(0))
     prompt = jnp.asarray([[5, 9, 11]])
-    cached = generate(CONFIG, params, prompt, 12)
-    np.testing.assert_array_equal(cached, generate(CONFIG, params, prompt, 12, cached=False))
+    cached = generate_tokens(CONFIG, params, prompt, 12)
+    np.testing.assert_array_equal(cached, generate_tokens(CONFIG, params, prompt, 12, cached=False))
 
 
 @pytest.fixture(scope="module")

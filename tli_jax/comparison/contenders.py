@@ -4,7 +4,9 @@ import dataclasses
 import re
 from typing import Any
 
-from tli_jax.cli.config import CompareConfig, growth_config, plain
+from tli_jax.cli.config import CompareConfig
+from tli_jax.cli.parse import growth_config
+from tli_jax.cli.yaml_file import plain
 from tli_jax.errors import UsageError
 from tli_jax.growth.sizes import fit
 from tli_jax.hf.checkpoint import Checkpoint

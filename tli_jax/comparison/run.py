@@ -19,18 +19,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tli_jax.cli.config import (
-    CompareConfig,
-    Recipe,
-    UpscaleConfig,
-    difference,
-    from_yaml,
-    growth_config,
-    plain,
-    to_yaml,
-)
+from tli_jax.cli.config import CompareConfig, Recipe, UpscaleConfig
 from tli_jax.cli.console import logging_to, say, warn
+from tli_jax.cli.parse import difference, from_yaml, growth_config
 from tli_jax.cli.progress import Advance, progress
+from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.comparison.contenders import BASE, OLD_LAYERS, RANDOM, Contender, make_contenders
 from tli_jax.comparison.statistics import analyse
 from tli_jax.distributed import processes

@@ -10,7 +10,7 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, Params, make_cache
 
 
-def generate(
+def generate_tokens(
     config: LlamaConfig,
     params: Params,
     prompt_BT: jax.Array,

@@ -30,7 +30,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tli_jax.cli.config import TrainConfig, difference, from_yaml, plain, to_yaml
+from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.parse import difference, from_yaml
+from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.errors import DataError, MissingInputError, OutputError, StorageError, UnavailableError, UsageError
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint, read_chunks
