@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from tli_jax.models.loss import losses
     from tli_jax.verify.importance import measure_importance
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "tli_jax.hf.checkpoint": ("load_hf",),
     "tli_jax.hf.grown_config": ("grown_config",),

@@ -13,23 +13,23 @@ import rich.text
 
 
 def printable(text: str) -> str:
-    """One line of text, safe to show: whatever does not print, such as control characters, line breaks, bidirectional
-    overrides and lone surrogates, is escaped as in a Python string."""
+    """Text that is safe to print: characters that do not print (control characters, line breaks, bidirectional
+    overrides, lone surrogates) are escaped as in a Python string."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def to_json(content: Any, indent: int = 2) -> str:
-    """JSON for a file or a terminal. Non-ASCII stays as it is, but what does not print is escaped.
+    """JSON for a file or a terminal. Non-ASCII text is kept; characters that do not print are escaped.
 
     Raises:
-        ValueError: a number is NaN or infinite, which JSON does not have.
+        ValueError: a number is NaN or infinite, which JSON cannot represent.
     """
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def finite(content: Any) -> Any:
-    """The same, with null for each number that is NaN or infinite."""
+    """A copy with null in place of every NaN and infinity."""
     if isinstance(content, dict):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
@@ -38,7 +38,7 @@ def finite(content: Any) -> Any:
 
 
 def print_json(content: Any) -> None:
-    """JSON on stdout, in ASCII where stdout cannot take anything else."""
+    """Print JSON to stdout, in ASCII if the encoding of stdout requires it."""
     text = to_json(content)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
@@ -52,7 +52,7 @@ _log: contextvars.ContextVar[TextIO | None] = contextvars.ContextVar("log", defa
 
 @contextlib.contextmanager
 def logging_to(file: TextIO) -> Iterator[None]:
-    """Whatever is printed within, progress too, goes to a file: of one piece of work of many."""
+    """Send everything printed inside, progress included, to a file."""
     token = _log.set(file)
     try:
         yield
@@ -61,9 +61,9 @@ def logging_to(file: TextIO) -> Iterator[None]:
 
 
 class Console(rich.console.Console):
-    """Prints strings as they are, in tables too: no markup, no emoji codes, no highlighting, no escape sequences.
+    """Prints strings as they are, also in tables: no markup, emoji codes, highlighting or escape sequences.
 
-    What is to look special is made of ``rich.text.Text``, whose parts go through ``printable`` if they are not ours.
+    Use ``rich.text.Text`` for styled text, and pass text from outside through ``printable`` first.
     """
 
     def __init__(self, **options: Any):
@@ -73,9 +73,9 @@ class Console(rich.console.Console):
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
     def show(self, table: rich.console.RenderableType) -> None:
-        """Print a table whole: where the terminal is narrower, it breaks the lines, and no number is cut."""
-        wide = self.measure(table, options=self.options.update_width(10_000)).maximum
-        width, self.width = self.width, max(wide, self.width)
+        """Print a table in full: a narrower terminal wraps its lines instead of cutting numbers."""
+        full = self.measure(table, options=self.options.update_width(10_000)).maximum
+        width, self.width = self.width, max(full, self.width)
         try:
             self.print(table, crop=False)
         finally:
@@ -83,18 +83,18 @@ class Console(rich.console.Console):
 
 
 def console(is_stderr: bool = False) -> Console:
-    """Where to print: as wide as the terminal, 120 characters elsewhere."""
+    """The console to print to: as wide as the terminal or ``COLUMNS``, otherwise 120 characters."""
     if (log := _log.get()) is not None:
         return Console(file=log, width=120)
-    made = Console(stderr=is_stderr)
-    return made if made.is_terminal else Console(stderr=is_stderr, width=120)
+    terminal = Console(stderr=is_stderr)
+    return terminal if terminal.is_terminal else Console(stderr=is_stderr, width=120)
 
 
 def say(line: str) -> None:
-    """One line on stderr."""
+    """Print one line to stderr."""
     console(is_stderr=True).print(printable(" ".join(line.split())), soft_wrap=True)
 
 
 def warn(message: str) -> None:
-    """One line on stderr that says so."""
+    """Print one line to stderr that starts with "warning:"."""
     say(f"warning: {message}")

@@ -1,38 +1,39 @@
-"""Progress: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress on stderr: a bar on a terminal, a line every few seconds elsewhere."""
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import rich.console
 import rich.progress
+from rich.filesize import decimal
 
 from tli_jax.cli.console import console, printable
 
-# Seconds between two plain lines of progress where there is no terminal.
-_LINE_EVERY = 5.0
+LINE_EVERY = 10.0  # seconds between two lines of progress without a terminal
 
 
 class Advance(Protocol):
-    """To be told of the amount of work done since the last call, from any thread, with a note to show beside it."""
+    """Progress callback: the work done since the last call, and a note to show beside it. Thread-safe."""
 
     def __call__(self, amount: int, note: str = "", /) -> None: ...
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int, unit: str = "bytes", done: int = 0) -> Iterator[Advance]:
-    """Show how far work has come, on stderr: a bar on a terminal, a line every few seconds elsewhere.
+    """Show progress on stderr.
 
     Args:
-        done: how much was done before.
+        total: amount of work, in ``unit``.
+        done: amount that was done earlier, for example before a run was resumed.
 
     Yields:
-        A function to be told of progress.
+        The progress callback.
     """
     screen, title = console(is_stderr=True), printable(title)
     if not screen.is_terminal:
-        yield from _lines(title, total, done, screen)
+        yield from _print_lines(title, total, unit, done, screen)
         return
     amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
     columns = (
@@ -47,15 +48,30 @@ def progress(title: str, total: int, unit: str = "bytes", done: int = 0) -> Iter
         yield lambda amount, note="", /: bar.update(task, advance=amount, note=printable(note))
 
 
-def _lines(title: str, total: int, done: int, screen: rich.console.Console) -> Iterator[Advance]:
-    shown = started = time.monotonic()
+def _print_lines(title: str, total: int, unit: str, done: int, screen: rich.console.Console) -> Iterator[Advance]:
+    first, started = done, time.monotonic()
+    shown = started
+    show: Callable[[int], str] = decimal if unit == "bytes" else "{:,}".format
 
     def advance(amount: int, note: str = "", /) -> None:
         nonlocal done, shown
         done += amount
-        if time.monotonic() - shown > _LINE_EVERY:
-            shown = time.monotonic()
-            screen.print(f"{title} {100 * done // max(total, 1)} % {printable(note)}".rstrip())
+        now = time.monotonic()
+        if now - shown < LINE_EVERY:
+            return
+        shown = now
+        parts = [f"{title} {show(done)}/{show(total)}" + f" {unit}" * (unit != "bytes"), printable(note)]
+        if done > first and done < total:
+            parts.append(f"{_duration((now - started) / (done - first) * (total - done))} left")
+        screen.print(" · ".join(filter(None, parts)), soft_wrap=True)
 
     yield advance
-    screen.print(f"{title} done in {time.monotonic() - started:.1f} s")
+    screen.print(f"{title} done in {_duration(time.monotonic() - started)}", soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    """``2.5 s``, ``3 min 20 s`` or ``5 h 12 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,12 +1,15 @@
-"""Types of a configuration's keys: how what stands in YAML, or on a command line, is read, and what it may be."""
+"""Types of configuration values: how each is read from YAML or a command-line flag, and its valid range."""
 
 import dataclasses
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic.dataclasses import dataclass
+
+from tli_jax.errors import nearest
 
 
 def _split(value: Any) -> Any:
@@ -15,29 +18,29 @@ def _split(value: Any) -> Any:
 
 
 def _refuse_bool(value: Any) -> Any:
-    """``every: yes`` is a slip, not the number 1."""
+    """``every: yes`` is a mistake, not the number 1."""
     if isinstance(value, bool):
         raise ValueError("must be a number, not yes or no")
     return value
 
 
 def _text(value: Any) -> Any:
-    """``layers: 0`` in YAML is a number, and meant as text."""
+    """YAML reads ``layers: 0`` as a number where text is expected."""
     if isinstance(value, float):
-        raise ValueError("is a number to YAML, and 1.10 would become 1.1: put the text in quotes")
+        raise ValueError("is a number in YAML, so 1.10 would become 1.1: put it in quotes")
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _home(path: str) -> str:
-    """``~`` at the start of a path is the home folder; the system's own calls would take it as a name."""
+def _expand_home(path: str) -> str:
+    """Expand ``~``."""
     if "\0" in path:
-        raise ValueError("must not hold a NUL character")
+        raise ValueError("must not contain a NUL character")
     if not path.startswith("~"):
         return path
     try:
         return str(Path(path).expanduser())
     except RuntimeError:
-        raise ValueError(f"no home folder of that user is known: write ./{path} for a file here") from None
+        raise ValueError(f"no home directory is known for that user: write ./{path} for a file here") from None
 
 
 def _pairs(value: Any) -> Any:
@@ -51,28 +54,28 @@ def _pairs(value: Any) -> Any:
 
 
 def _by_group(value: Any) -> Any:
-    """``1e-4``, or ``"1e-4,injected=1e-3"``, or a mapping with ``all`` in it."""
+    """``1e-4``, ``"1e-4,injected=1e-3"``, or a mapping that contains ``all``."""
     if isinstance(value, str):
-        first, comma, others = value.partition(",")
-        value = _pairs(value) if "=" in first else {"all": first.strip()} | _pairs(others if comma else "")
+        first, comma, rest = value.partition(",")
+        value = _pairs(value) if "=" in first else {"all": first.strip()} | _pairs(rest if comma else "")
     value = value if isinstance(value, dict) else {"all": value}
     if "all" not in value:
-        raise ValueError("must have a value for all, beside those of some groups")
+        raise ValueError("must have a value for all layers besides those of single groups")
     return value
 
 
 def _split_paths(value: Any) -> Any:
-    """Paths with commas between, unless the whole is a path that exists."""
-    is_path = isinstance(value, str) and os.path.lexists(_home(value))
+    """Comma-separated paths, unless the entire string is an existing path."""
+    is_path = isinstance(value, str) and os.path.lexists(_expand_home(value))
     return [value] if is_path else _split(value)
 
 
 def _sources(value: Any) -> Any:
-    """A path, paths with commas between, or a list of paths and of sources."""
-    listed = _split_paths(value)
-    if not isinstance(listed, list | tuple):
-        listed = [listed]
-    return [{"path": one} if isinstance(one, str) else one for one in listed]
+    """A path, comma-separated paths, or a list of paths and ``{path, weight}`` mappings."""
+    items = _split_paths(value)
+    if not isinstance(items, list | tuple):
+        items = [items]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
 
 
 def _line_breaks(value: Any) -> Any:
@@ -81,31 +84,42 @@ def _line_breaks(value: Any) -> Any:
 
 
 def _contenders(value: Any) -> Any:
-    """``"tli:half,dus,moe:drop"``, or a list of such words and of mappings ``{method, name, …}``."""
-    listed = _split(value)
-    if not isinstance(listed, list | tuple):
-        listed = [listed]
+    """``"tli:half,dus,moe:drop"``, or a list of such words and ``{method, name, …}`` mappings."""
+    items = _split(value)
+    if not isinstance(items, list | tuple):
+        items = [items]
 
-    def read(one: Any) -> Any:
-        if not isinstance(one, str):
-            return one
-        method, colon, start = one.strip().partition(":")
+    def read(item: Any) -> Any:
+        if not isinstance(item, str):
+            return item
+        method, colon, start = item.strip().partition(":")
         return {"method": method} | ({"upcycle" if method == "moe" else "init": start} if colon else {})
 
-    return [read(one) for one in listed]
+    return [read(item) for item in items]
 
 
-# No count of anything is larger, and all arrays and random seeds can hold it.
+def one_of(choices: Collection[str]) -> pydantic.AfterValidator:
+    """A validator for one of a list of words."""
+
+    def check(word: str) -> str:
+        if word not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}{nearest(word, choices)}")
+        return word
+
+    return pydantic.AfterValidator(check)
+
+
+# Larger counts do not fit the arrays and random seeds that hold them.
 _LARGEST = 2**31 - 1
 
 Whole = Annotated[int, pydantic.BeforeValidator(_refuse_bool), pydantic.Field(ge=-_LARGEST, le=_LARGEST)]
 Number = Annotated[float, pydantic.BeforeValidator(_refuse_bool)]
 Layers = Annotated[tuple[Whole, ...], pydantic.BeforeValidator(_split)]
 Text = Annotated[str, pydantic.BeforeValidator(_text)]
-PathText = Annotated[str, pydantic.BeforeValidator(_text), pydantic.AfterValidator(_home)]
+PathText = Annotated[str, pydantic.BeforeValidator(_text), pydantic.AfterValidator(_expand_home)]
 Paths = Annotated[tuple[PathText, ...], pydantic.BeforeValidator(_split_paths)]
 Positive = Annotated[Whole, pydantic.Field(ge=1)]
-BatchSize = Annotated[Positive, pydantic.Field(le=2**20)]  # a batch is allocated on the host before anything can refuse
+BatchSize = Annotated[Positive, pydantic.Field(le=2**20)]  # the host allocates a batch before anything can refuse it
 Seeds = Annotated[Positive, pydantic.Field(le=1000)]
 NotNegative = Annotated[Whole, pydantic.Field(ge=0)]
 Fraction = Annotated[Number, pydantic.Field(ge=0, le=1)]
@@ -131,7 +145,7 @@ Contenders = Annotated[tuple[dict[str, Any], ...], pydantic.BeforeValidator(_con
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class Source:
-    """Something to read documents from, and its share in the mixture."""
+    """A source of documents and its weight in the mixture."""
 
     path: PathText
     weight: Annotated[Number, pydantic.Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -140,8 +154,18 @@ class Source:
 Sources = Annotated[tuple[Source, ...], pydantic.BeforeValidator(_sources)]
 
 
-def option(default: Any, text: str) -> Any:
-    """A key with its default and its line of help."""
+def option(
+    default: Any, help: str, group: str, *, shown: str | None = None, choices: Collection[str] | None = None
+) -> Any:
+    """A configuration key.
+
+    Args:
+        help: one line for ``--help``, without the default.
+        group: heading under which ``--help`` lists the flag.
+        shown: the default in words, if ``default`` does not explain itself.
+        choices: valid words, if the type does not list them.
+    """
+    metadata: Mapping[str, Any] = {"help": help, "group": group, "shown": shown, "choices": choices}
     if isinstance(default, dict):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": text})
-    return dataclasses.field(default=default, metadata={"help": text})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
