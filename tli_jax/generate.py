@@ -28,9 +28,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UsageError("prompt is not set: --prompt TEXT")
     options = {key: getattr(config, key) for key in ("chat", "max_new_tokens", "temperature", "seed")}
     models = [(config.model, config.revision)] + ([(config.compare_to, None)] if config.compare_to else [])
-    outputs = [
-        continue_prompt(model, config.prompt, revision=revision, **options) for model, revision in models.items()
-    ]
+    outputs = [continue_prompt(model, config.prompt, revision=revision, **options) for model, revision in models]
     if config.json:
         print_json({"prompt": config.prompt, "continuations": [dataclasses.asdict(output) for output in outputs]})
         return

@@ -1,4 +1,4 @@
-"""``python -m tli_jax.train``: continued pretraining of a Llama on a mesh, grown or not."""
+"""``tli-jax train``: continue the pretraining of a Llama on a mesh, grown or not."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,12 @@ from tli_jax.distributed import processes
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.train import train
 
-PROGRAM = "python -m tli_jax.train"
+PROGRAM = "tli-jax train"
+EXAMPLES = (
+    "--model grown --run runs/first --text corpus.jsonl --only injected --steps 1000 --export trained",
+    "--run runs/first --steps 2000   (resumes with the stored configuration)",
+    "--run runs/first --export-only --export trained",
+)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -20,15 +25,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration; with ``--run`` of a run that has begun and no ``--config``, over what that was started with.
+    """The configuration. Flags override the stored configuration of an existing run, unless ``--config`` is given.
 
     Raises:
-        UsageError, MissingInputError: see ``config.parse``.
+        UsageError, MissingInputError: see ``cli.parse.parse``.
     """
-    config = parse(TrainConfig, PROGRAM, "Train a Llama on, all of it or its injected layers.", arguments)
+    description = "Continue the pretraining of a Llama: all layers, or the injected ones."
+    config = parse(TrainConfig, PROGRAM, description, arguments, EXAMPLES)
     run = RunDirectory(config.run)
     if config.run and run.is_begun and not any(word.split("=")[0] == "--config" for word in arguments):
-        config = parse(TrainConfig, PROGRAM, "", [*arguments, "--config", str(run.config)])
+        config = parse(TrainConfig, PROGRAM, description, [*arguments, "--config", str(run.config)])
     return config
 
 
