@@ -56,7 +56,10 @@ def test_terminal_shows_names_escaped(monkeypatch):
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         print_everything()
-    shown = os.read(ours, 65_536)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal without a writer ends in EIO
+        while chunk := os.read(ours, 65_536):
+            shown += chunk
     os.close(ours)
     assert b"\x1b[" in shown and shown.count(SHOWN.encode()) >= 10
     for raw in (b"\x1b]", b"\a", "\x9b".encode(), "\u202e".encode(), b"\xff"):
@@ -107,7 +110,7 @@ def test_output_in_a_narrow_encoding(monkeypatch):
     monkeypatch.setattr(sys, "stdout", stdout)
     assert run(lambda: console().print("4 → 6")) == 0
     stdout.flush()
-    assert b"4 \\u2192 6" in stdout.buffer.getvalue()
+    assert b"4 -> 6" in stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize("folder", ["loop", "n" * 300, "file/inside", "nowhere"])
@@ -128,7 +131,7 @@ def test_storage_that_refuses(number, capsys):
 
 
 def test_wrong_argument_is_shown_escaped(capsys):
-    from tli_jax.report.__main__ import main
+    from tli_jax.report import main
 
     assert run_command(main, ["x", "--\x1b]0;t\a"]) == 2
     assert r"--\x1b]0;t\x07" in capsys.readouterr().err

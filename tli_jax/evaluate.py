@@ -1,4 +1,4 @@
-"""``python -m tli_jax.evaluate``: a model's loss on texts, and how it does on multiple-choice tasks."""
+"""``tli-jax evaluate``: measure a model's loss on texts and its accuracy on multiple-choice tasks."""
 
 import sys
 from collections.abc import Sequence
@@ -14,11 +14,17 @@ from tli_jax.cli.parse import parse
 from tli_jax.distributed import processes
 from tli_jax.evaluation.evaluate import evaluate
 
-PROGRAM = "python -m tli_jax.evaluate"
+PROGRAM = "tli-jax evaluate"
+EXAMPLES = (
+    "--model grown --text held_out.txt",
+    "--model meta-llama/Llama-3.2-1B --tasks kobest --shots 5 --json",
+)
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = parse(EvaluateConfig, PROGRAM, "Measure a model's loss on texts, and score it on tasks.", arguments)
+    config = parse(
+        EvaluateConfig, PROGRAM, "Measure a model's loss on texts and its accuracy on tasks.", arguments, EXAMPLES
+    )
     with processes.joined(config.distributed, config.process):
         found = evaluate(config)
         if not processes.is_first():

@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tli_jax import __version__
 from tli_jax.cli.console import to_json
 from tli_jax.errors import DataError
 from tli_jax.hf.headers import inside, refuse_pointer
@@ -102,7 +103,9 @@ def left_behind(folder: Path) -> list[str]:
 
 def versions(*names: str) -> dict[str, str]:
     """Of Python, and of packages that are installed."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
+    # tli_jax may run from a source tree that is not installed.
+    found = {name: __version__ if name == "tli_jax" else metadata.version(name) for name in names}
+    return {"python": platform.python_version()} | found
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
