@@ -1,4 +1,4 @@
-"""The frame of every command: what it prints is safe to show, and what the system refuses has a code of its own."""
+"""Output is safe to print, and every kind of system error has its exit code."""
 
 import contextlib
 import errno
@@ -22,7 +22,7 @@ SHOWN = r"[red]a[/b] :smile: \x1b]0;t\x07\x9b31m\u202e\udcff$x_y$"
 
 
 def print_everything() -> None:
-    """A name in each place where one can be."""
+    """Print a name everywhere a name can appear."""
     screen = console()
     table = rich.table.Table(NAME, title=NAME, caption=NAME)
     table.add_row(NAME)
@@ -36,7 +36,7 @@ def print_everything() -> None:
         advance(1, NAME)
 
 
-def test_what_is_printed_is_escaped(capsys):
+def test_output_is_escaped(capsys):
     print_everything()
     out, err = capsys.readouterr()
     assert out.count(SHOWN) == 7 and err.count(SHOWN) == 3
@@ -50,14 +50,14 @@ def test_log_is_escaped(tmp_path):
 
 
 def test_terminal_shows_names_escaped(monkeypatch):
-    """Colours are ours, and so is the bar: nothing else may reach a terminal as an escape sequence."""
+    """Only our own colours and the progress bar may send escape sequences to a terminal."""
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "300")
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
         print_everything()
     shown = b""
-    with contextlib.suppress(OSError):  # a terminal without a writer ends in EIO
+    with contextlib.suppress(OSError):  # reading from a terminal whose writer has closed it raises EIO
         while chunk := os.read(ours, 65_536):
             shown += chunk
     os.close(ours)
@@ -72,7 +72,7 @@ def test_line_breaks_cannot_forge_lines(capsys):
     assert capsys.readouterr().err.splitlines() == ["warning: a error: b", "a error: b"]
 
 
-def test_table_wider_than_the_screen_is_not_cut(capsys):
+def test_wide_tables_are_not_truncated(capsys):
     table = rich.table.Table("folder", "tokens")
     table.add_row("n" * 300, "123,456,789")
     console().show(table)
@@ -105,7 +105,7 @@ def run(work) -> int:
 
 
 def test_output_in_a_narrow_encoding(monkeypatch):
-    """A locale without an arrow must not end a growth after hours."""
+    """An encoding without an arrow must not end a growth after hours."""
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stdout)
     assert run(lambda: console().print("4 → 6")) == 0
@@ -114,7 +114,7 @@ def test_output_in_a_narrow_encoding(monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["loop", "n" * 300, "file/inside", "nowhere"])
-def test_paths_that_lead_nowhere(tmp_path, capsys, folder):
+def test_nonexistent_paths(tmp_path, capsys, folder):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     assert run((tmp_path / folder / "config.json").read_bytes) == 66
@@ -122,7 +122,7 @@ def test_paths_that_lead_nowhere(tmp_path, capsys, folder):
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ENOSPC])
-def test_storage_that_refuses(number, capsys):
+def test_storage_errors(number, capsys):
     def work():
         raise OSError(number, os.strerror(number), "weights")
 
@@ -130,7 +130,7 @@ def test_storage_that_refuses(number, capsys):
     assert capsys.readouterr().err == f"error: weights: {os.strerror(number)}\n"
 
 
-def test_wrong_argument_is_shown_escaped(capsys):
+def test_an_invalid_argument_is_escaped(capsys):
     from tli_jax.report import main
 
     assert run_command(main, ["x", "--\x1b]0;t\a"]) == 2

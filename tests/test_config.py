@@ -1,4 +1,4 @@
-"""What a run is told: flags, a YAML file, flags over the file; and what is refused, by name."""
+"""Configurations from flags and YAML files, and the messages for invalid ones."""
 
 import dataclasses
 import os
@@ -18,17 +18,17 @@ from tli_jax.cli.values import Source
 from tli_jax.cli.yaml_file import to_yaml
 from tli_jax.errors import MissingInputError, UsageError
 
-# The section is tested by itself, below.
+# The section has its own tests below.
 FIELDS = {field.name: field for field in dataclasses.fields(UpscaleConfig) if field.name != "train"}
 
 
 def read(*arguments: str) -> UpscaleConfig:
-    return parse(UpscaleConfig, "program", "What it does.", arguments)
+    return parse(UpscaleConfig, "program", "Description.", arguments)
 
 
 @pytest.fixture
 def file(tmp_path: Path):
-    """Parses a YAML text, and flags over it."""
+    """Parse YAML text and flags that override it."""
 
     def read_file(text: str, *arguments: str) -> UpscaleConfig:
         (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
@@ -37,16 +37,16 @@ def file(tmp_path: Path):
     return read_file
 
 
-def test_nothing_given_is_the_defaults() -> None:
+def test_defaults() -> None:
     assert read() == UpscaleConfig()
     config = UpscaleConfig()
     assert (config.method, config.proof, config.overwrite, config.max_shard_size) == ("tli", True, False, "5GB")
-    # What belongs to a method is its own to default.
+    # The methods set the defaults of their own options.
     for name in ("every", "init", "scale", "after", "drop", "groups", "copies", "times", "layers", "seed"):
         assert getattr(config, name) is None
 
 
-# One value of each key, as text of a flag, as YAML, and as it is meant. A key that is not here fails the test.
+# A value of each key as a flag, in YAML, and as parsed. A key that is missing here fails the test.
 VALUES: dict[str, tuple[str, str, object]] = {
     "model": ("a/b", "a/b", "a/b"),
     "output": ("out", "out", "out"),
@@ -94,13 +94,13 @@ def test_every_key_is_a_flag(name: str, file) -> None:
         assert read(f"--{name.replace('_', '-')}={flag}") == wanted
 
 
-def test_debug_is_a_flag_and_no_key(file) -> None:
+def test_debug_is_a_flag_but_not_a_key(file) -> None:
     assert read("--debug") == UpscaleConfig()
     with pytest.raises(UsageError, match="'debug' is not known"):
         file("debug: yes")
 
 
-def test_every_key_is_explained() -> None:
+def test_help_lists_every_key_of_upscale() -> None:
     help = subprocess.run(
         [sys.executable, "-m", "tli_jax.upscale", "--help"], capture_output=True, text=True, timeout=60
     )
@@ -110,12 +110,12 @@ def test_every_key_is_explained() -> None:
         assert field.metadata["help"].split()[0] in help.stdout
 
 
-def test_flags_win_over_the_file(file) -> None:
+def test_flags_override_the_file(file) -> None:
     text = "model: base\noutput: out\nevery: 4\nproof: false\noverwrite: true\nafter: [1, 2]\n"
     config = file(text, "--every", "2", "--proof", "--no-overwrite", "--after", "5")
     assert config == UpscaleConfig(model="base", output="out", every=2, proof=True, overwrite=False, after=(5,))
     assert file(text).every == 4
-    # And the last of several.
+    # The last of several flags wins.
     assert read("--every", "2", "--every", "3", "--no-proof", "--proof") == UpscaleConfig(every=3)
 
 
@@ -126,13 +126,13 @@ def test_lists() -> None:
     assert read("--after", "").after == ()
 
 
-def test_yaml_of_other_shapes(file) -> None:
+def test_other_yaml_notations(file) -> None:
     assert file("after:\n- 3\n- 7\n").after == (3, 7)
     assert file("after: 3,7").after == (3, 7)
-    assert file("layers: 0").layers == "0"  # a number to YAML, meant as text
+    assert file("layers: 0").layers == "0"  # a number in YAML, where text is expected
     assert file("max_shard_size: 5000000").max_shard_size == "5000000"
     assert file("output: null\nevery: ~") == UpscaleConfig()
-    assert file("# nothing but this\n{}") == UpscaleConfig()
+    assert file("# a comment\n{}") == UpscaleConfig()
     assert file("scale: 1") == UpscaleConfig(scale=1.0)
     assert file("\ufeffoutput: 2024-01-31") == UpscaleConfig(output="2024-01-31")
     assert file("revision: 0123") == UpscaleConfig(revision="0123")
@@ -141,7 +141,7 @@ def test_yaml_of_other_shapes(file) -> None:
     assert file("output: grün/더 깊이") == UpscaleConfig(output="grün/더 깊이")
 
 
-# Flags that are refused, and words of the message.
+# Invalid flags and words of their messages.
 FLAGS: dict[str, tuple[str, ...]] = {
     "--evry 2": ("--evry is not known", "is --every meant?"),
     "--evry=2": ("--evry=2 is not known", "is --every meant?"),
@@ -165,7 +165,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_flags_that_are_refused(flags: str) -> None:
+def test_invalid_flags(flags: str) -> None:
     with pytest.raises(UsageError) as caught:
         read(*flags.split())
     for text in FLAGS[flags]:
@@ -224,7 +224,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: repr(text[:30]))
-def test_files_that_are_refused(text: str, file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_files(text: str, file, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as caught:
         file(text)
@@ -234,12 +234,12 @@ def test_files_that_are_refused(text: str, file, tmp_path: Path, monkeypatch: py
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_wrong_flag_over_a_file_is_not_the_file_s_fault(file) -> None:
+def test_an_invalid_flag_is_not_blamed_on_the_file(file) -> None:
     with pytest.raises(UsageError, match=r"^command line: every is 'x'"):
         file("drop: 3", "--every", "x")
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"nowhere\.yaml: no such configuration file"):
         read("--config", str(tmp_path / "nowhere.yaml"))
     with pytest.raises(MissingInputError, match="no such configuration file"):
@@ -253,14 +253,14 @@ TRAIN_FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 
 
 def read_train(*arguments: str) -> TrainConfig:
-    return parse(TrainConfig, "program", "What it does.", arguments)
+    return parse(TrainConfig, "program", "Description.", arguments)
 
 
 def test_fewer_than_80_keys_in_all() -> None:
     assert len(FIELDS) + len(TRAIN_FIELDS) < 80
 
 
-def test_a_section_is_dotted_flags(file) -> None:
+def test_section_keys_are_dotted_flags(file) -> None:
     config = file(
         "model: base\ntrain:\n  steps: 7\n  only: injected\n", "--train.only", "all", "--train.mesh", "fsdp=4"
     )
@@ -269,7 +269,7 @@ def test_a_section_is_dotted_flags(file) -> None:
     assert file("model: base", "--no-train.bos").train == TrainConfig(bos=False)
 
 
-def test_a_file_with_a_section_serves_for_training_alone(tmp_path: Path) -> None:
+def test_a_file_with_a_train_section_also_configures_train(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: base\noutput: grown\ntrain:\n  run: r\n  steps: 7\n", encoding="utf-8")
     config = read_train("--config", str(tmp_path / "run.yaml"), "--steps", "8")
     assert config == TrainConfig(model="grown", run="r", steps=8)
@@ -306,26 +306,26 @@ def test_pairs_and_line_breaks() -> None:
         (("--track", "wandb"), "track is 'wandb'"),
     ],
 )
-def test_what_training_refuses(arguments, words) -> None:
+def test_invalid_training_flags(arguments, words) -> None:
     with pytest.raises(UsageError) as error:
         read_train(*arguments)
     assert words in str(error.value)
 
 
-def test_a_wrong_key_of_a_section_is_named(file) -> None:
+def test_an_unknown_key_of_a_section_is_named(file) -> None:
     with pytest.raises(UsageError, match=r"key 'train.stps' is not known, is train.steps meant\?"):
         file("train:\n  stps: 3\n")
     with pytest.raises(UsageError, match=r"train\.steps is 0"):
         file("train:\n  steps: 0\n")
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_yaml_round_trip(tmp_path: Path) -> None:
     config = read_train("--text", "ä.txt", "--separator", r"\n", "--mesh", "data=2", "--warmup", "1,kept=5")
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(TrainConfig, tmp_path / "config.yaml") == config
 
 
-def test_every_key_of_training_is_explained() -> None:
+def test_help_lists_every_key_of_train() -> None:
     help = subprocess.run([sys.executable, "-m", "tli_jax.train", "--help"], capture_output=True, text=True, timeout=60)
     assert help.returncode == 0 and help.stderr == ""
     for name in TRAIN_FIELDS:
@@ -333,7 +333,7 @@ def test_every_key_of_training_is_explained() -> None:
 
 
 def compare(*arguments: str) -> CompareConfig:
-    return parse(CompareConfig, "program", "What it does.", arguments)
+    return parse(CompareConfig, "program", "Description.", arguments)
 
 
 def test_methods_are_words_or_mappings(tmp_path: Path) -> None:
@@ -350,30 +350,30 @@ def test_methods_are_words_or_mappings(tmp_path: Path) -> None:
     [
         (("--only", "all,some"), "only"),
         (("--seeds", "0"), "seeds"),
-        (("--run", "folder"), "--run is not known"),  # the runs are the comparison's own
+        (("--run", "folder"), "--run is not known"),  # a comparison names its own runs
         (("--method", "dus"), "is --methods meant?"),
     ],
 )
-def test_wrong_keys_of_a_comparison(flags: tuple[str, ...], message: str) -> None:
+def test_invalid_comparison_flags(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(UsageError, match=message.replace("?", r"\?")):
         compare(*flags)
 
 
-def test_a_comparison_trains_by_the_keys_of_training() -> None:
-    """Whoever adds a key that says how a model is trained adds it to both."""
+def test_compare_has_every_training_key() -> None:
+    """A new training key must be added to both configurations."""
     own = {"model", "revision", "run", "export", "export_only", "only", "distributed", "process", "keep", "track"}
     own |= {"max_shard_size", "overwrite"}
     names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (TrainConfig, CompareConfig)}
     assert names[TrainConfig] - names[CompareConfig] == own - {"model", "revision", "only"}
 
 
-def test_a_comparison_comes_back_as_written(tmp_path: Path) -> None:
+def test_yaml_round_trip_of_a_comparison(tmp_path: Path) -> None:
     config = compare("--methods", "tli:half,dus", "--old-text", "a.txt,b.txt", "--learning-rate", "1e-3,injected=2e-3")
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert from_yaml(CompareConfig, tmp_path / "config.yaml") == config
 
 
-def test_home_is_meant_by_a_tilde_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tilde_expands_in_every_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home = tmp_path / "home"
     monkeypatch.setenv("HOME", str(home))
     home.mkdir()
@@ -394,7 +394,7 @@ def test_home_is_meant_by_a_tilde_in_every_path(tmp_path: Path, monkeypatch: pyt
     assert [read_train("--model", name).model for name in as_is] == as_is
 
 
-def test_a_comma_may_be_part_of_a_path_that_exists(tmp_path: Path, file) -> None:
+def test_an_existing_path_may_contain_a_comma(tmp_path: Path, file) -> None:
     (tmp_path / "a,b.txt").touch()
     here = str(tmp_path)
     assert read_train("--text", f"{here}/a,b.txt").text == (Source(f"{here}/a,b.txt"),)
@@ -404,21 +404,21 @@ def test_a_comma_may_be_part_of_a_path_that_exists(tmp_path: Path, file) -> None
 
 
 @given(st.text())
-def test_any_text_comes_back_from_yaml(text: str) -> None:
+def test_any_text_survives_yaml(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "c.yaml").write_text(to_yaml(UpscaleConfig(sample=text, revision=text)), encoding="utf-8")
         config = from_yaml(UpscaleConfig, Path(folder) / "c.yaml")
     assert (config.sample, config.revision) == (text, text)
 
 
-def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     for name in (str(tmp_path / "fifo"), "/dev/zero"):
         with pytest.raises(MissingInputError, match="no such configuration file"):
             read("--config", name)
 
 
-def test_a_message_stays_short(file) -> None:
+def test_messages_stay_short(file) -> None:
     with pytest.raises(UsageError) as caught:
         file(f"after: [{','.join(['x' * 5000] * 20)}]\noutput: {['y'] * 3000}")
     assert len(str(caught.value)) < 2500 and "and 16 more" in str(caught.value)

@@ -1,4 +1,4 @@
-"""Paths that lead nowhere, in every option of every command: refused in one line, and never an internal error."""
+"""Invalid paths in every option of every command give a one-line error, never an internal one."""
 
 import importlib
 
@@ -25,7 +25,7 @@ OPTIONS = [(name, option) for name, (_, options) in COMMANDS.items() for option 
 
 @pytest.mark.parametrize("path", ["loop", "n" * 300, "file/in/side"])
 @pytest.mark.parametrize(("name", "option"), OPTIONS)
-def test_refused(tmp_path, monkeypatch, capsys, name, option, path):
+def test_invalid_paths(tmp_path, monkeypatch, capsys, name, option, path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     (tmp_path / "text.txt").write_text("Once upon a time there was a girl. " * 400, encoding="utf-8")

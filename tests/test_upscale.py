@@ -1,4 +1,4 @@
-"""The command, end to end, on the base model that the package carries."""
+"""``tli-jax upscale`` end to end, on the base model in the package."""
 
 import contextlib
 import hashlib
@@ -44,13 +44,13 @@ def run(*flags):
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory):
-    """The embedded base grown by the defaults, 12 → 15 layers."""
+    """The embedded base grown with the defaults, 12 → 15 layers."""
     output = tmp_path_factory.mktemp("upscale") / "grown"
     assert run("--model", "embedded", "--output", output) == 0
     return output
 
 
-def test_output_is_a_whole_model_folder(grown):
+def test_output_is_a_complete_model_folder(grown):
     names = {file.name for file in grown.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "growth.json", "README.md"} <= names
     assert json.loads((grown / "config.json").read_text())["num_hidden_layers"] == 15
@@ -72,18 +72,18 @@ def test_growth_record(grown):
         assert hashlib.sha256(read_tensor(checkpoint.tensors[name]).tobytes()).hexdigest() == digest
 
 
-def test_card_says_how_it_was_made(grown):
+def test_model_card_describes_the_growth(grown):
     card = (grown / "README.md").read_text()
     assert "tli" in card
     assert "12 → 15 layers" in card
     assert "max |Δlogit| 0" in card
 
 
-def test_grown_model_grows_again_with_one_layer_map(grown, tmp_path):
+def test_a_grown_model_grows_again_with_one_layer_map(grown, tmp_path):
     assert run("--model", grown, "--output", tmp_path / "again", "--method", "dus", "--drop", 5, "--no-proof") == 0
     record = json.loads((tmp_path / "again" / "growth.json").read_text())
     assert len(record["rows"]) == 20
-    assert record["layer_map"][4] == [3]  # injected by the first growth, of base layer 3
+    assert record["layer_map"][4] == [3]  # injected by the first growth, from base layer 3
     assert record["rows"][4]["generation"] == 1
     assert not record["rows"][4]["injected"]
     assert record["rows"][10]["generation"] == 2
@@ -111,12 +111,12 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
         windows = torch.tensor(windows, dtype=torch.long)
         with torch.no_grad():
             loss = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(windows, labels=windows).loss
-        # The proof runs in the stored bf16, transformers here in fp32: the 1e-4 of fp32 is tested on an fp32 base.
+        # The proof runs in the stored bf16, transformers in fp32. The bound of 1e-4 is tested on an fp32 base elsewhere.
         assert abs(float(loss) - proof["loss_grown"]) < 2e-2
 
 
 def sparse_folder(folder, config, pieces):
-    """A model of sparse files: real headers and real sizes, no data on the disk."""
+    """A model of sparse files: real headers and sizes, but no data on disk."""
     shards = stream.split_shards(pieces, 5 * 10**9)
     for name, shard in shards.items():
         header = stream._header(shard)
@@ -130,7 +130,7 @@ def sparse_folder(folder, config, pieces):
 
 @pytest.mark.parametrize(("shape", "every"), [("llama3.1-70b", 4), ("llama3.1-405b", 8)])
 def test_growth_at_size(tmp_path, capsys, shape, every):
-    """Planned, named and put in place at its real size: all of growth but the copying of bytes."""
+    """Everything but the copying of bytes, at the real size: the plan, names and file layout."""
     config = SHAPES[shape]
     layers, grown_layers = config.num_hidden_layers, config.num_hidden_layers + config.num_hidden_layers // every
     base, output = tmp_path / "base", tmp_path / "grown"
@@ -156,7 +156,7 @@ def test_growth_at_size(tmp_path, capsys, shape, every):
     assert {file.name for file in output.glob("*.safetensors")} == names
 
 
-def test_json_alone_on_stdout(tmp_path, capsys):
+def test_json_mode_prints_only_json_to_stdout(tmp_path, capsys):
     assert run("--model", "embedded", "--output", tmp_path / "out", "--json", "--no-proof") == 0
     captured = capsys.readouterr()
     assert json.loads(captured.out)["after"]["layers"] == 15
@@ -170,7 +170,7 @@ def test_sample_is_the_same_text_for_an_exact_growth(tmp_path, capsys):
     assert len(base) > 20
 
 
-def test_configuration_file_and_flags_over_it(tmp_path, capsys):
+def test_flags_override_the_configuration_file(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("model: embedded\nmethod: tli\nevery: 3\nplan_only: true\n")
     assert run("--config", file) == 0
@@ -200,7 +200,7 @@ def test_configuration_file_and_flags_over_it(tmp_path, capsys):
     ],
 )
 def test_every_method_from_the_command_line(flags, layers, tmp_path):
-    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 40)  # a short one, as there are many
+    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 40)  # short, because this test has many cases
     assert run("--model", "embedded", "--output", tmp_path / "out", "--text", tmp_path / "text", *flags) == 0
     record = json.loads((tmp_path / "out" / "growth.json").read_text())
     assert len(record["rows"]) == layers
@@ -209,13 +209,13 @@ def test_every_method_from_the_command_line(flags, layers, tmp_path):
     assert is_same == (record["guarantee"] == "bit")
 
 
-def test_option_of_another_method_is_refused(capsys):
+def test_an_option_of_another_method_is_refused(capsys):
     assert run("--model", "embedded", "--plan-only", "--method", "dus", "--every", "2") == 2
     assert "every: not an option of method dus" in capsys.readouterr().err
 
 
-def test_broken_promise_fails_names_the_layer_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    """What a wrong writer would do: residual outputs that should be zero are not."""
+def test_a_broken_guarantee_names_the_layer_and_leaves_no_output(tmp_path, monkeypatch, capsys):
+    """Simulates a faulty writer: residual outputs that should be zero are not."""
 
     def ones(plan, number, name, sources, is_output):
         return lambda: iter([np.ones(sources[0].shape, "bfloat16").reshape(-1).view(np.uint8).data])
@@ -247,7 +247,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path):
     process = subprocess.Popen(arguments, stderr=theirs, stdout=subprocess.DEVNULL, env=environment)
     os.close(theirs)
     shown = b""
-    # Linux answers EIO, not an end of file, once the other side of a terminal is closed.
+    # Linux reports EIO instead of end of file once the other side of a terminal is closed.
     with contextlib.suppress(OSError):
         while chunk := os.read(ours, 4096):
             shown += chunk
