@@ -1,1 +1,1 @@
-"""The mathematics of the model: no files, no mesh sizes."""
+"""Llama and Mixtral as Flax NNX modules: the mathematics, without files or meshes."""

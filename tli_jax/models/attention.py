@@ -1,27 +1,96 @@
 """Rotary position embedding and grouped-query attention."""
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from tli_jax.models.config import LlamaConfig
+from tli_jax.models.modules import Linear, tensor_options
 
 # q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h].
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-# T and which document of its sequence each token belongs to, [B, T] or None for one document -> causal attention.
+# T, and the document of each token, int [B, T], or None for a single document -> causal attention.
 AttentionImpl = Callable[[int, jax.Array | None], AttentionFn]
 
 
-def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
-    """Inverse frequencies of the rotary embedding, radians per position, fp32 ``[h/2]``.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MaskedAttention:
+    """Grouped-query attention with the softmax in fp32, under a boolean mask ``[T, S]`` or ``[B, T, S]``."""
 
-    ``default`` is RoFormer's (arXiv 2104.09864), ``linear`` divides every frequency by the factor, ``llama3`` keeps
-    high frequencies, divides low ones and interpolates between, as Llama 3.1 does. Computed in fp64, rounded once.
+    mask: jax.Array
+
+    def __call__(self, q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array) -> jax.Array:
+        mask = self.mask[None, None] if self.mask.ndim == 2 else self.mask[:, None]
+        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, implementation="xla")
+
+
+class Rope(NamedTuple):
+    """What attention needs to know about positions: cosines and sines ``[T, h]``, and the attention function."""
+
+    cos: jax.Array
+    sin: jax.Array
+    attend: AttentionFn
+
+
+class Cache(NamedTuple):
+    """Keys and values of past tokens, ``[L, B, S, K, h]`` each, and how many of the S slots are in use."""
+
+    k: jax.Array
+    v: jax.Array
+    length: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query self-attention (arXiv 2305.13245) with rotary positions."""
+
+    def __init__(
+        self, config: LlamaConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, stack: tuple[int, ...] = ()
+    ):
+        self.head_dim = config.head_dim
+        D, Hh, Kh = (config.sizes[dim] for dim in ("D", "Hh", "Kh"))
+        options = tensor_options(config, rngs, param_dtype, stack)
+        self.k_proj = Linear(D, Kh, **options("self_attn.k_proj"))
+        self.o_proj = Linear(Hh, D, **options("self_attn.o_proj"))
+        self.q_proj = Linear(D, Hh, **options("self_attn.q_proj"))
+        self.v_proj = Linear(D, Kh, **options("self_attn.v_proj"))
+
+    def __call__(
+        self, x_BTD: jax.Array, *, rope: Rope, cache: Cache | None = None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Return the output ``[B, T, D]`` and all keys and values, ``[B, S, K, h]``.
+
+        Args:
+            cache: of this layer, ``[B, S, K, h]``.
+        """
+
+        def heads(x: jax.Array) -> jax.Array:
+            return x.reshape(*x.shape[:2], -1, self.head_dim)
+
+        q_BTHh = rotate(heads(self.q_proj(x_BTD)), rope.cos, rope.sin)
+        k_BSKh = rotate(heads(self.k_proj(x_BTD)), rope.cos, rope.sin)
+        v_BSKh = heads(self.v_proj(x_BTD))
+        if cache is not None:
+            at = (0, cache.length, 0, 0)
+            k_BSKh = jax.lax.dynamic_update_slice(cache.k, k_BSKh, at)
+            v_BSKh = jax.lax.dynamic_update_slice(cache.v, v_BSKh, at)
+        out_BTHh = rope.attend(q_BTHh, k_BSKh, v_BSKh)
+        return self.o_proj(out_BTHh.reshape(*x_BTD.shape[:2], -1)), (k_BSKh, v_BSKh)
+
+
+def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
+    """Inverse frequencies of the rotary embedding in radians per position, fp32 ``[h/2]``.
+
+    ``default`` is RoFormer (arXiv 2104.09864). ``linear`` divides all frequencies by ``factor``. ``llama3`` keeps high
+    frequencies, divides low ones and interpolates in between, as in Llama 3.1. Computed in fp64 and rounded once.
 
     Raises:
-        DataError: the RoPE type is not one of these.
+        DataError: another RoPE type.
     """
     config.check_runnable()
     frequencies = config.rope_theta ** -(np.arange(0, config.head_dim, 2, dtype=np.float64) / config.head_dim)
@@ -37,29 +106,39 @@ def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
 
 
 def rotary_tables(config: LlamaConfig, positions: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for ``positions [T]``, both ``[T, h]``; angles in fp32, rounded to ``dtype``."""
+    """Cosines and sines for ``positions [T]``, both ``[T, h]``. Angles are fp32, the result is rounded to ``dtype``."""
     angles_Tx = positions.astype(jnp.float32)[:, None] * inverse_frequencies(config)
     angles_Th = jnp.concatenate([angles_Tx, angles_Tx], axis=-1)
     return jnp.cos(angles_Th).astype(dtype), jnp.sin(angles_Th).astype(dtype)
 
 
 def rotate(x_BTNh: jax.Array, cos_Th: jax.Array, sin_Th: jax.Array) -> jax.Array:
-    """Apply the rotary embedding in the rotate-half layout, the one Hugging Face stores q and k in."""
+    """Apply the rotary embedding in the rotate-half layout, which Hugging Face's q and k projections assume."""
     first, second = jnp.split(x_BTNh, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x_BTNh * cos_Th[:, None] + turned * sin_Th[:, None]
-
-
-def attention(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention, softmax in fp32, under a mask ``[T, S]`` or ``[B, T, S]``. Returns ``[B, T, H, h]``."""
-    mask = mask[None, None] if mask.ndim == 2 else mask[:, None]
-    return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, implementation="xla")
+    rotated = jnp.concatenate([-second, first], axis=-1)
+    return x_BTNh * cos_Th[:, None] + rotated * sin_Th[:, None]
 
 
 def causal(T: int, segments_BT: jax.Array | None) -> AttentionFn:
-    """Causal attention by ``attention``: runs everywhere, within documents where ``segments_BT`` numbers them."""
+    """Causal attention on any platform. Given ``segments_BT``, tokens only attend within their own document."""
     positions_T = jnp.arange(T)
     mask = positions_T[None] <= positions_T[:, None]
     if segments_BT is not None:
         mask = mask & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return jax.tree_util.Partial(attention, mask=mask)
+    return MaskedAttention(mask)
+
+
+def make_rope(config: LlamaConfig, T: int, dtype: jnp.dtype, cache: Cache | None = None) -> Rope:
+    """Positions and causal mask of T new tokens that follow those in the cache."""
+    start = 0 if cache is None else cache.length
+    positions_T = start + jnp.arange(T)
+    keys_S = jnp.arange(T if cache is None else cache.k.shape[2])
+    mask_TS = keys_S[None] <= positions_T[:, None]
+    return Rope(*rotary_tables(config, positions_T, dtype), attend=MaskedAttention(mask_TS))
+
+
+def make_cache(config: LlamaConfig, params: dict[str, Any], batch: int, slots: int) -> Cache:
+    """Return an empty cache for flat-stacked ``params``, in their dtype and of their depth."""
+    k_proj = params["layers"]["self_attn"]["k_proj"]["weight"]
+    shape = (k_proj.shape[0], batch, slots, config.num_key_value_heads, config.head_dim)
+    return Cache(jnp.zeros(shape, k_proj.dtype), jnp.zeros(shape, k_proj.dtype), jnp.zeros((), jnp.int32))

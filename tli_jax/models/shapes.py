@@ -1,4 +1,4 @@
-"""Sizes of the published Llamas, so that a run can be described, and compiled, without their weights."""
+"""Shapes of the published Llamas, to plan and compile a run without their weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from tli_jax.models.config import LlamaConfig
 
 
 def _llama3(D: int, F: int, L: int, H: int, *, h: int = 128, factor: float = 8.0, tied: bool = False) -> LlamaConfig:
-    """What all of Llama 3.1 and 3.2 have in common (arXiv 2407.21783), as their ``config.json`` says it."""
+    """A Llama 3.1 or 3.2 (arXiv 2407.21783), with the values of its ``config.json``."""
     return LlamaConfig(
         vocab_size=128256,
         hidden_size=D,
@@ -42,36 +42,36 @@ SHAPES: dict[str, LlamaConfig] = {
     "llama3.1-405b": _llama3(16384, 53248, 126, 128),
 }
 
-# What has to agree for a program to be the same; token ids and the length of context do not change it.
-_TELLING = (
+# The fields that determine the compiled program.
+_SHAPE_FIELDS = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "tie_word_embeddings", "dtype"),
 )
 
 
 def read_shape(shape: str | Mapping[str, Any]) -> LlamaConfig:
-    """A published Llama by its name, or the keys of a ``config.json``, of which the architecture may be left out.
+    """Return a published Llama by name, or read the keys of a ``config.json``; the architecture is optional.
 
     Raises:
-        UsageError: the name is not known.
+        UsageError: an unknown name.
         DataError: see ``LlamaConfig.from_hf``.
     """
     if not isinstance(shape, str):
         return LlamaConfig.from_hf({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **shape}, "shape")
     if shape not in SHAPES:
-        raise UsageError(f"shape: {shape!r} is not known{nearest(shape, SHAPES)}; there are {', '.join(SHAPES)}")
+        raise UsageError(f"shape: {shape!r} is not known{nearest(shape, SHAPES)}; use one of {', '.join(SHAPES)}")
     return SHAPES[shape]
 
 
 def check_shape(config: LlamaConfig, shape: str | Mapping[str, Any] | None, where: str) -> None:
-    """Refuse a model that is not what it was said to be.
+    """Check that a model has the configured shape, if any.
 
     Raises:
-        DataError: names each key that differs, with both values.
+        DataError: names each differing field with both values.
         UsageError: see ``read_shape``.
     """
-    said = config if shape is None else read_shape(shape)
-    differing = [name for name in _TELLING if getattr(config, name) != getattr(said, name)]
+    expected = config if shape is None else read_shape(shape)
+    differing = [name for name in _SHAPE_FIELDS if getattr(config, name) != getattr(expected, name)]
     if differing:
-        what = ", ".join(f"{name} is {getattr(config, name)}, not {getattr(said, name)}" for name in differing)
-        raise DataError(f"{where}: is not of the shape that was given: {what}: change shape or model")
+        what = ", ".join(f"{name} is {getattr(config, name)}, not {getattr(expected, name)}" for name in differing)
+        raise DataError(f"{where}: does not have the configured shape: {what}: change shape or model")
