@@ -36,8 +36,9 @@ from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import tli
 from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import load_hf
+from tli_jax.models.attention import make_rope
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, make_rope
+from tli_jax.models.llama import Llama
 from tli_jax.models.loss import token_losses
 from tli_jax.reporting import comparison
 
@@ -54,12 +55,12 @@ def spec(layers: int, factors: dict[int, tuple[float, float]]) -> str:
 
 def changes(config: LlamaConfig, params: Any, tokens_BT: jax.Array) -> list[float]:
     """By how much each layer changes the hidden state, relative to its size, mean over tokens."""
-    model = Llama(config, params)
+    model = Llama.from_params(config, params)
     x = model.embed_tokens.weight[...][tokens_BT]
     rope = make_rope(config, tokens_BT.shape[1], x.dtype)
 
     def layer(x: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
-        y = block(x, rope)[0]
+        y = block(x, rope=rope)[0]
         return y, (jnp.linalg.norm(y - x, axis=-1) / jnp.linalg.norm(x, axis=-1)).mean()
 
     return jax.lax.scan(layer, x, model.layers)[1].tolist()
@@ -80,7 +81,7 @@ def learn_factors(
         for part, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
             layers[part] = layers[part] | {name: {"weight": layers[part][name]["weight"] * scale}}
         segments = jnp.asarray(batch.segments)
-        model = Llama(config, grown | {"layers": layers})
+        model = Llama.from_params(config, grown | {"layers": layers})
         return token_losses(model, jnp.asarray(batch.tokens), None, segments)[0].mean()
 
     optimizer = optax.adam(RATE)

@@ -127,9 +127,9 @@ def main() -> None:
     @jax.jit
     def step(params: Params, state: optax.OptState, tokens: jax.Array) -> tuple[Params, optax.OptState, jax.Array]:
         def loss_of(params: Params) -> jax.Array:
-            return token_losses(Llama(config, params), tokens, chunk=2048, options=ForwardOptions(remat="full"))[
-                0
-            ].mean()
+            return token_losses(
+                Llama.from_params(config, params), tokens, chunk=2048, options=ForwardOptions(remat="full")
+            )[0].mean()
 
         loss, grads = jax.value_and_grad(loss_of)(params)
         updates, state = optimizer.update(grads, state, params)

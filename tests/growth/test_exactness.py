@@ -76,7 +76,7 @@ def test_only_the_outputs_of_injected_layers_have_a_gradient_at_first(stories: S
 
     @jax.jit
     def gradient(params: dict[str, Any]) -> dict[str, Any]:
-        return jax.grad(lambda params: token_losses(Llama(config, params), tokens_BT)[0].mean())(params)
+        return jax.grad(lambda params: token_losses(Llama.from_params(config, params), tokens_BT)[0].mean())(params)
 
     gradients = gradient(grow(params, plan))
     injected = np.asarray(plan.injected)

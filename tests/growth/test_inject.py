@@ -17,9 +17,11 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tli_jax.errors import UsageError
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import average, custom, dus, interpose, llama_pro, slayer, stack, tli
-from tli_jax.growth.plan import Plan, Row
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import Row
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Linear, Llama, init_params
+from tli_jax.models.llama import Llama, init_params
+from tli_jax.models.modules import Linear
 
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 CONFIG = LlamaConfig(32, 16, 24, 4, 4, 2, 4)
@@ -176,17 +178,19 @@ def test_the_module_is_a_tree_like_any_other():
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes)
     grow = jax.jit(lambda tree: inject(tree, tli(4, 2, "half")))
-    model, state = Llama(CONFIG, params), nnx.state(Llama(CONFIG, params))
+    model = Llama.from_params(CONFIG, params)
+    state = nnx.state(model)
     grown, of_state, of_dict = grow(model), grow(state), grow(params)
     assert isinstance(grown, Llama) and isinstance(grown.layers.mlp.down_proj.weight, nnx.Param)
     assert grown.layers.mlp.down_proj.weight.shape == (6, 16, 24)
-    assert jax.eval_shape(lambda model: model(jnp.zeros((2, 8), int))[0], grown).shape == (2, 8, CONFIG.vocab_size)
+    assert jax.eval_shape(lambda model: model(jnp.zeros((2, 8), int)), grown).shape == (2, 8, CONFIG.vocab_size)
     for tree in (grown, of_state):
-        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(Llama(CONFIG, of_dict)), strict=True):
+        for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(Llama.from_params(CONFIG, of_dict)), strict=True):
             np.testing.assert_array_equal(a, b)
     # Computed rows are drawn by the tensor's name: a module's "value" is no part of it.
-    weight = params["layers"]["self_attn"]["q_proj"]["weight"]
-    of_module = inject({"layers": {"q_proj": Linear(weight)}}, tli(4, 4, "noise"))["layers"]["q_proj"].weight[...]
+    linear = Linear(16, 16, stack=(4,), rngs=nnx.Rngs(0))
+    weight = linear.weight[...]
+    of_module = inject({"layers": {"q_proj": linear}}, tli(4, 4, "noise"))["layers"]["q_proj"].weight[...]
     of_dict = inject({"layers": {"q_proj": {"weight": weight}}}, tli(4, 4, "noise"))["layers"]["q_proj"]["weight"]
     np.testing.assert_array_equal(of_module, of_dict)
     assert (of_module[4] != of_module[3]).any()

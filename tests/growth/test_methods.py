@@ -27,7 +27,8 @@ from tli_jax.growth.methods import (
     stack,
     tli,
 )
-from tli_jax.growth.plan import HOST_INITS, INITS, Plan, Row, draw_layer_map
+from tli_jax.growth.plan import Plan, draw_layer_map
+from tli_jax.growth.rows import HOST_INITS, INITS, Row
 
 # Shape of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B: layers, parameters a layer, parameters outside the layers.
 SHAPES = {16: (60.8e6, 262.7e6), 28: (100.7e6, 394.0e6), 32: (218.1e6, 1050.7e6)}
@@ -88,6 +89,9 @@ def test_the_table_of_presets_is_complete():
         (dus(4, 2), "0 1 2 3"),
         (dus(4, 3), "0 3"),
         (dus(4), "0 1 2 [1] [2] 3"),
+        (llama_pro(4), "0 1 2 3 [3*0]"),
+        (llama_pro(6), "0 1 2 3 4 5 [5*0]"),
+        (llama_pro(10), "0 1 2 3 4 [4*0] 5 6 7 8 9 [9*0]"),
         (llama_pro(4, 2), "0 1 [1*0] 2 3 [3*0]"),
         (llama_pro(4, 2, 2), "0 1 [1*0] [1*0] 2 3 [3*0] [3*0]"),
         (llama_pro(4, 4), "0 [0*0] 1 [1*0] 2 [2*0] 3 [3*0]"),
@@ -137,6 +141,7 @@ def test_order_marks_and_scales(plan: Plan, expected: str):
     ("plan", "depth", "injected_at"),
     [
         (llama_pro(32, 8), 40, range(4, 40, 5)),
+        (llama_pro(32), 40, range(4, 40, 5)),
         (slayer(32), 40, range(2, 24, 3)),
         (dus(32, 8), 48, range(24, 40)),
         (dus(80, 20), 120, range(60, 100)),
@@ -231,7 +236,7 @@ def test_notes():
     assert tli(5, 2, "average").notes == ()
     of_two = [tli(4, 2, init) for init in ("average", "average_identity", "next_identity")]
     for plan in (*of_two, average(4), slayer(4, after=[3])):
-        assert plan.notes == ("nothing follows layer 3: the layer injected after it is made of it alone",)
+        assert plan.notes == ("no layer follows layer 3: the layer injected after it is built from it alone",)
     assert custom(6, "0, 2-3, 5").notes == ("base layers 1, 4 are dropped",)
     assert custom(6, "5, 0-4").notes == ()
 
@@ -245,21 +250,20 @@ def test_notes():
         (lambda: tli(5, 2, remainder="error"), "every 2 does not divide 5 layers"),
         (lambda: tli(5, 2, remainder="eror"), "remainder 'eror' is not known, use allow or error"),
         (lambda: tli(5, 2, "idntity"), "init 'idntity' is not known, is identity meant?"),
-        (lambda: tli(5, 2, "scaled"), "'scaled' needs a scale"),
-        (lambda: tli(5, 2, "copy", scale=0.5), "only noise, random, transport, predictor take one besides"),
-        (lambda: tli(5, 2, "identity", scale=0.0), "only noise, random, transport, predictor take one besides"),
+        (lambda: tli(5, 2, "scaled"), "scaled requires a scale"),
+        (lambda: tli(5, 2, "copy", scale=0.5), "only noise, random, transport, predictor also accept one"),
+        (lambda: tli(5, 2, "identity", scale=0.0), "only noise, random, transport, predictor also accept one"),
         (lambda: tli(5, 2, "scaled", scale=float("nan")), "scale of nan"),
         (lambda: tli(5, 2, "scaled", scale=float("inf")), "scale of inf"),
         (lambda: tli(5, 2, copies=0), "copies is 0, must be 1…1000"),
         (lambda: tli(5, after=[5]), "position is 5, must be 0…4"),
         (lambda: tli(5, after=[-1]), "position is -1, must be 0…4"),
-        (lambda: tli(5, after=[1, 1]), "name each position once"),
-        (lambda: tli(5, after=[]), "at least one"),
+        (lambda: tli(5, after=[1, 1]), "each only once"),
+        (lambda: tli(5, after=[]), "list at least one position"),
         (lambda: dus(5, 5), "drop is 5, must be 0…4"),
         (lambda: dus(5, -1), "drop is -1, must be 0…4"),
         (lambda: llama_pro(32, 5), "groups is 5, must divide 32 layers: one of 1, 2, 4, 8, 16, 32"),
         (lambda: llama_pro(32, 0), "groups is 0, must divide 32 layers"),
-        (lambda: llama_pro(32), "groups is None, must divide 32 layers"),
         (lambda: llama_pro(32, 8, 0), "copies is 0, must be 1…1000"),
         (lambda: llama_pro(4, after=[4]), "position is 4, must be 0…3"),
         (lambda: interpose(5, copies=1001), "copies is 1001, must be 1…1000"),
@@ -267,21 +271,21 @@ def test_notes():
         (lambda: stack(5, 0), "times is 0, must be 1…1000"),
         (lambda: interpose(5, after=[9]), "position is 9, must be 0…4"),
         (lambda: interpose(5, copies=0), "copies is 0, must be 1…1000"),
-        (lambda: slayer(3), "it needs 4 at least"),
+        (lambda: slayer(3), "it needs at least 4"),
         (lambda: slayer(4, after=[4]), "position is 4, must be 0…3"),
         (lambda: average(5, 9), "every is 9, must be 1…5"),
         (lambda: custom(4, ""), "'' is not a layer"),
         (lambda: custom(4, "0-3,"), "'' is not a layer"),
         (lambda: custom(4, "0-4"), "'0-4' is out of range, the base has layers 0-3"),
-        (lambda: opt_deus(1), "has 1 layers, two at least"),
+        (lambda: opt_deus(1), "has 1 layers, at least 2"),
         (lambda: opt_deus(4, after=[3]), "none follows layer 3"),
         (lambda: tli(4, 2, "transport"), "none follows layer 3"),
-        (lambda: tli(4, 2, "identity", scale=0.5), "take one besides"),
+        (lambda: tli(4, 2, "identity", scale=0.5), "also accept one"),
         (lambda: lesa(4, norms="last"), "norms 'last' is not known"),
         (lambda: lesa(4, epochs=0), "epochs is 0"),
         (lambda: midas(4, 5), "block is 5, must be 1…4"),
         (lambda: lidas(4, 0), "block is 0, must be 1…4"),
-        (lambda: adept(4), "needs an importance for each of 4 layers, has none"),
+        (lambda: adept(4), "needs the importance of 4 layers, has none"),
         (lambda: adept(4, importance=[1.0]), "has 1"),
         (lambda: adept(4, 5, importance=[1.0] * 4), "count is 5"),
         (lambda: custom(4, "2-1"), "'2-1' is out of range"),
@@ -295,7 +299,7 @@ def test_refusals(make, message: str):
         make()
 
 
-@given(layers=st.integers(3, 40), data=st.data(), init=st.sampled_from(INITS), copies=st.integers(1, 3))
+@given(layers=st.integers(3, 40), data=st.data(), init=st.sampled_from(list(INITS)), copies=st.integers(1, 3))
 def test_tli_keeps_the_base_whole_and_in_order(layers: int, data: st.DataObject, init: str, copies: int):
     every = data.draw(st.integers(1, layers).filter(lambda every: layers % every or init not in HOST_INITS))
     plan = tli(layers, every, init, copies=copies, scale=0.7 if init == "scaled" else None)

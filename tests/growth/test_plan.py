@@ -27,7 +27,8 @@ from tli_jax.growth.methods import (
     stack,
     tli,
 )
-from tli_jax.growth.plan import COMPUTED_INITS, HOST_INITS, INITS, Plan, Row
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import COMPUTED_INITS, HOST_INITS, INITS, Row
 
 LINEAR = [init for init in INITS if init not in COMPUTED_INITS]
 
@@ -138,8 +139,11 @@ def test_keys_of_the_record():
             {"rows": [{"sources": [[0, "x"]], "scale": 1, "init": "copy", "injected": True, "generation": 1}]},
             "'x', must be a number",
         ),
-        ({"rows": [{"sources": [[7, 1]], "scale": 1, "init": "copy", "injected": True, "generation": 1}]}, "made of"),
-        ({"rows": []}, "leaves no layer"),
+        (
+            {"rows": [{"sources": [[7, 1]], "scale": 1, "init": "copy", "injected": True, "generation": 1}]},
+            "is built from layer 7",
+        ),
+        ({"rows": []}, "has no layers"),
         ({"base": "meta-llama"}, "TypeError"),
         ({"layer_map": 3}, "TypeError"),
         ({"history": None}, "TypeError"),
@@ -163,9 +167,9 @@ def test_a_record_that_lacks_a_key_is_refused(key: str):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ((), "leaves no layer at all"),
-        ((Row(((3, 1.0),)),), "layer 0 is made of"),
-        ((Row(((0, 1.0),)), Row(((-1, 1.0),))), "layer 1 is made of"),
+        ((), "the plan has no layers"),
+        ((Row(((3, 1.0),)),), "layer 0 is built from layer 3"),
+        ((Row(((0, 1.0),)), Row(((-1, 1.0),))), "layer 1 is built from layer -1"),
         ((Row(((0, float("nan")),)),), "a weight of nan"),
         ((Row(((0, 1.0),), float("-inf")),), "a scale of -inf"),
         ((Row(()),), "no source"),

@@ -52,7 +52,7 @@ def test_it_is_the_definition():
     sign = np.sign(U[np.abs(U).argmax(0), np.arange(len(S))])
     U, V = U * sign, (V * sign[:, None]).reshape(len(S), L, columns).swapaxes(0, 1)
     seed = (7, predictor.zlib.crc32(NAME.encode()))
-    orders = [predictor.order_of((L - 2) * len(S), seed, epoch) for epoch in range(epochs)]
+    orders = [predictor.epoch_batches((L - 2) * len(S), seed, epoch) for epoch in range(epochs)]
     (w1, b1, w2, b2, w3, b3), loss = trained_by_hand(V, predictor.initial_network(columns, seed), orders)
     for number, row in enumerate(plan.rows):
         if row.injected:
@@ -88,9 +88,9 @@ def test_it_learns():
 
 
 def test_every_sample_once_an_epoch_and_another_order_the_next():
-    one, two = (predictor.order_of(200, (0, 5), epoch) for epoch in (0, 1))
+    one, two = (predictor.epoch_batches(200, (0, 5), epoch) for epoch in (0, 1))
     assert one.shape == two.shape == (3, 64) and len(set(one.ravel())) == 192 and (one != two).any()
-    assert predictor.order_of(10, (0, 5), 0).shape == (1, 10)
+    assert predictor.epoch_batches(10, (0, 5), 0).shape == (1, 10)
 
 
 @pytest.mark.parametrize(("norms", "expected"), [("mean", [1.5, 2.5]), ("first", [0.0, 0.0])])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tli_jax.models.attention import make_cache
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Llama, forward, init_params, make_cache
+from tli_jax.models.llama import Llama, forward, init_params
 
 SIZES = {"vocab_size": 19, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3, "head_dim": 8}
 TIED = LlamaConfig(**SIZES, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, rms_norm_eps=1e-5)
@@ -26,7 +27,7 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
 def test_a_module_is_a_pytree_equal_to_the_params(config, random_params):
     params = random_params(config)
-    module = Llama(config, params)
+    module = Llama.from_params(config, params)
     assert same(nnx.to_pure_dict(nnx.state(module)), params)
     assert len(jax.tree.leaves(module)) == len(jax.tree.leaves(params))
     # And back, so that what is done to a module as a pytree is done to its params.
@@ -40,11 +41,11 @@ def test_a_module_passes_through_jit_and_grad(config, random_params):
     params = random_params(config)
 
     def spread(model):
-        logits = (model if isinstance(model, Llama) else Llama(config, model))(TOKENS)[0]
+        logits = (model if isinstance(model, Llama) else Llama.from_params(config, model))(TOKENS)
         return logits.std(), logits
 
     step = jax.jit(jax.grad(spread, has_aux=True))
-    of_module, logits = step(Llama(config, params))
+    of_module, logits = step(Llama.from_params(config, params))
     of_params, expected = step(params)
     assert isinstance(of_module, Llama)
     np.testing.assert_array_equal(logits, expected)

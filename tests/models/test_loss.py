@@ -58,7 +58,9 @@ def expected(request, random_params):
 def test_chunked_equals_plain(expected, chunk, remat):
     config, params, value, gradients = expected
     ours, of_ours = value_and_grad(
-        lambda params: token_losses(Llama(config, params), TOKENS, chunk, options=ForwardOptions(remat=remat))[0],
+        lambda params: token_losses(
+            Llama.from_params(config, params), TOKENS, chunk, options=ForwardOptions(remat=remat)
+        )[0],
         params,
     )
     assert ours.shape == (3, 11) and ours.dtype == jnp.float32
@@ -89,6 +91,8 @@ def test_the_logits_of_a_batch_are_never_held():
         return step.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(lambda params, tokens: plain(config, params, tokens)) > logits_bytes
-    chunked = temporaries(lambda params, tokens: token_losses(Llama(config, params), tokens, chunk=chunk)[0])
+    chunked = temporaries(
+        lambda params, tokens: token_losses(Llama.from_params(config, params), tokens, chunk=chunk)[0]
+    )
     # A sixteenth of the logits is one chunk; the head's gradient and a few copies of one chunk are what remains.
     assert chunked < logits_bytes / 3

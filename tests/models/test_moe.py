@@ -11,7 +11,7 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import ForwardOptions, Llama, forward, init_params
 from tli_jax.models.loss import token_losses
-from tli_jax.models.moe import choose, chosen_experts, every_expert
+from tli_jax.models.moe import chosen_experts, every_expert, route
 
 CONFIG = LlamaConfig(64, 32, 48, 3, 4, 2, 8, tie_word_embeddings=False, num_experts=8, experts_per_token=2)
 
@@ -41,7 +41,7 @@ def by_hand(weights, k):
 @pytest.mark.parametrize("k", [1, 2, 8])
 @pytest.mark.parametrize("dispatch", [every_expert, chosen_experts])
 def test_it_is_the_definition(weights, dispatch, k):
-    choice, _ = choose(weights["x"], weights["gate"], k)
+    choice, _ = route(weights["x"], weights["gate"], k)
     np.testing.assert_allclose(choice.weights.sum(-1), 1, rtol=1e-6)
     out = dispatch(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])
     np.testing.assert_allclose(out, by_hand(weights, k), rtol=0, atol=1e-6)
@@ -49,7 +49,7 @@ def test_it_is_the_definition(weights, dispatch, k):
 
 def test_both_ways_have_the_same_gradients(weights):
     def loss(weights, dispatch):
-        choice, balance = choose(weights["x"], weights["gate"], 2)
+        choice, balance = route(weights["x"], weights["gate"], 2)
         return jnp.square(dispatch(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])).sum() + balance
 
     one, other = (jax.grad(loss)(weights, dispatch) for dispatch in (every_expert, chosen_experts))
@@ -59,7 +59,7 @@ def test_both_ways_have_the_same_gradients(weights):
 
 
 def test_some_of_the_experts_are_part_of_the_sum(weights):
-    choice, _ = choose(weights["x"], weights["gate"], 2)
+    choice, _ = route(weights["x"], weights["gate"], 2)
     whole = chosen_experts(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])
     parts = [
         chosen_experts(weights["x"], choice, *(weights[name][first : first + 2] for name in ("w1", "w2", "w3")), first)
@@ -70,10 +70,10 @@ def test_some_of_the_experts_are_part_of_the_sum(weights):
 
 def test_balance_is_one_if_even_and_larger_if_not():
     even = jnp.eye(8)[None]  # token i for expert i alone
-    assert choose(even, 50 * jnp.eye(8), 1)[1] == pytest.approx(1, abs=1e-6)
+    assert route(even, 50 * jnp.eye(8), 1)[1] == pytest.approx(1, abs=1e-6)
     uneven = jnp.ones((1, 8, 8)) * jnp.eye(8)[0]
-    assert choose(uneven, 50 * jnp.eye(8), 1)[1] == pytest.approx(8, rel=1e-6)
-    assert choose(jnp.zeros((1, 8, 8)), jnp.eye(8), 2)[1] == pytest.approx(1, abs=1e-6)  # ties: even odds
+    assert route(uneven, 50 * jnp.eye(8), 1)[1] == pytest.approx(8, rel=1e-6)
+    assert route(jnp.zeros((1, 8, 8)), jnp.eye(8), 2)[1] == pytest.approx(1, abs=1e-6)  # ties: even odds
 
 
 def test_sizes_and_names():
@@ -93,7 +93,7 @@ def test_sizes_and_names():
 def test_both_ways_through_the_whole_model():
     params = init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 64)
-    model = Llama(CONFIG, params)
+    model = Llama.from_params(CONFIG, params)
     one, other = (
         token_losses(model, tokens, options=ForwardOptions(dispatch=dispatch))
         for dispatch in (every_expert, chosen_experts)
@@ -158,7 +158,9 @@ def test_gradients_are_those_of_transformers(mixtral):
     ids = torch.tensor(tokens)
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
-    gradients = jax.grad(lambda params: token_losses(Llama(config, params), jnp.asarray(tokens))[0].mean())(params)
+    gradients = jax.grad(lambda params: token_losses(Llama.from_params(config, params), jnp.asarray(tokens))[0].mean())(
+        params
+    )
     experts = gradients["layers"]["block_sparse_moe"]
     for i, layer in enumerate(model.model.layers):
         gate_up, down = layer.mlp.experts.gate_up_proj.grad.numpy(), layer.mlp.experts.down_proj.grad.numpy()

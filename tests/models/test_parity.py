@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tli_jax.models.attention import make_rope
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Attention, Block, Llama, RMSNorm, forward, init_params, make_rope
+from tli_jax.models.llama import Block, Llama, forward, init_params
 from tli_jax.models.loss import token_losses
+from tli_jax.models.modules import RMSNorm
 
 torch = pytest.importorskip("torch", reason="torch is not installed: no transformers model to compare with")
 transformers = pytest.importorskip("transformers")
@@ -103,11 +105,10 @@ def test_the_trees_are_the_same_shape(pair):
 
 
 def test_rms_norm(pair):
-    weight = pair.layer["input_layernorm"]["weight"]
     # Small enough for eps to count.
     x = 3e-3 * pair.x_BTD
     theirs = pair.theirs.model.layers[1].input_layernorm(torch.tensor(x))
-    close(RMSNorm(weight, pair.config.rms_norm_eps)(x), theirs, 1e-6)
+    close(RMSNorm.from_params(pair.layer["input_layernorm"], pair.config.rms_norm_eps)(x), theirs, 1e-6)
 
 
 def test_rotary_tables(pair):
@@ -118,14 +119,15 @@ def test_rotary_tables(pair):
 
 
 def test_attention(pair):
-    ours, _ = Attention(pair.config, pair.layer["self_attn"])(pair.x_BTD, make_rope(pair.config, T, jnp.float32), None)
+    attention = Block.from_params(pair.config, pair.layer).self_attn
+    ours, _ = attention(pair.x_BTD, rope=make_rope(pair.config, T, jnp.float32))
     theirs = pair.theirs.model.layers[1].self_attn
     with torch.no_grad():
         close(ours, theirs(torch.tensor(pair.x_BTD), position_embeddings=pair.rope, attention_mask=pair.mask)[0], 5e-6)
 
 
 def test_layer(pair):
-    ours, _, _ = Block(pair.config, pair.layer)(pair.x_BTD, make_rope(pair.config, T, jnp.float32))
+    ours, _, _ = Block.from_params(pair.config, pair.layer)(pair.x_BTD, rope=make_rope(pair.config, T, jnp.float32))
     theirs = pair.theirs.model.layers[1]
     with torch.no_grad():
         close(ours, theirs(torch.tensor(pair.x_BTD), position_embeddings=pair.rope, attention_mask=pair.mask), 5e-6)
@@ -155,7 +157,7 @@ def test_loss_and_gradient_of_every_tensor(pair, stack_layers):
     loss.backward()
     theirs = stack_layers({name: p.grad.numpy() for name, p in pair.theirs.named_parameters()})
     ours_loss, ours = jax.jit(
-        jax.value_and_grad(lambda params: token_losses(Llama(pair.config, params), pair.tokens)[0].mean())
+        jax.value_and_grad(lambda params: token_losses(Llama.from_params(pair.config, params), pair.tokens)[0].mean())
     )(pair.params)
     assert float(ours_loss) == pytest.approx(loss.item(), rel=1e-6)
     off = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / np.abs(b).max()), ours, theirs)

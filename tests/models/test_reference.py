@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tli_jax.models.attention import inverse_frequencies
+from tli_jax.models.attention import inverse_frequencies, make_rope
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Block, Llama, RMSNorm, forward, make_rope
-from tli_jax.models.loss import losses, token_losses
+from tli_jax.models.llama import Block, forward
+from tli_jax.models.loss import losses
+from tli_jax.models.modules import RMSNorm
 
 FOLDERS = ["stories260k", "tiny_random/gqa_llama3rope_tied", "tiny_random/mha_untied"]
 
@@ -30,22 +31,22 @@ def test_logits_equal_those_computed_in_fp64(checkpoint):
 
 def test_hidden_states_layer_by_layer(checkpoint):
     config, params, reference = checkpoint
-    block = jax.jit(lambda layer, x_BTD, rope: Block(config, layer)(x_BTD, rope)[0])
+    block = jax.jit(lambda layer, x_BTD, rope: Block.from_params(config, layer)(x_BTD, rope=rope)[0])
     x_BTD = jnp.asarray(params["embed_tokens"]["weight"][reference["input_ids"]])
     rope = make_rope(config, x_BTD.shape[1], jnp.float32)
     for i in range(config.num_hidden_layers):
         assert np.abs(x_BTD - reference[f"hidden_{i}"]).max() < 1e-4, f"before layer {i}"
         x_BTD = block(jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), params["layers"]), x_BTD, rope)
     # transformers' last hidden state is the one after the final norm.
-    last = RMSNorm(params["norm"]["weight"], config.rms_norm_eps)(x_BTD)
+    last = RMSNorm.from_params(params["norm"], config.rms_norm_eps)(x_BTD)
     assert np.abs(last - reference[f"hidden_{config.num_hidden_layers}"]).max() < 1e-4
 
 
 def test_loss_and_gradient_norms(checkpoint):
     config, params, reference = checkpoint
-    loss, gradients = jax.jit(
-        jax.value_and_grad(lambda params: token_losses(Llama(config, params), reference["input_ids"])[0].mean())
-    )(params)
+    loss, gradients = jax.jit(jax.value_and_grad(lambda params: losses(config, params, reference["input_ids"]).mean()))(
+        params
+    )
     assert float(loss) == pytest.approx(float(reference["loss_numpy_fp64"]), abs=1e-5)
     norms = {key.removeprefix("gradnorm/model."): float(reference[key]) for key in reference if "gradnorm/" in key}
     assert len(norms) == 9 * config.num_hidden_layers + len(config.outer_tensors)

@@ -98,10 +98,10 @@ def test_the_grouped_model_is_the_flat_one_and_so_are_its_gradients(model, param
     tokens, segments = batch[0][0], jnp.asarray(batch[1][0])
 
     def flat(params):
-        return token_losses(Llama(model, params), tokens, segments_BT=segments)[0].mean()
+        return token_losses(Llama.from_params(model, params), tokens, segments_BT=segments)[0].mean()
 
     def grouped(trained):
-        model_of = Llama(model, as_model(trained, frozen, leaves))
+        model_of = Llama.from_params(model, as_model(trained, frozen, leaves))
         return token_losses(model_of, tokens, segments_BT=segments)[0].mean()
 
     loss, gradients = jax.jit(jax.value_and_grad(flat))(params)

@@ -136,7 +136,7 @@ def test_documents_in_a_window_do_not_see_each_other(start, batch):
         from tli_jax.models.loss import token_losses
         from tli_jax.training.freezing import as_model
 
-        llama = Llama(trainer.model, as_model(trained, frozen, trainer.param_specs))
+        llama = Llama.from_params(trainer.model, as_model(trained, frozen, trainer.param_specs))
         return np.asarray(token_losses(llama, jnp.asarray(tokens), segments_BT=jnp.asarray(segments))[0])
 
     same = losses(tokens, segments) == losses(other, segments)
@@ -160,7 +160,7 @@ def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
     from tli_jax.models.llama import Llama
     from tli_jax.training.freezing import as_model
 
-    llama = Llama(trainer.model, as_model(trained, frozen, trainer.param_specs))
+    llama = Llama.from_params(trainer.model, as_model(trained, frozen, trainer.param_specs))
     hidden, _, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
     log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1) * (segments[:, 1:] == segments[:, :-1])
     np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)

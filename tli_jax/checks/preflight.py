@@ -21,7 +21,8 @@ from tli_jax.cli.config import PreflightConfig, TrainConfig
 from tli_jax.cli.console import console, warn
 from tli_jax.distributed import processes, topology
 from tli_jax.errors import TliError, UsageError
-from tli_jax.growth.plan import HOST_INITS, Plan
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import HOST_INITS
 from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grown_config

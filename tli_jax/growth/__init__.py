@@ -1,1 +1,1 @@
-"""Growth: plans, presets, initialisers and the pure injection function. Knows pytrees, not Llama, Flax or files."""
+"""Growth: plans, methods, initialisers and the pure functions that apply them. Pytrees only: no Flax, no files."""

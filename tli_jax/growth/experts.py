@@ -1,4 +1,4 @@
-"""What a growth makes of each layer's feed-forward: experts, of which a router chooses some for each token."""
+"""The options by which growth turns dense feed-forwards into experts."""
 
 import dataclasses
 import math
@@ -9,33 +9,37 @@ from typing import Any
 from tli_jax.errors import UsageError, nearest
 
 UPCYCLES = ("copy", "noise", "drop", "virtual_groups", "virtual_groups_published")
-# Of a dense layer -> of each expert, by Mixtral's name.
+# Matrix of a dense feed-forward -> of an expert, as Mixtral calls it.
 MATRICES = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-# Of a layer: far above any model.
+# Per layer; far more than in any model.
 MAX_EXPERTS = 10_000
-_RATIOS = {"noise": 0.01, "drop": 0.5}
+_DEFAULT_RATIOS = {"noise": 0.01, "drop": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """How a dense feed-forward becomes a mixture of experts.
+    """How to turn a dense feed-forward into a mixture of experts.
 
     Args:
-        count: experts of the base's size that there would be; with ``granularity`` G they are G times as many.
-        top_k: experts that a token goes through.
-        granularity: into how many parts the feed-forward is cut, more than 1 with virtual groups only.
-        upcycle: ``copy`` (sparse upcycling, arXiv 2212.05055): every expert is the feed-forward. ``noise``: and some
-            Gaussian noise. ``drop`` (drop-upcycling, arXiv 2502.19261): in each expert some of F are drawn anew, from
-            N(mean, std) of what was there, in all three matrices the same. ``virtual_groups`` (arXiv 2410.07524): each
-            copy of the feed-forward is cut in G experts whose router rows are equal, so that all or none of them are
-            chosen, and ``down`` is times G; ``virtual_groups_published`` has the paper's factor (E G²/T)^⅓ on all three
-            matrices instead, which belongs to a softmax over all experts and is not exact here.
-        ratio: ``noise``: of each tensor's root mean square, 0.01 by default; ``drop``: of F, 0.5 by default.
-        router_std: the router is drawn from N(0, ``router_std``).
-        seed: of all that is drawn.
+        count: number of experts of the base's size. With ``granularity`` G there are G times as many smaller ones.
+        top_k: number of experts per token.
+        granularity: number of parts that each feed-forward is split into. More than 1 requires virtual groups.
+        upcycle: how experts are initialised:
+            ``copy`` (sparse upcycling, arXiv 2212.05055): each is a copy of the feed-forward.
+            ``noise``: a copy plus Gaussian noise.
+            ``drop`` (drop-upcycling, arXiv 2502.19261): a copy with some of the F hidden units, the same in all three
+            matrices, resampled from a normal distribution with their mean and standard deviation.
+            ``virtual_groups`` (arXiv 2410.07524): each copy is split into G experts with equal router rows, so that a
+            token is routed to all or none of them, and ``down`` is scaled by G.
+            ``virtual_groups_published``: the same with the paper's factor (E G²/T)^⅓ on all three matrices, for a
+            softmax over all experts. Not exact here.
+        ratio: ``noise``: standard deviation relative to each tensor's root mean square, default 0.01. ``drop``:
+            fraction of F to resample, default 0.5.
+        router_std: the router is sampled from N(0, ``router_std``).
+        seed: for everything that is random.
 
     Raises:
-        UsageError: an option is not known, out of range, or does not go with another.
+        UsageError: an unknown, out-of-range or conflicting option.
     """
 
     count: int = 8
@@ -49,17 +53,17 @@ class Experts:
     def __post_init__(self) -> None:
         G = self.granularity
         if self.upcycle not in UPCYCLES:
-            known = f"{nearest(self.upcycle, UPCYCLES)}; there are {', '.join(UPCYCLES)}"
+            known = f"{nearest(self.upcycle, UPCYCLES)}; use one of {', '.join(UPCYCLES)}"
             raise UsageError(f"upcycle {self.upcycle!r} is not known{known}")
         if self.count < 1 or G < 1:
             raise UsageError(f"experts {self.count}, granularity {G}: both must be 1 or more")
         if self.total > MAX_EXPERTS:
             raise UsageError(
-                f"experts {self.count}, granularity {G}: more than {MAX_EXPERTS:,} experts a layer: use fewer"
+                f"experts {self.count}, granularity {G}: more than {MAX_EXPERTS:,} experts per layer: use fewer"
             )
         if G > 1 and not self.upcycle.startswith("virtual_groups"):
             raise UsageError(
-                f"granularity {G} needs upcycle virtual_groups, {self.upcycle} makes experts of the same size"
+                f"granularity {G} needs upcycle virtual_groups: {self.upcycle} makes experts of the base's size"
             )
         if not 1 <= self.top_k <= self.total or self.top_k % G:
             raise UsageError(f"top_k is {self.top_k}, must be a multiple of granularity {G} and 1…{self.total}")
@@ -67,43 +71,43 @@ class Experts:
             raise UsageError(
                 f"router_std is {self.router_std}, must be above 0: ties would always choose the same experts"
             )
-        if self.ratio is not None and (self.upcycle not in _RATIOS or not 0 <= self.ratio <= 1):
-            raise UsageError(f"noise_ratio {self.ratio} with upcycle {self.upcycle}: for noise and drop alone, 0…1")
+        if self.ratio is not None and (self.upcycle not in _DEFAULT_RATIOS or not 0 <= self.ratio <= 1):
+            raise UsageError(f"noise_ratio {self.ratio} with upcycle {self.upcycle}: only for noise and drop, 0…1")
 
     @property
     def total(self) -> int:
-        """Experts of a layer."""
+        """Experts per layer."""
         return self.count * self.granularity
 
-    def cut(self, F: int) -> int:
-        """Feed-forward size of one expert.
+    @property
+    def noise_ratio(self) -> float:
+        """``ratio`` or its default."""
+        return _DEFAULT_RATIOS.get(self.upcycle, 0.0) if self.ratio is None else self.ratio
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the mixture equals the dense model up to rounding."""
+        return self.upcycle in ("copy", "virtual_groups") or (self.upcycle in _DEFAULT_RATIOS and self.noise_ratio == 0)
+
+    def expert_size(self, F: int) -> int:
+        """Feed-forward size of an expert, given that of the dense layer.
 
         Raises:
-            UsageError: ``granularity`` does not divide that of the dense layer.
+            UsageError: ``granularity`` does not divide it.
         """
         if F % self.granularity:
             raise UsageError(f"granularity {self.granularity} does not divide the feed-forward size {F}: use a divisor")
         return F // self.granularity
-
-    @property
-    def share(self) -> float:
-        """``ratio``, or its default."""
-        return _RATIOS.get(self.upcycle, 0.0) if self.ratio is None else self.ratio
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the mixture is the dense model but for rounding: equal experts, whose weights sum to 1."""
-        return self.upcycle in ("copy", "virtual_groups") or (self.upcycle in _RATIOS and self.share == 0)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> "Experts":
-        """Raises TypeError, UsageError: not what ``to_json`` gives."""
+        """Read a record of ``to_json``. Raises TypeError or UsageError if it is invalid."""
+        types = {"upcycle": (str,), "ratio": (float, int, type(None)), "router_std": (float, int)}
         for field in dataclasses.fields(cls):
             value = record.get(field.name, field.default)
-            kinds = {"upcycle": (str,), "ratio": (float, int, type(None)), "router_std": (float, int)}
-            if type(value) not in kinds.get(field.name, (int,)):
+            if type(value) not in types.get(field.name, (int,)):
                 raise TypeError(f"experts: {field.name} is {reprlib.repr(value)}")
         return cls(**record)

@@ -1,4 +1,4 @@
-"""Injection: the pure function that turns layer-stacked params into deeper ones, as a plan says."""
+"""Injection: the pure function that applies a plan to layer-stacked params."""
 
 from collections import defaultdict
 from collections.abc import Collection
@@ -10,89 +10,95 @@ import numpy as np
 from jax.core import Tracer
 
 from tli_jax.errors import UsageError
-from tli_jax.growth.initialisers import Hosts, combine, compute
-from tli_jax.growth.plan import HOST_INITS, RESIDUAL_OUTPUTS, Plan, is_residual_output
+from tli_jax.growth.initialisers import HostInits, combine, compute
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import HOST_INITS, RESIDUAL_OUTPUTS, is_residual_output
 
 
 def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Collection[str] = RESIDUAL_OUTPUTS) -> Any:
     """Grow layer-stacked params. Pure: works under ``jit``, ``grad`` and ``eval_shape``, and on sharded arrays.
 
     Args:
-        params: any pytree: nested dicts, an NNX module, an NNX state. Each leaf below a key or attribute called
-            ``layers`` has the layers as its leading dim; all other leaves pass untouched.
-        plan: what to make; see ``tli_jax.growth.plan``.
-        layers: name of the subtree that is layer-stacked.
-        outputs: names of the residual outputs, the only tensors (biases included) that a row's scale multiplies.
+        params: any pytree: nested dicts, an ``nnx.Module``, an ``nnx.State``. The leaves below the key or attribute
+            ``layers`` have a leading layer dim; all other leaves are returned as they are.
+        layers: name of the layer-stacked subtree.
+        outputs: names of the residual outputs, whose weights and biases a row's scale multiplies.
 
     Returns:
-        The same tree, with leaves below ``layers`` as deep as the plan. A leaf that is sharded over other dims than the
-        first stays so, and no device sees more of it than its share.
+        The same tree with ``len(plan)`` layers. Leaves keep their sharding, unless the layer dim itself is sharded, and
+        no device holds more than its shard.
 
     Raises:
-        UsageError: nothing is called ``layers``, or a leaf there is not as deep as the plan's base; or an initialiser
-            of the plan cannot work here, see ``tli_jax.growth.initialisers``.
+        UsageError: no ``layers``, a leaf with another depth than the plan's base, or an initialiser that cannot run
+            here.
+
+    Example:
+        >>> config, params = tli_jax.load_hf("embedded")
+        >>> grown = tli_jax.inject(params, tli_jax.tli(config.num_hidden_layers, every=4))
     """
 
     def name_of(path: tuple[Any, ...]) -> str | None:
-        """The name within a layer; None outside."""
+        """The name within a layer, or None outside of the layers."""
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", "")))) for key in path]
-        # NNX variables are pytree nodes of their own, whose one child is called "value".
+        # NNX variables are pytree nodes with a single child, "value".
         return ".".join(n for n in names[names.index(layers) + 1 :] if n != "value") if layers in names else None
 
-    found = {
-        name: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params) if (name := name_of(path)) is not None
-    }
-    if not found:
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    leaves = {name: leaf for path, leaf in paths if (name := name_of(path)) is not None}
+    if not leaves:
         raise UsageError(f"the params have nothing called {layers!r}: name the layer-stacked subtree with layers=")
-    for name, leaf in found.items():
+    for name, leaf in leaves.items():
         if not leaf.shape or leaf.shape[0] != plan.base_layers:
             raise UsageError(
                 f"{layers}.{name} has shape {tuple(leaf.shape)}, the plan needs {plan.base_layers} layers first"
             )
-    made = _make_on_host(found, plan, outputs)
+    on_host = _compute_on_host(leaves, plan, outputs)
 
     def grow(path: tuple[Any, ...], leaf: Any) -> Any:
         name = name_of(path)
-        return leaf if name is None else _grow_leaf(leaf, plan, name, is_residual_output(name, outputs), made)
+        return leaf if name is None else _grow_leaf(leaf, plan, name, is_residual_output(name, outputs), on_host)
 
     return jax.tree_util.tree_map_with_path(grow, params)
 
 
-Made = dict[tuple[int, str], Any]
+OnHost = dict[tuple[int, str], Any]
 
 
-def _make_on_host(leaves: dict[str, Any], plan: Plan, outputs: Collection[str]) -> Made:
-    """The tensors that initialisers on the host make, by row and name; under ``jit`` by a call back to the host."""
-
-    def wants(number: int, name: str) -> bool:
-        row = plan.rows[number]
-        return row.init in HOST_INITS and row.action(is_residual_output(name, outputs)) == "compute"
-
-    # Kind by kind, as what learns from a kind of tensor does so once.
-    wanted = [(number, name) for name in leaves for number in range(len(plan)) if wants(number, name)]
-    if not wanted:
+def _compute_on_host(leaves: dict[str, Any], plan: Plan, outputs: Collection[str]) -> OnHost:
+    """The tensors of host initialisers, by row number and name; under ``jit`` through a callback."""
+    keys = [
+        (number, name)
+        for name in leaves
+        for number, row in enumerate(plan.rows)
+        if row.init in HOST_INITS and row.action(is_residual_output(name, outputs)) == "compute"
+    ]
+    if not keys:
         return {}
 
-    def make(leaves: dict[str, Any]) -> list[Any]:
+    def run(leaves: dict[str, Any]) -> list[Any]:
         leaves = {name: np.asarray(leaf) for name, leaf in leaves.items()}
-        hosts = Hosts(plan, lambda layer, name: leaves[name][layer])
-        order = wanted if plan.is_by_kind else sorted(wanted, key=lambda one: one[0])
-        tensors = {one: hosts.tensor(*one, is_residual_output(one[1], outputs), leaves[one[1]].dtype) for one in order}
-        return [tensors[one] for one in wanted]
+        inits = HostInits(plan, lambda layer, name: leaves[name][layer])
+        # Transport caches results of the current layer, the predictor those of the current tensor.
+        order = keys if plan.is_by_kind else sorted(keys, key=lambda key: key[0])
+        tensors = {
+            (number, name): inits.tensor(number, name, is_residual_output(name, outputs), leaves[name].dtype)
+            for number, name in order
+        }
+        return [tensors[key] for key in keys]
 
     if not any(isinstance(leaf, Tracer) for leaf in leaves.values()):
-        made = make(leaves)
+        tensors = run(leaves)
     elif plan.is_by_kind:
-        # It trains by JAX itself, and a call back from JAX must not call JAX.
+        # The predictor is trained by JAX, and a callback must not call JAX.
         raise UsageError(f"{plan.method}: init predictor trains a network, so call inject outside of jit")
     else:
-        shapes = [jax.ShapeDtypeStruct(leaves[name].shape[1:], leaves[name].dtype) for _, name in wanted]
-        made = jax.pure_callback(make, shapes, leaves)
-    return dict(zip(wanted, made, strict=True))
+        shapes = [jax.ShapeDtypeStruct(leaves[name].shape[1:], leaves[name].dtype) for _, name in keys]
+        tensors = jax.pure_callback(run, shapes, leaves)
+    return dict(zip(keys, tensors, strict=True))
 
 
-def _grow_leaf(leaf: jax.Array, plan: Plan, name: str, is_output: bool, made: Made) -> jax.Array:
-    """A gather of whole layers, then the rows that are more than a copy written over it."""
+def _grow_leaf(leaf: jax.Array, plan: Plan, name: str, is_output: bool, on_host: OnHost) -> jax.Array:
+    """Gather the first source of each row, then overwrite the rows that are not copies."""
     actions = [row.action(is_output) for row in plan.rows]
     first = [row.sources[0][0] for row in plan.rows]
     grown = jnp.take(leaf, np.asarray(first), axis=0, mode="clip")
@@ -101,7 +107,7 @@ def _grow_leaf(leaf: jax.Array, plan: Plan, name: str, is_output: bool, made: Ma
     if zero:
         grown = grown.at[np.asarray(zero)].set(0)
 
-    combined: dict[int, list[int]] = defaultdict(list)
+    combined: dict[int, list[int]] = defaultdict(list)  # by number of sources
     for number, action in enumerate(actions):
         if action == "combine":
             combined[len(plan.rows[number].sources)].append(number)
@@ -117,11 +123,10 @@ def _grow_leaf(leaf: jax.Array, plan: Plan, name: str, is_output: bool, made: Ma
         scale = column([row.factor(is_output) for row in rows])
         grown = grown.at[np.asarray(numbers)].set(combine(sources, weights, scale))
 
-    for number, action in enumerate(actions):
-        if (number, name) in made:
-            grown = grown.at[number].set(made[number, name])
-        elif action == "compute":
-            row = plan.rows[number]
-            tensor = compute(row.init, leaf[first[number]], number, name, row.factor(is_output), plan.options)
+    for number, (row, action) in enumerate(zip(plan.rows, actions, strict=True)):
+        if action == "compute":
+            tensor = on_host.get((number, name))
+            if tensor is None:
+                tensor = compute(row.init, leaf[first[number]], number, name, row.factor(is_output), plan.options)
             grown = grown.at[number].set(tensor)
     return grown

@@ -1,30 +1,29 @@
-"""Methods at one size: what options make each of them inject as many layers as ``tli`` does with a given K.
+"""Options that make each method inject as many layers as ``tli`` with a given K, or as close below as it can.
 
-Where a method cannot reach that size, it gets the next below that it can; where its published positions are fewer or
-more, they are spread evenly over the part of the model in which it injects.
+Where a method publishes more or fewer positions, they are spread evenly over the part of the model that it injects in.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Options by which somebody has said how large a grown model is to be.
+# Options that determine the size of a grown model.
 SIZE_OPTIONS = ("every", "after", "drop", "groups", "copies", "times", "block", "count", "layers")
 
 
 def fit(method: str, layers: int, every: int, given: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Options that bring a method to the size of ``tli`` with K = ``every``, or to the next below that it reaches.
+    """Return the options that bring a method to the size of ``tli`` with K = ``every``, or to the next smaller one.
 
     Args:
         layers: L of the base.
-        given: options that are settled; one of ``SIZE_OPTIONS`` among them, and the method is left as it is.
+        given: fixed options. If one of ``SIZE_OPTIONS`` is among them, nothing is added.
 
     Returns:
-        What to add to ``given``; None where the smallest that the method makes is larger.
+        The options to add; None if even the smallest size of the method is larger.
     """
-    wanted = layers // every
+    injected = layers // every
     if not set(SIZE_OPTIONS).isdisjoint(given) or method in ("custom", "moe"):
         return {}
-    if wanted == 0:
+    if injected == 0:
         return None
     upper, shallow = range(max(layers // 2 - 1, 0), layers - 1), range(layers // 2)
     if method in ("tli", "average"):
@@ -32,25 +31,26 @@ def fit(method: str, layers: int, every: int, given: Mapping[str, Any]) -> dict[
     if method == "interpose":
         return {"after": list(range(every - 1, layers, every))}
     if method == "dus":
-        drop = -(-(layers - wanted) // 2)
+        drop = -(-(layers - injected) // 2)
         return {"drop": drop} if 2 * (layers - drop) > layers else None
     if method == "llama_pro":
-        groups = max((n for n in range(1, wanted + 1) if layers % n == 0), key=lambda n: (wanted // n * n, n))
-        return {"groups": groups, "copies": wanted // groups}
+        divisors = (n for n in range(1, injected + 1) if layers % n == 0)
+        groups = max(divisors, key=lambda n: (injected // n * n, n))
+        return {"groups": groups, "copies": injected // groups}
     if method in ("opt_deus", "lesa"):
-        return {"after": _spread(upper, wanted)} if upper else None
+        return {"after": _spread(upper, injected)} if upper else None
     if method == "slayer":
-        return {"after": _spread(shallow, wanted)} if shallow else None
+        return {"after": _spread(shallow, injected)} if shallow else None
     if method in ("midas", "lidas"):
-        return {"block": min(wanted, layers)}
+        return {"block": min(injected, layers)}
     if method == "adept":
-        return {"count": min(wanted, layers)}
+        return {"count": min(injected, layers)}
     assert method == "stack", method
-    times = (layers + wanted) // layers
+    times = (layers + injected) // layers
     return {"times": times} if times > 1 else None
 
 
-def _spread(places: Sequence[int], count: int) -> list[int]:
-    """So many of the places, or all, evenly, the last among them."""
-    count = min(count, len(places))
-    return [places[(i + 1) * len(places) // count - 1] for i in range(count)]
+def _spread(positions: Sequence[int], count: int) -> list[int]:
+    """Up to ``count`` positions, evenly spaced and ending with the last."""
+    count = min(count, len(positions))
+    return [positions[(i + 1) * len(positions) // count - 1] for i in range(count)]

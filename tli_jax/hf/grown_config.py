@@ -26,7 +26,7 @@ def grown_config(config: LlamaConfig, plan: Plan) -> LlamaConfig:
         grown,
         num_experts=experts.total,
         experts_per_token=experts.top_k,
-        intermediate_size=experts.cut(config.intermediate_size),
+        intermediate_size=experts.expert_size(config.intermediate_size),
     )
 
 

@@ -22,7 +22,8 @@ import numpy as np
 
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.experts import MATRICES, Experts
-from tli_jax.growth.plan import HOST_INITS, Plan, is_residual_output
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import HOST_INITS, is_residual_output
 from tli_jax.hf.checkpoint import CHUNK, Checkpoint, hf_name, read_chunks, read_tensor, widest
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import CODES, DTYPES, INDEX, SINGLE, Tensor
@@ -145,7 +146,7 @@ def grown_pieces(base: Checkpoint, plan: Plan, facts: dict[str, Any] | None = No
 def _expert_pieces(experts: Experts, number: int, name: str, dense: Piece) -> Iterator[Piece]:
     """What comes of one matrix of a dense feed-forward; with the first of them the router."""
     shape = list(dense.shape)
-    shape[name == "down_proj"] = experts.cut(shape[name == "down_proj"])  # F, the last dim of down alone
+    shape[name == "down_proj"] = experts.expert_size(shape[name == "down_proj"])  # F, the last dim of down alone
     dtype = DTYPES[dense.dtype]
     prefix = f"model.layers.{number}.block_sparse_moe"
 
@@ -237,11 +238,11 @@ class _OnHost:
 
     def maker(self, number: int, name: str, is_output: bool, dtype: np.dtype) -> Callable[[], Iterator[Any]]:
         def make() -> Iterator[Any]:
-            from tli_jax.growth.initialisers import Hosts
+            from tli_jax.growth.initialisers import HostInits
 
             if self._hosts is None:
                 read = lambda layer, name: read_tensor(self.base.tensors[hf_name(name, layer)])  # noqa: E731
-                self._hosts = Hosts(self.plan, read)
+                self._hosts = HostInits(self.plan, read)
             tensor = np.ascontiguousarray(self._hosts.tensor(number, name, is_output, dtype))
             self.facts.update(self._hosts.facts)
             yield tensor.reshape(-1).view(np.uint8).data

@@ -13,7 +13,6 @@ from typing import Any
 from tli_jax.errors import DataError
 from tli_jax.models.config_json import ROPE_FACTORS, DType, read_config
 
-
 # Name within a layer -> dims. In layer-stacked params, each leaf has a leading dim L.
 _ATTENTION: dict[str, tuple[str, ...]] = {
     "input_layernorm.weight": ("D",),

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from xml.etree import ElementTree
 
 from tli_jax.cli.console import printable
-from tli_jax.growth.plan import Plan, label
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import label
 
 _BOX, _HIGH, _GAP, _ROW, _LEFT = 48, 40, 5, 104, 16
 _KEPT, _EXACT, _CHANGED = "#4c6a92", "#7fb069", "#e0913d"

@@ -15,7 +15,7 @@ from tli_jax.data.batches import Batch, Data
 from tli_jax.distributed.mesh import batch_sharding, local_rows, param_sharding
 from tli_jax.distributed.processes import StopSignal, flag_array
 from tli_jax.errors import DataError, DivergedError, StoppedError
-from tli_jax.growth.plan import is_residual_output
+from tli_jax.growth.rows import is_residual_output
 from tli_jax.hf.checkpoint import Checkpoint, load_array
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.freezing import Arrays

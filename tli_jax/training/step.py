@@ -110,7 +110,7 @@ class Trainer:
         self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """See ``models.loss.token_losses``."""
-        model = Llama(self.model, as_model(trained, frozen, self.param_specs))
+        model = Llama.from_params(self.model, as_model(trained, frozen, self.param_specs))
         # A device has its share of the batch and of the vocabulary, so that much more fits at a time.
         chunk = LOGITS * self.mesh.size // self.model.vocab_size
         return token_losses(model, tokens, chunk, segments, self.forward_options)

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tli_jax.hf.checkpoint import Checkpoint, load_array, read_tensor
+from tli_jax.models.attention import make_rope
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Block, RMSNorm, make_rope
+from tli_jax.models.llama import Block
+from tli_jax.models.modules import RMSNorm
 from tli_jax.models.tree import nest
 
 
@@ -32,7 +34,7 @@ def embed(checkpoint: Checkpoint, tokens_BT: np.ndarray) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(config: LlamaConfig, params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
     """One layer of whatever model: the one compiled program that all go through."""
-    return Block(config, params)(x_BTD, make_rope(config, x_BTD.shape[1], x_BTD.dtype))[0]
+    return Block.from_params(config, params)(x_BTD, rope=make_rope(config, x_BTD.shape[1], x_BTD.dtype))[0]
 
 
 def head_name(config: LlamaConfig) -> str:
@@ -43,4 +45,4 @@ def head_name(config: LlamaConfig) -> str:
 @functools.partial(jax.jit, static_argnums=0)
 def normalise(eps: float, weight_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """The final norm."""
-    return RMSNorm(weight_D, eps)(x_BTD)
+    return RMSNorm.from_params({"weight": weight_D}, eps)(x_BTD)
