@@ -1,12 +1,12 @@
-"""What every method makes of a base, before any training, as a Markdown table: sizes, promises, and what is kept of it.
+"""Measures what each growth method does to a base before any training, as a Markdown table.
 
-    python benchmarks/methods.py                                   # the embedded base, its text and new topics
+    python benchmarks/methods.py                                   # the embedded base on its text and on new topics
     python benchmarks/methods.py --model DIR --text FILE --other FILE --name NAME
-    python benchmarks/methods.py --table NAME                      # grow nothing: the table of what is in the results
+    python benchmarks/methods.py --table NAME                      # only print the table of stored results
 
-Each row is one growth by ``python -m tli_jax.upscale`` with the flags it shows, in fp32, and one run of both models on
-each text. Where torch is installed transformers opens every grown folder, and the losses must agree to 1e-4. What is
-found goes to benchmarks/results/methods_NAME.json.
+Each row is one growth by ``python -m tli_jax.upscale`` with the flags shown, in fp32, and one run of both models on each
+text. If torch is installed, transformers opens every grown folder, and its loss must agree to 1e-4. The results are
+written to benchmarks/results/methods_NAME.json.
 """
 
 import argparse
@@ -39,7 +39,7 @@ TOKENS, WINDOW = 2048, 256
 
 
 def methods(layers: int) -> list[str]:
-    """Flags of every method, at K = 2 or its equal in size where there is one."""
+    """The flags of every method, at K = 2 or the size closest to it."""
     inits = [
         "identity",
         "next_identity",
@@ -58,14 +58,14 @@ def methods(layers: int) -> list[str]:
     rows += ["--method interpose", "--method stack --times 2", f"--method custom --layers '0-{layers - 1},0*0.5'"]
     rows += ["--method moe", "--method moe --upcycle noise", "--method moe --upcycle drop"]
     rows += [
-        f"--method moe --granularity 2 --top-k 4 --upcycle {how}"
-        for how in ("virtual_groups", "virtual_groups_published")
+        f"--method moe --granularity 2 --top-k 4 --upcycle {upcycle}"
+        for upcycle in ("virtual_groups", "virtual_groups_published")
     ]
     return [*rows, "--method tli --every 2 --experts 8"]
 
 
-def loss_of_transformers(folder: Path, tokens_BT: np.ndarray) -> float:
-    """Mean loss of each window's tokens but the first, in fp32."""
+def transformers_loss(folder: Path, tokens_BT: np.ndarray) -> float:
+    """Mean loss in fp32 over all tokens but the first of each window."""
     import torch
     import transformers
 
@@ -88,22 +88,21 @@ def grow(base: Checkpoint, flags: str, texts: list[np.ndarray], folder: Path) ->
     seconds = time.perf_counter() - started
     record = json.loads(printed.getvalue())
     grown, plan = open_checkpoint(folder), Plan.from_json(record["plan"])
-    found = [proof.prove(base, grown, plan, tokens_BT, "", lambda: None) for tokens_BT in texts]
+    proofs = [proof.prove(base, grown, plan, tokens_BT, "", lambda: None) for tokens_BT in texts]
     row = {
         "layers": f"{plan.base_layers} → {len(plan)}",
         **{key: record["after"][key] for key in ("parameters", "active_parameters", "flops_per_token")},
-        "promise": plan.guarantee,
-        "difference": max(one.max_abs_logit_difference / one.max_abs_logit for one in found),
-        "loss_base": [one.loss_base for one in found],
-        "loss": [one.loss_grown for one in found],
-        "top1": found[0].top1,
+        "guarantee": plan.guarantee,
+        "difference": max(p.max_abs_logit_difference / p.max_abs_logit for p in proofs),
+        "loss_base": [p.loss_base for p in proofs],
+        "loss": [p.loss_grown for p in proofs],
+        "top1": proofs[0].top1,
         "seconds": seconds,
     }
     if util.find_spec("torch"):
-        row["loss_of_transformers"] = loss_of_transformers(folder, texts[0])
-        off = abs(row["loss_of_transformers"] - row["loss"][0])
-        if off > 1e-4:
-            sys.exit(f"{flags}: transformers finds a loss of {row['loss_of_transformers']}, not {row['loss'][0]}")
+        row["transformers_loss"] = transformers_loss(folder, texts[0])
+        if abs(row["transformers_loss"] - row["loss"][0]) > 1e-4:
+            sys.exit(f"{flags}: the loss is {row['loss'][0]}, but {row['transformers_loss']} in transformers")
     return row
 
 
@@ -111,15 +110,15 @@ def table(result: dict[str, Any]) -> str:
     first = next(iter(result["rows"].values()))
     base = [f"{loss:.4f}" for loss in first["loss_base"]]
     lines = [
-        f"| flags | layers | parameters | of a token | FLOPs a token | promise | measured | loss (base {base[0]})"
-        f" | same top-1 | another text (base {base[1]}) |",
+        f"| flags | layers | parameters | active | FLOPs per token | guarantee | max Δlogit | loss (base {base[0]})"
+        f" | same top-1 | second text (base {base[1]}) |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for flags, row in result["rows"].items():
-        measured = "equal" if row["difference"] == 0 else f"{row['difference']:.1e}"
+        difference = "equal" if row["difference"] == 0 else f"{row['difference']:.1e}"
         lines.append(
             f"| `{flags}` | {row['layers']} | {row['parameters'] / 1e6:.2f}M | {row['active_parameters'] / 1e6:.2f}M"
-            f" | {row['flops_per_token'] / 1e6:.2f}M | {row['promise']} | {measured} | {row['loss'][0]:.4f}"
+            f" | {row['flops_per_token'] / 1e6:.2f}M | {row['guarantee']} | {difference} | {row['loss'][0]:.4f}"
             f" | {100 * row['top1']:.1f} % | {row['loss'][1]:.4f} |"
         )
     return "\n".join(lines)
@@ -128,10 +127,10 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--text", type=Path, help="in domain; by default the embedded text")
-    parser.add_argument("--other", type=Path, help="another one; by default topics of Python's documentation")
-    parser.add_argument("--name", default="embedded", help="of the file of results")
-    parser.add_argument("--table", metavar="NAME", help="grow nothing")
+    parser.add_argument("--text", type=Path, help="by default the embedded text")
+    parser.add_argument("--other", type=Path, help="a second text; by default topics of Python's documentation")
+    parser.add_argument("--name", default="embedded", help="of the results file")
+    parser.add_argument("--table", metavar="NAME", help="only print the stored table")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads((RESULTS / f"methods_{options.table}.json").read_text())))
@@ -142,7 +141,7 @@ def main() -> None:
         save_hf(Path(temporary) / "base", config, params, source=source)
         base = open_checkpoint(Path(temporary) / "base")
         tokenizer, _ = tokens.open_tokenizer(base.folder, base.config)
-        assert tokenizer is not None, "a text needs a tokenizer"
+        assert tokenizer is not None, "the model has no tokenizer"
         texts = [
             tokens.windows(tokenizer.encode(text), base.config, TOKENS, WINDOW)
             for text in (
@@ -155,7 +154,7 @@ def main() -> None:
             print(flags, file=sys.stderr)
             rows[flags] = grow(base, flags, texts, Path(temporary) / str(number))
     result = {
-        # Where things lie on this machine is nobody's business.
+        # Without the directories of this machine.
         "command": " ".join(["python", *(Path(word).name if Path(word).is_absolute() else word for word in sys.argv)]),
         "rows": rows,
         "machine": {"cpus": os.cpu_count(), "machine": platform.machine(), "system": platform.platform()},

@@ -59,7 +59,7 @@ def test_from_params_copies_nothing(config):
     for name in config.outer_tensors:
         assert pick(nnx.to_pure_dict(nnx.state(model)), name) is pick(params, name)
     assert model.layers.self_attn.q_proj.weight[...] is params["layers"]["self_attn"]["q_proj"]["weight"]
-    np.testing.assert_array_equal(model(TOKENS), forward(config, params, TOKENS))
+    np.testing.assert_allclose(model(TOKENS), forward(config, params, TOKENS), atol=1e-6)
     source = dataclasses.replace(config, source='{"a": 1}')  # equal, but not the same
     assert Llama.from_params(source, params).config.source == source.source
 
@@ -103,7 +103,7 @@ def test_sharding_metadata_is_the_tensor_table(config):
     periods = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), params["layers"])
     grouped = Llama.from_params(config, {**params, "layers": [[periods]]})
     assert grouped.layers[0][0].input_layernorm.weight.out_sharding == (None, "L", "D")
-    np.testing.assert_allclose(grouped(TOKENS), forward(config, params, TOKENS), rtol=1e-6)
+    np.testing.assert_allclose(grouped(TOKENS), forward(config, params, TOKENS), atol=1e-6)
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
@@ -112,11 +112,11 @@ def test_metadata_constrains_nothing_by_itself():
     params = make_params(CONFIG)
     with jax.set_mesh(mesh):
         logits = jax.jit(lambda params: Llama.from_params(CONFIG, params)(TOKENS))(params)
-    np.testing.assert_allclose(logits, forward(CONFIG, params, TOKENS), rtol=1e-6)
+    np.testing.assert_allclose(logits, forward(CONFIG, params, TOKENS), atol=1e-6)
     # Flax's own way from the letters to shardings.
     with nnx.logical_axis_rules([("D", "x"), ("L", None), ("V", None), ("F", None), ("Hh", None), ("Kh", None)]):
         specs = nnx.get_partition_spec(nnx.state(Llama.from_params(CONFIG, params)))
-    assert specs["layers"]["mlp"]["up_proj"]["weight"][...] == jax.sharding.PartitionSpec(None, None, "x")
+    assert specs["layers"]["mlp"]["up_proj"]["weight"].get_value() == jax.sharding.PartitionSpec(None, None, "x")
 
 
 def test_split_inject_merge():
