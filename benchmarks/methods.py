@@ -5,7 +5,7 @@
     python benchmarks/methods.py --table NAME                      # only print the table of stored results
 
 Each row is one growth by ``python -m tli_jax.upscale`` with the flags shown, in fp32, and one run of both models on
-each text. If torch is installed, transformers opens every grown folder, and its loss must agree to 1e-4. The results are
+each text. If torch is installed, transformers opens every grown folder, and its loss must agree to 1e-4. Results are
 written to benchmarks/results/methods_NAME.json.
 """
 

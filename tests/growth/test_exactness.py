@@ -1,4 +1,4 @@
-"""Growth that promises the same function, on a trained model: logits, gradients, and generation with a cache."""
+"""Exact growth of a trained model: logits, gradients, and generation with a cache."""
 
 from typing import Any
 
@@ -21,20 +21,20 @@ Stories = tuple[LlamaConfig, dict[str, Any], jax.Array]
 
 @pytest.fixture(scope="module")
 def stories(material) -> Stories:
-    """A trained model of five layers, and text that it knows, as tokens ``[1, 128]``."""
+    """A trained model with five layers, and tokens ``[1, 128]`` of a text like its training data."""
     config, params = load_hf(material / "stories260k")
     with np.load(material / "stories260k" / "reference.npz") as reference:
         return config, params, jnp.asarray(reference["input_ids"][:, :128])
 
 
 def grow(params: dict[str, Any], plan: Plan) -> dict[str, Any]:
-    """In one program: many small ones would take longer to compile."""
+    """As one program, which compiles faster than many small ones."""
     return jax.jit(lambda params: inject(params, plan))(params)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_identity_growth_changes_no_logit(stories: Stories, dtype: Any):
-    """Both models through ``forward``: one scanned block, compiled once for each depth."""
+    """``forward`` scans one block, compiled once per depth."""
     config, params, tokens_BT = stories
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
     logits = forward(config, params, tokens_BT)
@@ -43,12 +43,12 @@ def test_identity_growth_changes_no_logit(stories: Stories, dtype: Any):
         assert plan.is_exact
         grown = grow(params, plan)
         assert grown["layers"]["input_layernorm"]["weight"].shape[0] == len(plan) == depth
-        # Compared by NumPy: a maximum taken by XLA on a CPU can pass over NaN.
+        # By NumPy: on a CPU, a maximum by XLA can ignore NaN.
         np.testing.assert_array_equal(forward(config, grown, tokens_BT), logits, str(plan))
 
 
 @pytest.mark.parametrize("plan", [tli(5, 2, "half"), dus(5, 1)], ids=lambda plan: plan.method)
-def test_other_growth_does_change_them(stories: Stories, plan: Plan):
+def test_inexact_growth_changes_the_logits(stories: Stories, plan: Plan):
     config, params, tokens_BT = stories
     assert not plan.is_exact
     difference = jnp.abs(forward(config, grow(params, plan), tokens_BT) - forward(config, params, tokens_BT)).max()
@@ -62,15 +62,15 @@ def test_cached_generation_equals_uncached_and_the_bases(stories: Stories):
     grown = grow(params, tli(5, 2))
     np.testing.assert_array_equal(generate_tokens(config, grown, prompt, 60), base)
     np.testing.assert_array_equal(generate_tokens(config, grown, prompt, 60, cached=False), base)
-    # A cache that mixed up its layers could go unseen where the injected ones add nothing.
+    # A cache that mixes up layers would go unnoticed if injected layers add nothing.
     grown = grow(params, tli(5, 2, "half"))
     cached = generate_tokens(config, grown, prompt, 60)
     np.testing.assert_array_equal(cached, generate_tokens(config, grown, prompt, 60, cached=False))
     assert (cached != base).any()
 
 
-def test_only_the_outputs_of_injected_layers_have_a_gradient_at_first(stories: Stories):
-    """With zeroed residual outputs the loss sees nothing of what lies behind them."""
+def test_at_first_only_residual_outputs_of_injected_layers_have_a_gradient(stories: Stories):
+    """With residual outputs 0, the loss does not depend on the other tensors of the layer."""
     config, params, tokens_BT = stories
     plan = tli(5, 2)
 

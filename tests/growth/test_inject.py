@@ -1,4 +1,4 @@
-"""The pure function: values by hand, any pytree, transformations, and arrays that are spread over devices."""
+"""inject: reference values, any pytree, transformations, and sharded arrays."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from tli_jax.models.modules import Linear
 DTYPES = [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16)]
 CONFIG = LlamaConfig(32, 16, 24, 4, 4, 2, 4)
 
-# One plan with every kind of row, kept and injected, linear and computed.
+# A plan with every kind of row: kept and injected, linear and computed.
 KINDS = [
     Row(((0, 1.0),)),
     Row(((0, 1.0),), 0.0, "identity", True, 1),
@@ -45,11 +45,11 @@ LINEAR_KINDS = Plan("linear kinds", 4, tuple(row for row in KINDS if row.init no
 
 
 def make_tree(layers: int, dtype: Any = np.float32, rows: int = 8, columns: int = 16) -> dict[str, Any]:
-    """A made-up model: biases on a residual output, leaves outside the layers of any shape, nothing below 2**-8."""
-    draw = np.random.default_rng(layers)
+    """An artificial model with biases, leaves of any shape outside the layers, and no value below 2**-8."""
+    rng = np.random.default_rng(layers)
 
     def leaf(*shape: int) -> np.ndarray:
-        values = draw.uniform(2**-8, 1, shape) * draw.choice([-1, 1], shape)
+        values = rng.uniform(2**-8, 1, shape) * rng.choice([-1, 1], shape)
         return values.astype(np.float32).astype(dtype)
 
     return {
@@ -77,7 +77,7 @@ def is_output(name: str) -> bool:
 
 
 def expected_layer(init: str, leaf: np.ndarray, layer: int, name: str) -> np.ndarray:
-    """What METHODS says of an injected layer, in fp32, rounded once."""
+    """An injected layer by its definition, in fp32, rounded once."""
     before, after = (leaf[min(i, len(leaf) - 1)].astype(np.float32) for i in (layer, layer + 1))
     value = (before + after) / 2 if "average" in init else after if "next" in init else before
     if is_output(name):
@@ -112,7 +112,7 @@ def test_values(init: str, dtype: np.dtype):
     [dus(5, 1), stack(5), interpose(5), llama_pro(5, 5), slayer(5), average(5, 5), custom(5, "4,0-2,2*0,1*0.25")],
     ids=lambda plan: plan.method,
 )
-def test_values_of_presets(plan: Plan):
+def test_values_of_methods(plan: Plan):
     base, grown = flatten(make_tree(5)), flatten(inject(make_tree(5), plan))
     for name, leaf in base.items():
         if "layers" in name:
@@ -137,7 +137,7 @@ def test_zeroed_outputs_are_plus_zero_and_biases_are_zeroed_too(dtype: np.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_noise_has_the_ratio_it_was_given(dtype: np.dtype):
+def test_noise_has_the_given_ratio(dtype: np.dtype):
     tree = {"layers": {"o_proj": {"weight": make_tree(2, dtype, 64, 128)["layers"]["down_proj"]}}}
     source = tree["layers"]["o_proj"]["weight"].astype(np.float32)
 
@@ -151,7 +151,7 @@ def test_noise_has_the_ratio_it_was_given(dtype: np.dtype):
         added, rms = grown[2 * layer + 1] - source[layer], np.sqrt(np.square(source[layer]).mean())
         assert added.std() / rms == pytest.approx(0.1, rel=0.03)
         assert abs(added.mean()) < 0.01 * rms
-    # The key is seed, row and name: another row or seed draws anew, the same draws the same.
+    # The random key depends on seed, row and name.
     assert np.abs(np.corrcoef((grown[1] - source[0]).ravel(), (grown[3] - source[1]).ravel())[0, 1]) < 0.05
     np.testing.assert_array_equal(grow(noise_ratio=0.1), grown)
     assert (grow(noise_ratio=0.1, seed=1)[1] != grown[1]).mean() > 0.9
@@ -160,7 +160,7 @@ def test_noise_has_the_ratio_it_was_given(dtype: np.dtype):
     assert not grow(noise_ratio=0.1, scale=0.0)[1::2].any()
 
 
-def test_random_is_a_fresh_initialisation():
+def test_random_is_a_new_initialisation():
     tree = make_tree(2, np.float32, 64, 128)
     del tree["layers"]["gate"], tree["layers"]["mixer"]["o_proj"]["bias"]
     grown = inject(tree, tli(2, 1, "random", std=0.05, scale=0.5))["layers"]
@@ -168,12 +168,12 @@ def test_random_is_a_fresh_initialisation():
     assert q[1].std() == pytest.approx(0.05, rel=0.03) and o[1].std() == pytest.approx(0.025, rel=0.03)
     assert (np.asarray(grown["norm"]["weight"])[1::2] == 1).all()
     assert not np.asarray(grown["mixer"]["q_proj"]["bias"])[1::2].any()
-    # Rows and tensors draw apart from one another.
-    draws = [q[1].ravel(), q[3].ravel(), o[1].ravel(), np.asarray(grown["down_proj"])[1].ravel()]
-    assert np.abs(np.corrcoef(draws) - np.eye(4)).max() < 0.05
+    # Rows and tensors have independent values.
+    samples = [q[1].ravel(), q[3].ravel(), o[1].ravel(), np.asarray(grown["down_proj"])[1].ravel()]
+    assert np.abs(np.corrcoef(samples) - np.eye(4)).max() < 0.05
 
 
-def test_the_module_is_a_tree_like_any_other():
+def test_modules_and_states():
     draw = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     params = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), shapes)
@@ -187,7 +187,7 @@ def test_the_module_is_a_tree_like_any_other():
     for tree in (grown, of_state):
         for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(Llama.from_params(CONFIG, of_dict)), strict=True):
             np.testing.assert_array_equal(a, b)
-    # Computed rows are drawn by the tensor's name: a module's "value" is no part of it.
+    # The random key of computed rows depends on the tensor's name, which excludes a variable's "value".
     linear = Linear(16, 16, stack=(4,), rngs=nnx.Rngs(0))
     weight = linear.weight[...]
     of_module = inject({"layers": {"q_proj": linear}}, tli(4, 4, "noise"))["layers"]["q_proj"].weight[...]
@@ -216,7 +216,7 @@ def test_other_names():
         ({"layers": {"q": np.float32(1)}}, r"layers\.q has shape \(\)"),
     ],
 )
-def test_params_that_do_not_fit_are_refused(tree: Any, message: str):
+def test_params_of_another_depth_are_refused(tree: Any, message: str):
     with pytest.raises(UsageError, match=message):
         inject(tree, tli(4, 2))
     with pytest.raises(UsageError, match=message):
@@ -228,7 +228,7 @@ def test_params_that_do_not_fit_are_refused(tree: Any, message: str):
 )
 def test_jit_and_eval_shape_agree_with_the_plain_call(plan: Plan, dtype: np.dtype):
     tree = make_tree(4, dtype)
-    if plan is ALL_KINDS:  # each computed tensor is a program of its own: take few
+    if plan is ALL_KINDS:  # each computed tensor is a program of its own
         tree["layers"] = tree["layers"]["mixer"]["o_proj"]
     plain = flatten(inject(tree, plan))
     compiled = flatten(jax.jit(lambda tree: inject(tree, plan))(tree))
@@ -240,7 +240,7 @@ def test_jit_and_eval_shape_agree_with_the_plain_call(plan: Plan, dtype: np.dtyp
 
 
 def assert_same_layers(a: np.ndarray, b: np.ndarray, plan: Plan | None) -> None:
-    """Byte for byte, but for layers that are computed: those to an ulp."""
+    """Equal byte for byte; computed layers to an ulp."""
     computed = [number for number, row in enumerate(plan.rows if plan else ()) if row.init in ("noise", "random")]
     linear = [number for number in range(len(plan)) if number not in computed] if plan else ...
     assert a[linear].tobytes() == b[linear].tobytes()
@@ -249,7 +249,7 @@ def assert_same_layers(a: np.ndarray, b: np.ndarray, plan: Plan | None) -> None:
 
 
 def assert_within_an_ulp(a: np.ndarray, b: np.ndarray) -> None:
-    """Of the largest value: a sum that cancels is as uncertain as its terms."""
+    """An ulp of the largest value, because a sum that cancels is as uncertain as its terms."""
     largest = float(np.abs(b.astype(np.float32)).max())
     ulp = largest * float(ml_dtypes.finfo(b.dtype).eps)
     np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), rtol=0, atol=ulp)
@@ -257,7 +257,7 @@ def assert_within_an_ulp(a: np.ndarray, b: np.ndarray) -> None:
 
 @pytest.mark.parametrize("plan", [LINEAR_KINDS, dus(4, 1), custom(4, "0,0,3")], ids=lambda plan: plan.method)
 def test_the_gradient_is_the_transpose(plan: Plan):
-    """Of a weighted sum of the grown model: each base layer gathers the weights of every layer that is made of it."""
+    """The gradient of a base layer is the weighted sum of the gradients of all layers built from it."""
     tree, draw = make_tree(4), np.random.default_rng(0)
     grown = jax.eval_shape(lambda: inject(tree, plan))
     upstream = {
@@ -283,7 +283,7 @@ def test_the_gradient_is_the_transpose(plan: Plan):
 
 @pytest.mark.parametrize(("plan", "expected"), [(tli(2, 1, "noise", noise_ratio=0.0), 2), (tli(2, 1, "random"), 1)])
 def test_the_gradient_of_computed_rows(plan: Plan, expected: int):
-    # Through noise it goes to the layer before, through a fresh layer nowhere.
+    # Noise passes the gradient to its source, a random layer to nothing.
     gradient = jax.grad(lambda leaf: jnp.sum(inject({"layers": leaf}, plan)["layers"]))(
         make_tree(2)["layers"]["down_proj"]
     )
@@ -313,7 +313,7 @@ def grow_all_kinds(tree: Any) -> Any:
     return inject(tree, ALL_KINDS)
 
 
-# Mesh axes, a letter each, of every dim.
+# The mesh axes of each dim, by letter.
 SPECS = {
     "embed": ("bc", "a"),
     "q_proj": ("", "bc", "a"),
@@ -327,14 +327,14 @@ def make_mesh(*sizes: int) -> jax.sharding.Mesh:
 
 
 def sharded_tree(mesh: jax.sharding.Mesh, dtype: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """A tree on the host, where its leaves go, and the tree there."""
+    """A tree on the host, its shardings, and the sharded tree."""
     tree = make_tree(4, dtype, 16, 48)
     tree = {"embed": tree["embed"], "layers": tree["layers"]["mixer"]}
     del tree["layers"]["q_proj"]["bias"]
 
     def place(path: Any, leaf: np.ndarray) -> NamedSharding:
         spec = next(SPECS[key.key] for key in reversed(path) if key.key in SPECS)
-        # A third axis shares a dim with the second; an axis that the mesh lacks is left out.
+        # A third axis shares a dim with the second. Axes that the mesh does not have are left out.
         axes = [tuple(name for name in axis if name in mesh.axis_names) for axis in spec[: leaf.ndim]]
         return NamedSharding(mesh, PartitionSpec(*axes))
 
@@ -343,11 +343,11 @@ def sharded_tree(mesh: jax.sharding.Mesh, dtype: Any) -> tuple[dict[str, Any], d
 
 
 def assert_no_leaf_is_gathered(program: str, whole: set[tuple[int, ...]], largest: int) -> None:
-    """Look at every instruction of a compiled, partitioned program.
+    """Check every instruction of a compiled, partitioned program.
 
     Args:
-        whole: shapes that must not occur, those of the unsharded leaves.
-        largest: elements of the largest array that a device may hold.
+        whole: shapes of unsharded leaves, which must not occur.
+        largest: number of elements of the largest array that a device may hold.
     """
     moved = re.findall(
         r"\b(all-gather|all-to-all|collective-permute|collective-broadcast|ragged-all-to-all)[\w-]*\(", program
@@ -405,8 +405,8 @@ def test_sharded_without_jit():
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("init", ["identity", "half", "average"])
-def test_a_whole_8b_is_grown_within_each_devices_share(init: str):
-    """Llama-3.1-8B, 32 → 40 layers in bf16, compiled ahead of time: no weight exists, the compiler's account does."""
+def test_an_8b_model_grows_within_each_devices_shard(init: str):
+    """Llama-3.1-8B, 32 → 40 layers in bf16, compiled ahead of time without weights, to read the memory analysis."""
     config = LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128)
     mesh = make_mesh(2, 4)
     axes = {"D": "a", "F": "b", "Hh": "b", "Kh": "b", "V": "b"}
@@ -426,7 +426,7 @@ def test_a_whole_8b_is_grown_within_each_devices_share(init: str):
     total = sum(leaf.size * 2 for leaf in jax.tree.leaves(grown))
     assert total == 2 * config.with_layers(40).num_params
     memory = compiled.memory_analysis()
-    # Every size divides by eight: each device holds an eighth, and a table of pointers to its 12 arrays.
+    # Each device holds an eighth, and a table of pointers to its 12 arrays.
     assert 0 <= memory.output_size_in_bytes - total // 8 <= 16 * len(jax.tree.leaves(grown))
     assert memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes < 0.6 * total
     leaves = [*jax.tree.leaves(base), *jax.tree.leaves(grown)]

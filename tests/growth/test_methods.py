@@ -1,4 +1,4 @@
-"""Every preset against the definition of its method: order of layers, marks, scales, guarantee, refusals."""
+"""Every method against its definition: order of layers, marks, scales, guarantee, errors."""
 
 import math
 import re
@@ -28,15 +28,15 @@ from tli_jax.growth.methods import (
 from tli_jax.growth.plan import Plan, draw_layer_map
 from tli_jax.growth.rows import HOST_INITS, INITS, Row
 
-# Shape of Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B: layers, parameters a layer, parameters outside the layers.
+# Llama-3.2-1B, Llama-3.2-3B and Llama-3.1-8B: number of layers, parameters per layer, parameters outside the layers.
 SHAPES = {16: (60.8e6, 262.7e6), 28: (100.7e6, 394.0e6), 32: (218.1e6, 1050.7e6)}
 DEPTHS = st.integers(1, 40)
 
 
 def notation(plan: Plan) -> str:
-    """A plan in the shortest form that still says all: ``3``, ``3*0.5``, injected in brackets, means as ``3+4``.
+    """A plan in short: ``3``, ``3*0.5``, means as ``3+4``, injected layers in brackets.
 
-    Written apart from ``draw_layer_map``, so that a fault there does not hide one in a preset.
+    Independent of ``draw_layer_map``, so that a bug there does not hide one in a method.
     """
     cells = []
     for row in plan.rows:
@@ -52,7 +52,7 @@ def numbers(first: int, last: int) -> str:
     return " ".join(map(str, range(first, last + 1)))
 
 
-def test_the_table_of_presets_is_complete():
+def test_the_list_of_methods_and_initialisers():
     assert set(METHODS) == {
         *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
         *("opt_deus", "lesa", "midas", "lidas", "adept", "moe", "custom"),
@@ -175,7 +175,7 @@ def test_sizes_of_grown_llamas(layers: int, every: int, depth: int, billions: fl
     per_layer, outside = SHAPES[layers]
     assert len(plan) == depth
     assert round((outside + len(plan) * per_layer) / 1e9, 2) == pytest.approx(billions, abs=0.011)
-    # The comparison of TLI and DUS at equal size: as many layers, as many of them injected.
+    # TLI and DUS at equal size: the same number of layers, kept and injected.
     if every == 2:
         other = dus(layers, layers // 4)
         assert (len(other), sum(other.injected)) == (len(plan), sum(plan.injected))
@@ -199,7 +199,7 @@ def test_sizes_of_grown_llamas(layers: int, every: int, depth: int, billions: fl
         (tli(6, 2, "random", scale=0.0), True),
         (tli(5, 3, "random", after=[1], scale=0.0), True),
         (dus(6, 1), False),
-        (dus(6, 3), True),  # gives the base back
+        (dus(6, 3), True),  # the base itself
         (dus(6, 5), False),
         (llama_pro(6, 3), True),
         (slayer(6), True),
@@ -295,13 +295,13 @@ def test_notes():
         (lambda: custom(4, "0*1e999"), "scale of inf"),
     ],
 )
-def test_refusals(make, message: str):
+def test_errors(make, message: str):
     with pytest.raises(UsageError, match=re.escape(message)):
         make()
 
 
 @given(layers=st.integers(3, 40), data=st.data(), init=st.sampled_from(list(INITS)), copies=st.integers(1, 3))
-def test_tli_keeps_the_base_whole_and_in_order(layers: int, data: st.DataObject, init: str, copies: int):
+def test_tli_keeps_all_base_layers_in_order(layers: int, data: st.DataObject, init: str, copies: int):
     every = data.draw(st.integers(1, layers).filter(lambda every: layers % every or init not in HOST_INITS))
     plan = tli(layers, every, init, copies=copies, scale=0.7 if init == "scaled" else None)
     assert len(plan) == layers + copies * (layers // every)
@@ -310,7 +310,7 @@ def test_tli_keeps_the_base_whole_and_in_order(layers: int, data: st.DataObject,
     scaled = {row.sources[0][0] for row in kept if row.scale != 1}
     assert scaled == (set(range(every - 1, layers, every)) if init == "half" else set())
     assert plan.is_exact == all(row.scale == 0 for row in plan.rows if row.injected)
-    # Each injected layer follows the one that it is made of, or stands before it.
+    # Each injected layer is next to its source.
     before = -1
     for row, sources in zip(plan.rows, plan.layer_map, strict=True):
         if row.injected:
@@ -320,7 +320,7 @@ def test_tli_keeps_the_base_whole_and_in_order(layers: int, data: st.DataObject,
 
 
 @given(layers=DEPTHS, data=st.data())
-def test_dus_by_its_formula(layers: int, data: st.DataObject):
+def test_dus_follows_its_formula(layers: int, data: st.DataObject):
     drop = data.draw(st.integers(0, layers - 1))
     plan = dus(layers, drop)
     assert len(plan) == 2 * (layers - drop)
@@ -330,7 +330,7 @@ def test_dus_by_its_formula(layers: int, data: st.DataObject):
 
 
 @given(layers=DEPTHS, data=st.data(), copies=st.integers(1, 3))
-def test_llama_pro_by_its_formula(layers: int, data: st.DataObject, copies: int):
+def test_llama_pro_follows_its_formula(layers: int, data: st.DataObject, copies: int):
     groups = data.draw(st.sampled_from([n for n in range(1, layers + 1) if layers % n == 0]))
     plan = llama_pro(layers, groups, copies)
     assert len(plan) == layers + groups * copies
@@ -343,7 +343,7 @@ def test_llama_pro_by_its_formula(layers: int, data: st.DataObject, copies: int)
 
 
 @given(layers=DEPTHS, times=st.integers(1, 4))
-def test_stack_by_its_formula(layers: int, times: int):
+def test_stack_follows_its_formula(layers: int, times: int):
     plan = stack(layers, times)
     assert plan.layer_map == tuple((layer,) for _ in range(times) for layer in range(layers))
     assert list(plan.injected) == [False] * layers + [True] * layers * (times - 1)
@@ -358,7 +358,7 @@ def test_slayer_stays_in_the_shallow_half(layers: int):
 
 
 @given(layers=DEPTHS, data=st.data())
-def test_positions_by_hand_equal_positions_by_rule(layers: int, data: st.DataObject):
+def test_explicit_positions_equal_those_of_the_rule(layers: int, data: st.DataObject):
     every = data.draw(st.integers(1, layers))
     after = data.draw(st.permutations(range(every - 1, layers, every)))
     assert tli(layers, after=after).rows == tli(layers, every).rows
@@ -369,7 +369,7 @@ def test_positions_by_hand_equal_positions_by_rule(layers: int, data: st.DataObj
 
 
 @given(plan=st.builds(tli, st.just(30), st.integers(1, 30), st.sampled_from(["identity", "copy", "average", "noise"])))
-def test_the_drawn_map_names_every_layer_within_its_width(plan: Plan):
+def test_the_layer_map_has_all_layers_within_its_width(plan: Plan):
     lines = draw_layer_map(plan, width=40).splitlines()
     assert max(map(len, lines)) <= 40
     cells = " ".join(lines).split()
@@ -378,7 +378,7 @@ def test_the_drawn_map_names_every_layer_within_its_width(plan: Plan):
 
 
 @pytest.mark.parametrize("ratio", [math.nan, math.inf, -1.0, 1e39])
-def test_noise_that_leaves_no_number_is_refused(ratio: float):
+def test_noise_ratios_out_of_range_are_refused(ratio: float):
     with pytest.raises(UsageError, match=r"noise_ratio is .*, must be 0…1000"):
         tli(4, 2, "noise", noise_ratio=ratio)
 
@@ -390,7 +390,7 @@ def test_noise_that_leaves_no_number_is_refused(ratio: float):
         (lambda: stack(100, 1000), "100,000"),
         (lambda: interpose(100, copies=1000), "100,100"),
         (lambda: custom(100, ",".join(["0-99"] * 101)), "10,100"),
-        (lambda: Plan("by hand", 1, (Row(((0, 1.0),)),) * 10_001), "10,001"),
+        (lambda: Plan("explicit", 1, (Row(((0, 1.0),)),) * 10_001), "10,001"),
     ],
 )
 def test_plans_deeper_than_any_model_are_refused(make, layers: str):
@@ -398,7 +398,7 @@ def test_plans_deeper_than_any_model_are_refused(make, layers: str):
         make()
 
 
-def test_experts_more_than_any_model_has_are_refused():
+def test_too_many_experts_are_refused():
     for options in ({"count": 10**9}, {"count": 200, "granularity": 200, "upcycle": "virtual_groups"}):
         with pytest.raises(UsageError, match="more than 10,000 experts"):
             Experts(**options)

@@ -1,4 +1,4 @@
-"""The plan as data: what it promises, what it refuses, JSON and back, and growing a model that was grown before."""
+"""The plan as data: guarantee, validation, JSON, and repeated growth."""
 
 import dataclasses
 import json
@@ -35,13 +35,13 @@ LINEAR = [init for init in INITS if init not in COMPUTED_INITS]
 
 @st.composite
 def plans(draw: st.DrawFn, layers: int | None = None, inits: list[str] | None = None) -> Plan:
-    """Any plan that a preset makes."""
+    """Any plan of a method."""
     layers = draw(st.integers(1, 9)) if layers is None else layers
     computes = layers > 1 and inits is None
     method = draw(st.sampled_from([name for name in METHODS if computes or name not in ("opt_deus", "lesa")]))
     every = draw(st.integers(1, layers))
     if method == "tli":
-        # Of two neighbours nothing can be made after the last layer.
+        # The last layer has no second neighbour.
         possible = [init for init in inits or INITS if layers % every or init not in HOST_INITS]
         init = draw(st.sampled_from(possible))
         scale = 0.25 if init == "scaled" else draw(st.sampled_from([None, 0.0])) if init in COMPUTED_INITS else None
@@ -74,17 +74,17 @@ def describe(row: Row) -> tuple[dict[int, float], float]:
 
 
 @given(plan=plans())
-def test_exactness_by_what_the_layers_do(plan: Plan):
-    # A layer whose residual outputs are zero is the identity: strike it, and what is left must be the base itself.
-    left = [row for row in plan.rows if row.scale != 0]
-    is_base = [describe(row) for row in left] == [({layer: 1.0}, 1.0) for layer in range(plan.base_layers)]
-    assert plan.is_exact == (is_base and all(row.init not in ("noise", "random") for row in left))
+def test_exactness_by_the_effect_of_layers(plan: Plan):
+    # A layer with residual outputs 0 is the identity. Without those layers, the base must remain.
+    active = [row for row in plan.rows if row.scale != 0]
+    is_base = [describe(row) for row in active] == [({layer: 1.0}, 1.0) for layer in range(plan.base_layers)]
+    assert plan.is_exact == (is_base and all(row.init not in ("noise", "random") for row in active))
     assert plan.guarantee == ("bit" if plan.is_exact else "none")
 
 
 @given(plan=plans(inits=["identity", "average_identity", "copy", "half", "noise"]))
 def test_marks(plan: Plan):
-    if plan.method == "custom":  # whose marks may be set by hand
+    if plan.method == "custom":  # has explicit marks
         return
     kept = [row.sources[0][0] for row in plan.rows if not row.injected]
     assert len(kept) == len(set(kept))
@@ -98,7 +98,7 @@ def test_json_round_trip(plan: Plan):
     record = json.loads(json.dumps(plan.to_json()))
     assert Plan.from_json(record) == plan
     assert Plan.from_json(record).to_json() == plan.to_json()
-    # Other keys of growth.json do not disturb it.
+    # Other keys of growth.json are ignored.
     assert Plan.from_json(record | {"digests": {}, "proof": {"kl": 0.0}, "versions": {}}) == plan
 
 
@@ -157,7 +157,7 @@ def test_a_damaged_record_is_refused(change: dict, message: str):
 
 
 @pytest.mark.parametrize("key", ["method", "base", "rows", "options", "layer_map", "history"])
-def test_a_record_that_lacks_a_key_is_refused(key: str):
+def test_a_record_without_a_key_is_refused(key: str):
     record = tli(4, 2).to_json()
     del record[key]
     with pytest.raises(DataError, match=f"KeyError: '{key}'"):
@@ -175,9 +175,9 @@ def test_a_record_that_lacks_a_key_is_refused(key: str):
         ((Row(()),), "no source"),
     ],
 )
-def test_rows_that_make_no_sense_are_refused(rows: tuple[Row, ...], message: str):
+def test_invalid_rows_are_refused(rows: tuple[Row, ...], message: str):
     with pytest.raises(UsageError, match=re.escape(message)):
-        Plan("by hand", 3, rows)
+        Plan("explicit", 3, rows)
 
 
 def test_growing_a_grown_model_keeps_one_map_to_the_first_base():
@@ -217,7 +217,7 @@ def test_the_map_of_a_second_growth(data: st.DataObject, first: Plan):
 
 @given(data=st.data(), first=plans(inits=LINEAR))
 def test_composition_is_matrix_product(data: st.DataObject, first: Plan):
-    """Rows as matrices over layers, one for the residual outputs and one for the rest: composing multiplies them."""
+    """With rows as matrices over layers, for residual outputs and for other tensors, composing multiplies them."""
     second = data.draw(plans(layers=len(first), inits=LINEAR))
     parents = [{first.rows[layer].scale for layer, _ in row.sources} for row in second.rows]
     if any(len(scales) > 1 for scales in parents):
@@ -251,10 +251,10 @@ def test_composition_is_matrix_product(data: st.DataObject, first: Plan):
         (tli(6, 2, "random"), tli(4, 2)),
         (dus(6, 2), tli(4, 2, "noise")),
         (stack(6), tli(4, 2, "random")),
-        (average(6, 1), tli(4, 2)),  # means of a whole layer and one whose outputs are zero
+        (average(6, 1), tli(4, 2)),  # means of layers with different scales
     ],
 )
-def test_compose_refuses_what_one_step_cannot_say(second: Plan, first: Plan):
+def test_compose_refuses_plans_without_a_single_step(second: Plan, first: Plan):
     with pytest.raises(UsageError, match=r"layer \d+ cannot be written as one step from the first base"):
         second.compose(first)
     assert len(second.continues(first)) == len(second)
@@ -266,7 +266,7 @@ def test_depths_that_do_not_fit_are_refused(method: Callable[[Plan, Plan], Plan]
         method(dus(5), tli(4, 2))
 
 
-def test_equal_plans_hash_alike_and_others_are_told_apart():
+def test_hashing():
     assert hash(tli(8, 4)) == hash(tli(8, 4)) and tli(8, 4) == tli(8, 4)
     assert (
         len({tli(8, 4), tli(8, 4), tli(8, 4, "copy"), tli(8, 2), tli(8, 4, "noise"), tli(8, 4, "noise", seed=1)}) == 5

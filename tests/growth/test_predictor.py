@@ -1,4 +1,4 @@
-"""Layers predicted from their neighbours, against an implementation in NumPy, in fp64, written for the test."""
+"""The predictor against a reference implementation in NumPy and fp64."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from tli_jax.growth.methods import lesa
 NAME = "mlp.up_proj.weight"
 
 
-def trained_by_hand(V, network, orders):
-    """AdamW as its paper has it, gradients by hand; V ``[L, R, C]``. The network, and the last mean loss."""
+def train_reference(V, network, orders):
+    """AdamW with explicit gradients on V ``[L, R, C]``. Returns the network and the mean loss of the last epoch."""
     flat = [np.array(part, np.float64) for layer in network for part in layer]
     first, second, step = [np.zeros_like(p) for p in flat], [np.zeros_like(p) for p in flat], 0
     R = V.shape[1]
@@ -42,18 +42,18 @@ def trained_by_hand(V, network, orders):
     return flat, np.mean(losses)
 
 
-def test_it_is_the_definition():
+def test_it_equals_the_definition():
     L, rows, columns, epochs = 5, 20, 8, 3
     weights = np.random.default_rng(0).normal(0, 0.2, (L, rows, columns)).astype(np.float32)
     plan = lesa(L, epochs=epochs, seed=7)
     made = predictor.Predictor(plan, lambda layer, name: weights[layer])
-    # The matrices side by side, decomposed by LAPACK in one go; signs by the same rule.
+    # The matrices side by side, decomposed by LAPACK, with the same signs.
     U, S, V = np.linalg.svd(np.concatenate(list(weights.astype(np.float64)), axis=1), full_matrices=False)
     sign = np.sign(U[np.abs(U).argmax(0), np.arange(len(S))])
     U, V = U * sign, (V * sign[:, None]).reshape(len(S), L, columns).swapaxes(0, 1)
     seed = (7, predictor.zlib.crc32(NAME.encode()))
     orders = [predictor.epoch_batches((L - 2) * len(S), seed, epoch) for epoch in range(epochs)]
-    (w1, b1, w2, b2, w3, b3), loss = trained_by_hand(V, predictor.initial_network(columns, seed), orders)
+    (w1, b1, w2, b2, w3, b3), loss = train_reference(V, predictor.initial_network(columns, seed), orders)
     for number, row in enumerate(plan.rows):
         if row.injected:
             x = np.concatenate([V[layer] for layer, _ in row.sources], axis=1)
@@ -62,8 +62,8 @@ def test_it_is_the_definition():
     assert made.facts["loss"][NAME] == pytest.approx(loss, rel=1e-4)
 
 
-def test_nothing_is_lost_by_decomposing():
-    """Also where the matrices have fewer directions than rows."""
+def test_the_decomposition_is_exact():
+    """Also if the rank is smaller than the number of rows."""
     draw = np.random.default_rng(0)
     for rows, columns, L in ((6, 4, 3), (20, 4, 3), (16, 16, 4)):
         weights = [draw.normal(0, 1, (rows, columns)).astype(np.float32) for _ in range(L)]
@@ -73,7 +73,7 @@ def test_nothing_is_lost_by_decomposing():
 
 
 def test_it_learns():
-    """Layers that lie on a line: the one between two is nearly their mean."""
+    """If layers are linear in depth, a layer between two is nearly their mean."""
     draw = np.random.default_rng(0)
     start, slope = draw.normal(0, 1, (2, 32, 16))
     weights = np.stack([start + slope * layer / 8 for layer in range(8)]).astype(np.float32)
@@ -87,9 +87,9 @@ def test_it_learns():
     assert np.linalg.norm(predicted - middle) < 0.25 * np.linalg.norm(middle)
 
 
-def test_every_sample_once_an_epoch_and_another_order_the_next():
-    one, two = (predictor.epoch_batches(200, (0, 5), epoch) for epoch in (0, 1))
-    assert one.shape == two.shape == (3, 64) and len(set(one.ravel())) == 192 and (one != two).any()
+def test_each_sample_once_per_epoch_in_a_new_order():
+    first, second = (predictor.epoch_batches(200, (0, 5), epoch) for epoch in (0, 1))
+    assert first.shape == second.shape == (3, 64) and len(set(first.ravel())) == 192 and (first != second).any()
     assert predictor.epoch_batches(10, (0, 5), 0).shape == (1, 10)
 
 

@@ -1,4 +1,4 @@
-"""Methods brought to one size: that of tli with the same K, or the next below that a method reaches."""
+"""Methods at the size of tli with the same K, or the next smaller one."""
 
 import pytest
 
@@ -34,7 +34,7 @@ def test_never_larger_than_tli(method: str, layers: int, every: int) -> None:
         assert (method == "stack" and every > 1) or (method == "dus" and layers // every == 1)
 
 
-# As published, where that is the size.
+# Published settings at that size.
 @pytest.mark.parametrize(
     ("method", "layers", "every", "options"),
     [
@@ -51,10 +51,9 @@ def test_as_published(method: str, layers: int, every: int, options: dict) -> No
     assert fit(method, layers, every, {}) == options
 
 
-def test_what_is_said_is_kept() -> None:
+def test_given_options_are_kept() -> None:
     assert fit("dus", 12, 2, {"drop": 1}) == {}
     assert fit("tli", 12, 2, {"after": [1]}) == {}
     assert fit("tli", 12, 2, {"init": "copy"}) == {"every": 2}
-    # Six of twelve cannot be in equal groups of anything but two.
     assert fit("llama_pro", 12, 2, {}) == {"groups": 6, "copies": 1}
     assert fit("llama_pro", 28, 8, {}) == {"groups": 1, "copies": 3}

@@ -1,4 +1,4 @@
-"""Layers fused by optimal transport, against an implementation in NumPy written for the test, and what it means."""
+"""Fusing layers by optimal transport: against a reference in NumPy, and on permuted layers."""
 
 import sys
 
@@ -31,7 +31,7 @@ def layers(dtype=np.float32, spread=0.2, L=3):
 
 
 def sinkhorn(a, b, regularisation=0.06):
-    """Transport of rows to rows with even marginals, scaled so that columns sum to one; in the log domain, fp64."""
+    """Transport plan between rows with uniform marginals, columns summing to one, in the log domain and fp64."""
     cost = np.sqrt(np.maximum(((a[:, None] - b[None]) ** 2).sum(-1), 0)) / regularisation
     f, g = np.zeros(len(a)), np.zeros(len(b))
 
@@ -46,7 +46,7 @@ def sinkhorn(a, b, regularisation=0.06):
 
 
 def fused(stacks, before, after):
-    """By the definition, tensor by tensor."""
+    """The definition, tensor by tensor."""
     a = {name: stack[before].astype(np.float64) for name, stack in stacks.items()}
     b = {name: stack[after].astype(np.float64) for name, stack in stacks.items()}
     o = sinkhorn(a["self_attn.o_proj.weight"], b["self_attn.o_proj.weight"])
@@ -59,7 +59,7 @@ def fused(stacks, before, after):
 
 
 @pytest.mark.parametrize("jitted", [False, True])
-def test_it_is_the_definition(jitted):
+def test_it_equals_the_definition(jitted):
     stacks = layers()
     plan = tli(3, after=[1], init="transport", scale=1.0)
     grow = lambda stacks: inject({"layers": stacks}, plan)["layers"]  # noqa: E731
@@ -70,7 +70,7 @@ def test_it_is_the_definition(jitted):
         np.testing.assert_allclose(grown[name][2], expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
-def test_the_preset_zeroes_what_reaches_the_residual_stream():
+def test_the_method_zeroes_the_residual_outputs():
     stacks = layers()
     grown = inject({"layers": {name: jnp.asarray(stack) for name, stack in stacks.items()}}, opt_deus(3))["layers"]
     expected = fused(stacks, 0, 1)
@@ -79,8 +79,8 @@ def test_the_preset_zeroes_what_reaches_the_residual_stream():
         np.testing.assert_allclose(grown[name][1], 0 if zeroed else expected[name], rtol=0, atol=2e-6, err_msg=name)
 
 
-def test_rows_in_another_order_are_put_back():
-    """A layer fused with itself, its neurons shuffled, is that layer in the second order."""
+def test_permuted_rows_are_aligned():
+    """A layer fused with a permutation of itself is that permutation."""
     stacks = layers(spread=1.0, L=2)
     draw = np.random.default_rng(1)
     order = {name: draw.permutation(shape[0]) for name, shape in SHAPES.items()}
@@ -95,7 +95,7 @@ def test_rows_in_another_order_are_put_back():
             np.testing.assert_allclose(grown[name][1], stack[1], rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_what_underflows_is_solved_in_the_log_domain_and_what_does_not_converge_is_told(monkeypatch):
+def test_underflow_uses_the_log_domain_and_no_convergence_is_reported(monkeypatch):
     from tli_jax.growth import transport
 
     stacks = layers(spread=30.0)  # distances of 100 and more: exp(-100 / 0.06) is 0
@@ -111,7 +111,7 @@ def test_what_underflows_is_solved_in_the_log_domain_and_what_does_not_converge_
     assert made.facts == {"solved": 1, "most_iterations": 20, "not_converged": [f"layer 1: {name}"]}
 
 
-def test_refusals(monkeypatch):
+def test_errors(monkeypatch):
     experts = {"mlp.experts.gate_proj.weight": jnp.zeros((2, 4, 8, 8))}
     with pytest.raises(UsageError, match=r"fuses dense layers, mlp\.experts\.gate_proj\.weight has 3 dims"):
         inject({"layers": experts}, opt_deus(2))

@@ -1,4 +1,4 @@
-"""Dense feed-forwards made experts: against the definitions, in NumPy."""
+"""Turning dense feed-forwards into experts, against the definitions in NumPy."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_copy(params):
     assert len({row.tobytes() for row in router.reshape(-1, 32)}) == 12
 
 
-def test_all_else_is_untouched(params):
+def test_other_tensors_are_unchanged(params):
     grown = upcycle(params, Experts(count=2))
     assert set(grown["layers"]) == set(params["layers"]) - {"mlp"} | {"block_sparse_moe"}
     for name in ("self_attn", "input_layernorm", "post_attention_layernorm"):
@@ -73,7 +73,7 @@ def test_drop(params, ratio):
             rows = new["w1"].all(axis=1)
             chosen.append(rows)
             assert rows.sum() == round(ratio * 48)
-            # The same places of F in all three, whole rows and columns, and nothing else.
+            # The same units of F in all three matrices, as complete rows and columns.
             np.testing.assert_array_equal(new["w1"], np.broadcast_to(rows[:, None], (48, 32)))
             np.testing.assert_array_equal(new["w3"], np.broadcast_to(rows[:, None], (48, 32)))
             np.testing.assert_array_equal(new["w2"], np.broadcast_to(rows[None], (32, 48)))
@@ -119,7 +119,7 @@ def test_virtual_groups(params):
     ],
     ids=lambda experts: f"{experts.upcycle}-{experts.count}-{experts.top_k}-{experts.granularity}-{experts.ratio}",
 )
-def test_what_is_promised_is_kept_and_what_is_not_would_not_be(params, experts):
+def test_the_guarantee_holds_exactly_where_it_is_given(params, experts):
     tokens = jax.random.randint(jax.random.key(1), (2, 24), 0, 64)
     before = forward(CONFIG, params, tokens)
     F = CONFIG.intermediate_size // experts.granularity
@@ -131,25 +131,25 @@ def test_what_is_promised_is_kept_and_what_is_not_would_not_be(params, experts):
     assert (difference < 1e-5) if experts.is_exact else (difference > 1e-3), difference
 
 
-def test_under_jit_and_abstractly_it_is_the_same(params):
-    for how in UPCYCLES:
-        G = 2 if how.startswith("virtual") else 1
-        experts = Experts(count=2, granularity=G, top_k=2, upcycle=how)
+def test_jit_and_eval_shape_agree(params):
+    for upcycle_name in UPCYCLES:
+        G = 2 if upcycle_name.startswith("virtual") else 1
+        experts = Experts(count=2, granularity=G, top_k=2, upcycle=upcycle_name)
         plain, jitted = upcycle(params, experts), jax.jit(lambda params: upcycle(params, experts))(params)  # noqa: B023
         shapes = jax.eval_shape(lambda params: upcycle(params, experts), params)  # noqa: B023
-        for one, other, shape in zip(*map(jax.tree.leaves, (plain, jitted, shapes)), strict=True):
-            np.testing.assert_array_equal(one, other)
-            assert (one.shape, one.dtype) == (shape.shape, shape.dtype)
+        for a, b, shape in zip(*map(jax.tree.leaves, (plain, jitted, shapes)), strict=True):
+            np.testing.assert_array_equal(a, b)
+            assert (a.shape, a.dtype) == (shape.shape, shape.dtype)
 
 
 def test_dtypes_are_kept(params):
     halved = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
-    for how in UPCYCLES:
-        grown = upcycle(halved, Experts(count=2, upcycle=how))
+    for upcycle_name in UPCYCLES:
+        grown = upcycle(halved, Experts(count=2, upcycle=upcycle_name))
         assert {leaf.dtype for leaf in jax.tree.leaves(grown)} == {np.dtype(ml_dtypes.bfloat16)}
 
 
-def test_depth_and_experts_are_one_plan(params):
+def test_depth_and_experts_in_one_plan(params):
     plan = dataclasses.replace(tli(3, 3), experts=Experts(count=2))
     assert plan.guarantee == "arithmetic" and not plan.is_exact
     assert dataclasses.replace(dus(3, 1), experts=Experts(count=2)).guarantee == "none"
@@ -182,13 +182,13 @@ def test_depth_and_experts_are_one_plan(params):
         ({"ratio": 1.5, "upcycle": "drop"}, "0…1"),
     ],
 )
-def test_refusals(options, words):
+def test_errors(options, words):
     with pytest.raises(UsageError) as error:
         Experts(**options)
     assert words in str(error.value)
 
 
-def test_what_cannot_be_upcycled(params):
+def test_models_that_cannot_be_upcycled(params):
     with pytest.raises(UsageError, match="granularity 5 does not divide the feed-forward size 48"):
         upcycle(params, Experts(granularity=5, top_k=5, upcycle="virtual_groups"))
     with pytest.raises(UsageError, match="only a dense model"):

@@ -1,4 +1,4 @@
-"""Models to test on, read without the package's own checkpoint code, so that neither can hide the other's mistake."""
+"""Test models, read without the package's own checkpoint code, so that neither hides a bug in the other."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -31,15 +31,15 @@ def stack_layers(tensors: Mapping[str, Any]) -> Params:
 
 
 def random_params(config: LlamaConfig, seed: int = 0) -> Params:
-    """Random params, norms too, drawn by numpy: nothing to compile."""
+    """Random params, including norms, from NumPy: nothing to compile."""
     rng = np.random.default_rng(seed)
 
-    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    def sample(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         mean, std = (1.0, 0.3) if "norm" in jax.tree_util.keystr(path) else (0.0, config.initializer_range)
         return rng.normal(mean, std, leaf.shape).astype(np.float32)
 
     abstract = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
-    return jax.tree_util.tree_map_with_path(draw, abstract)
+    return jax.tree_util.tree_map_with_path(sample, abstract)
 
 
 def read_folder(folder: Path) -> tuple[LlamaConfig, Params]:
@@ -71,5 +71,5 @@ def stories260k(material: Path) -> tuple[LlamaConfig, Params]:
 def tokenizer(material: Path) -> Any:
     from transformers import AutoTokenizer
 
-    # The texts are cut into windows here: the length that the tokenizer would warn of is not a limit.
+    # Tests split the texts into windows, so the tokenizer need not warn about their length.
     return AutoTokenizer.from_pretrained(material / "stories260k", model_max_length=10**9)

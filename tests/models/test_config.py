@@ -1,4 +1,4 @@
-"""Reading and writing config.json: both formats, transformers' defaults, refusals by key, sizes of public models."""
+"""config.json: both formats, the defaults of transformers, invalid keys, and the sizes of public models."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-# Llama-3.2-1B as it was published, in the format of transformers 4.
+# Llama-3.2-1B as published, in the format of transformers 4.
 OLD = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -46,12 +46,12 @@ OLD = {
     "use_cache": True,
     "vocab_size": 128256,
 }
-FACTORS = ("linear", "llama3")  # types that have some which are read
+FACTORS = ("linear", "llama3")  # types whose factors are read
 MINIMAL = {"model_type": "llama", "num_hidden_layers": 2}
 
 
 def new_format(old: dict) -> dict:
-    """The same model as transformers 5 would write it."""
+    """The same model as transformers 5 writes it."""
     raw = {key: old[key] for key in old if key not in ("rope_theta", "rope_scaling", "torch_dtype")}
     scaling = old["rope_scaling"] or {}
     rope = {"rope_type": scaling.get("type", "default")} | scaling | {"rope_theta": old["rope_theta"]}
@@ -63,9 +63,9 @@ def without(raw: dict, *keys: str) -> dict:
 
 
 def as_transformers_reads(raw: dict) -> dict:
-    """Our fields, filled from transformers' own reading."""
+    """The fields of ``LlamaConfig`` as transformers reads them."""
     theirs = transformers.LlamaConfig.from_dict(json.loads(json.dumps(raw)))
-    theirs.standardize_rope_params()  # as the model does before it computes frequencies
+    theirs.standardize_rope_params()  # as transformers' model does
     rope = dict(theirs.rope_parameters)
     eos = theirs.eos_token_id
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -81,7 +81,7 @@ def as_transformers_reads(raw: dict) -> dict:
 
 
 def our_reading(raw: dict) -> dict:
-    """Our fields but two: transformers leaves a missing dtype open, and has no notion of the source."""
+    """The fields that transformers has too: it leaves a missing dtype open and has no source."""
     return without(
         {f.name: getattr(LlamaConfig.from_hf(raw), f.name) for f in dataclasses.fields(LlamaConfig)}, "dtype", "source"
     )
@@ -101,7 +101,7 @@ READABLE = {
     "minimal": MINIMAL,
     "old": OLD,
     "new": new_format(OLD),
-    "both, and the old key counts": new_format(OLD)
+    "both, the old key takes precedence": new_format(OLD)
     | {"rope_theta": 1e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
     "theta beside rope_parameters": MINIMAL | {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default"}},
     "nulls": MINIMAL | {"num_key_value_heads": None, "head_dim": None, "rope_scaling": None, "eos_token_id": None},
@@ -109,7 +109,7 @@ READABLE = {
     "one eos": MINIMAL | {"eos_token_id": 7},
     "no eos at all": MINIMAL | {"eos_token_id": []},
     "llama3 without an original context": OLD | {"rope_scaling": without(LLAMA3, "original_max_position_embeddings")},
-    "the original context beside it": OLD
+    "the original context outside of rope_scaling": OLD
     | {"rope_scaling": without(LLAMA3, "original_max_position_embeddings"), "original_max_position_embeddings": 512},
     "two original contexts": OLD | {"original_max_position_embeddings": 512},
     "the original context of another type": MINIMAL | {"original_max_position_embeddings": 512},
@@ -120,9 +120,9 @@ READABLE = {
     "two thetas": MINIMAL | {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 5e5}, "rope_theta": 1e6},
     "a theta in rope_scaling": MINIMAL | {"rope_scaling": {"type": "default", "rope_theta": 5e5}},
     "whole numbers": MINIMAL | {"rope_theta": 500000, "rope_scaling": {"type": "linear", "factor": 2}},
-    "all of the head is turned": MINIMAL | {"partial_rotary_factor": 1},
-    "nothing of partial rotation": MINIMAL | {"rope_parameters": {"partial_rotary_factor": None}},
-    "the other name of silu": MINIMAL | {"hidden_act": "swish"},
+    "full rotation": MINIMAL | {"partial_rotary_factor": 1},
+    "null partial rotation": MINIMAL | {"rope_parameters": {"partial_rotary_factor": None}},
+    "another name for silu": MINIMAL | {"hidden_act": "swish"},
     "zeros": MINIMAL | {"rms_norm_eps": 0.0, "initializer_range": 0.0},
     "a head of another size": MINIMAL | {"head_dim": 64},
     "dynamic": MINIMAL | {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "rope_theta": 5e5},
@@ -136,9 +136,9 @@ def test_reads_what_transformers_reads(raw):
 
 
 @pytest.mark.parametrize("key", sorted(OLD))
-def test_a_missing_key_gets_the_default_of_transformers(key):
+def test_a_missing_key_has_the_default_of_transformers(key):
     if key in ("model_type", "num_hidden_layers"):
-        # What the model is and how deep it is are not for a default to say.
+        # The architecture and the depth have no sensible default.
         with pytest.raises(DataError, match=key):
             LlamaConfig.from_hf(without(OLD, key))
     else:
@@ -158,16 +158,16 @@ SPELLINGS = {"float32": "float32", "float": "float32", "bfloat16": "bfloat16", "
 
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
-def test_dtypes_may_be_spelt_as_torch_does(key, name):
+def test_dtypes_accept_the_spelling_of_torch(key, name):
     for spelt in (name, f"torch.{name}"):
         ours = LlamaConfig.from_hf(MINIMAL | {key: spelt})
         assert ours.dtype == SPELLINGS[name]
-        # With torch. in front transformers 4 reads it and 5 does not, so it is written as both do.
+        # transformers 4 accepts the prefix torch. and 5 does not, so it is written without.
         assert ours.to_hf()[key] == SPELLINGS[name]
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
-def test_dtypes_have_the_names_that_torch_gives_them(name):
+def test_dtypes_have_the_names_of_torch(name):
     pytest.importorskip("torch", reason="without torch transformers keeps the name as it is written")
     for key in ("dtype", "torch_dtype"):
         theirs = transformers.LlamaConfig.from_dict(MINIMAL | {key: name}).dtype
@@ -179,13 +179,13 @@ def test_dtypes_have_the_names_that_torch_gives_them(name):
 def test_mixtral_reads_missing_and_null_heads_as_transformers_does():
     raw = {"model_type": "mixtral", "num_hidden_layers": 2}
     assert LlamaConfig.from_hf(raw).num_key_value_heads == transformers.MixtralConfig().num_key_value_heads == 8
-    # transformers 4 reads null so, 5 refuses it.
+    # As in transformers 4; 5 refuses null.
     assert LlamaConfig.from_hf(raw | {"num_key_value_heads": None}).num_key_value_heads == 32
 
 
-@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su", "of tomorrow"])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope", "su", "unknown"])
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_a_rope_type_that_is_not_known_is_read_but_not_run(key, kind):
+def test_an_unknown_rope_type_is_read_but_not_run(key, kind):
     raw = MINIMAL | {key: {"rope_type": kind, "factor": 4.0}}
     config = LlamaConfig.from_hf(raw, "here/config.json")
     assert config.rope_type == kind and not config.is_runnable and config.to_hf() == raw
@@ -230,8 +230,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("key", REFUSED)
-def test_a_refusal_names_the_file_the_key_and_what_it_found(key):
-    # Each key must be one that is read: a new one is not, where an old one of the same meaning stands beside it.
+def test_errors_name_the_file_the_key_and_the_value(key):
+    # A new key is not read if the old key with the same meaning is present.
     raw = without(OLD, "rope_scaling") if key == "rope_parameters" else OLD
     with pytest.raises(DataError) as refusal:
         LlamaConfig.from_hf(raw | {key: REFUSED[key]}, "here/config.json")
@@ -247,8 +247,8 @@ def test_a_refusal_names_the_file_the_key_and_what_it_found(key):
 
 
 @pytest.mark.parametrize("value", [10**400, -(10**400), [[0]] * 10_000, "9" * 10_000, {"a": {}}, math.inf])
-def test_values_of_any_size_and_type_are_refused_in_a_short_line(value):
-    # All of these are computed with; other keys are kept as they are.
+def test_errors_are_short_for_values_of_any_size_and_type(value):
+    # These keys are used; others are kept as they are.
     for key in ("vocab_size", "num_attention_heads", "num_hidden_layers", "rms_norm_eps", "rope_theta", "bos_token_id"):
         with pytest.raises(DataError) as refusal:
             LlamaConfig.from_hf(OLD | {key: value})
@@ -257,35 +257,35 @@ def test_values_of_any_size_and_type_are_refused_in_a_short_line(value):
 
 @pytest.mark.parametrize("name", ["factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"])
 @pytest.mark.parametrize("value", ["8", 0, None])
-def test_a_refusal_names_the_rope_factor(name, value):
+def test_errors_name_the_rope_factor(name, value):
     with pytest.raises(DataError, match=f"rope_scaling.*{name}"):
         LlamaConfig.from_hf(OLD | {"rope_scaling": LLAMA3 | {name: value}})
 
 
-def test_rope_factors_that_leave_nothing_between_are_refused():
+def test_equal_rope_factors_are_refused():
     with pytest.raises(DataError, match=r"high_freq_factor 1\.0, .*low_freq_factor 1\.0"):
         LlamaConfig.from_hf(OLD | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}})
 
 
-def test_rope_by_kind_of_layer_is_refused():
+def test_rope_per_layer_type_is_refused():
     nested = {"full_attention": LLAMA3 | {"rope_theta": 5e5}, "sliding_attention": {"rope_type": "default"}}
     with pytest.raises(DataError, match=r"rope_parameters .* one object for all layers"):
         LlamaConfig.from_hf(new_format(OLD) | {"rope_parameters": nested})
 
 
-def test_hidden_size_must_divide_where_no_head_dim_is_given():
+def test_heads_must_divide_hidden_size_without_head_dim():
     with pytest.raises(DataError, match=r"hidden_size 2050 .* num_attention_heads 32"):
         LlamaConfig.from_hf(without(OLD, "head_dim") | {"hidden_size": 2050})
     assert LlamaConfig.from_hf(OLD | {"hidden_size": 2050}).head_dim == 64
 
 
-def test_a_misspelt_key_is_recognised():
+def test_a_misspelt_key_is_suggested():
     with pytest.raises(DataError, match=r"'num_hidden_layers' is missing.*is num_hidden_layer meant"):
         LlamaConfig.from_hf(without(OLD, "num_hidden_layers") | {"num_hidden_layer": 16})
 
 
-@pytest.mark.parametrize("raw", [OLD, new_format(OLD), MINIMAL | {"x_of_somebody": {"a": [1, None, "é"]}}])
-def test_what_was_read_is_written_key_by_key(raw):
+@pytest.mark.parametrize("raw", [OLD, new_format(OLD), MINIMAL | {"unknown_key": {"a": [1, None, "é"]}}])
+def test_all_keys_survive_reading_and_writing(raw):
     config = LlamaConfig.from_hf(raw)
     assert config.to_hf() == raw
     assert config.with_layers(24).to_hf() == raw | {"num_hidden_layers": 24}
@@ -301,13 +301,13 @@ def test_per_layer_lists_follow_the_depth():
 @pytest.mark.parametrize(
     "raw", [OLD, new_format(OLD), MINIMAL, OLD | {"rope_scaling": {"type": "linear", "factor": 2.0}}]
 )
-def test_a_config_without_a_source_is_written_whole(raw):
+def test_a_config_without_a_source_is_written_in_full(raw):
     config = dataclasses.replace(LlamaConfig.from_hf(raw), source="{}")
     assert LlamaConfig.from_hf(config.to_hf()) == config
     assert as_transformers_reads(config.to_hf()) == our_reading(raw)
 
 
-# Public configurations: D, F, L, H, K, h, tied; then parameters of all and of one layer, and TLI at K=8, 4 and 2.
+# Public configurations: D, F, L, H, K, h, tied; parameters of the model and of a layer; and of TLI at K = 8, 4 and 2.
 PUBLIC = {
     "Llama-3.2-1B": ((2048, 8192, 16, 32, 8, 64, True), 1.236e9, 60.8e6, {18: 1.36e9, 20: 1.48e9, 24: 1.72e9}),
     "Llama-3.2-3B": ((3072, 8192, 28, 24, 8, 128, True), 3.213e9, 100.7e6, {31: 3.51e9, 35: 3.92e9, 42: 4.62e9}),
@@ -329,8 +329,8 @@ def test_sizes_of_public_models(name):
 
 def test_flops_per_token():
     config = LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)
-    # Two per weight, where the weights of the matrices are all but the 33 norms; the tied head counts, its look-up not.
+    # Two per weight of a matrix, which are all but the 33 norms. The tied head counts, its look-up does not.
     matrices = config.num_params - 33 * 2048
     assert config.flops_per_token(0) == 2 * matrices
-    # Scores and the sum over values: 2 products of 2 FLOPs over H*h numbers for each of half the positions.
+    # Scores and weighted values: two products with 2 FLOPs for each of H*h numbers and half of the positions.
     assert config.flops_per_token(4096) - config.flops_per_token(0) == 16 * 4 * 2048 * 4096 / 2

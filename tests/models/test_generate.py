@@ -1,4 +1,4 @@
-"""Generation: the cache changes nothing, keys reproduce, a trained model tells its story."""
+"""Generation: with and without a cache, random keys, and a trained model's story."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=32,
-    # Wide enough for logits that differ: a flat model would agree with itself by chance of the argmax.
+    # Large enough for logits that differ clearly.
     initializer_range=0.3,
 )
 PROMPT = np.array([[1, 5, 9, 2], [7, 7, 0, 30]])
@@ -31,8 +31,8 @@ def params(random_params):
     return random_params(CONFIG)
 
 
-def by_hand(params, tokens, steps):
-    """Greedy, one whole forward pass and one argmax at a time."""
+def greedy_reference(params, tokens, steps):
+    """Greedy, with a complete forward pass and an argmax per token."""
     T = tokens.shape[1]
     tokens = np.pad(tokens, ((0, 0), (0, steps)))
     for last in range(T - 1, T + steps - 1):
@@ -40,13 +40,13 @@ def by_hand(params, tokens, steps):
     return tokens
 
 
-def test_greedy_cached_equals_uncached_equals_by_hand(params):
+def test_greedy_cached_equals_uncached_equals_greedy_reference(params):
     cached = generate_tokens(CONFIG, params, PROMPT, 20)
     assert cached.shape == (2, 24) and cached.dtype == np.int32
     np.testing.assert_array_equal(cached[:, :4], PROMPT)
     np.testing.assert_array_equal(cached, generate_tokens(CONFIG, params, PROMPT, 20, cached=False))
-    np.testing.assert_array_equal(cached, by_hand(params, PROMPT, 20))
-    assert len(set(np.asarray(cached[0, 4:]).tolist())) > 2, "the continuation is too dull to tell a wrong one from it"
+    np.testing.assert_array_equal(cached, greedy_reference(params, PROMPT, 20))
+    assert len(set(np.asarray(cached[0, 4:]).tolist())) > 2, "the continuation is too repetitive to detect errors"
 
 
 @pytest.mark.parametrize("order", [[0, 0, 1, 1, 2, 2], [0, 1, 2, 1, 2]], ids=["in place", "two trunks"])
@@ -54,15 +54,15 @@ def test_cached_equals_uncached_when_layers_are_repeated(params, order):
     deep = params | {"layers": jax.tree.map(lambda x: x[np.array(order)], params["layers"])}
     cached = generate_tokens(CONFIG, deep, PROMPT, 20)
     np.testing.assert_array_equal(cached, generate_tokens(CONFIG, deep, PROMPT, 20, cached=False))
-    np.testing.assert_array_equal(cached, by_hand(deep, PROMPT, 20))
+    np.testing.assert_array_equal(cached, greedy_reference(deep, PROMPT, 20))
     assert not np.array_equal(cached, generate_tokens(CONFIG, params, PROMPT, 20))
 
 
 def test_sampling_is_reproducible_by_key(params):
-    draw = {"temperature": 1.5, "key": jax.random.key(0)}
-    tokens = generate_tokens(CONFIG, params, PROMPT, 16, **draw)
-    np.testing.assert_array_equal(tokens, generate_tokens(CONFIG, params, PROMPT, 16, **draw))
-    np.testing.assert_array_equal(tokens, generate_tokens(CONFIG, params, PROMPT, 16, **draw, cached=False))
+    options = {"temperature": 1.5, "key": jax.random.key(0)}
+    tokens = generate_tokens(CONFIG, params, PROMPT, 16, **options)
+    np.testing.assert_array_equal(tokens, generate_tokens(CONFIG, params, PROMPT, 16, **options))
+    np.testing.assert_array_equal(tokens, generate_tokens(CONFIG, params, PROMPT, 16, **options, cached=False))
     assert not np.array_equal(
         tokens, generate_tokens(CONFIG, params, PROMPT, 16, temperature=1.5, key=jax.random.key(1))
     )
@@ -70,14 +70,14 @@ def test_sampling_is_reproducible_by_key(params):
 
 
 def test_sampling_follows_the_softmax(params):
-    draws = 4000
-    prompt = np.repeat(PROMPT[:1], draws, axis=0)
-    drawn = generate_tokens(CONFIG, params, prompt, 1, temperature=2.0, key=jax.random.key(0))[:, -1]
+    samples = 4000
+    prompt = np.repeat(PROMPT[:1], samples, axis=0)
+    sampled = generate_tokens(CONFIG, params, prompt, 1, temperature=2.0, key=jax.random.key(0))[:, -1]
     expected = jax.nn.softmax(forward(CONFIG, params, PROMPT[:1])[0, -1] / 2.0)
-    counted = np.bincount(drawn, minlength=31) / draws
-    # Five standard deviations of a count of 4000 draws.
-    assert (np.abs(counted - expected) <= 5 * np.sqrt(expected * (1 - expected) / draws) + 1e-3).all()
-    # All but uniform: were the same noise drawn at every step, it would pick the same token every time.
+    counted = np.bincount(sampled, minlength=31) / samples
+    # Five standard deviations of a count in 4000 samples.
+    assert (np.abs(counted - expected) <= 5 * np.sqrt(expected * (1 - expected) / samples) + 1e-3).all()
+    # Nearly uniform: if every step used the same noise, it would choose the same token every time.
     hot = np.asarray(generate_tokens(CONFIG, params, PROMPT, 16, temperature=1e6, key=jax.random.key(0)))
     assert all(len(set(row)) > 8 for row in hot[:, 4:].tolist())
     cold = generate_tokens(CONFIG, params, PROMPT, 16, temperature=1e-4, key=jax.random.key(0))
@@ -87,7 +87,7 @@ def test_sampling_follows_the_softmax(params):
 @pytest.mark.parametrize("cached", [True, False])
 def test_after_an_eos_the_row_repeats_it(params, cached):
     free = np.asarray(generate_tokens(CONFIG, params, PROMPT, 20, cached=cached))
-    # Two tokens that the rows produce on their way, one of which also stands in a prompt, where it does not count.
+    # Two tokens that the rows generate. A third is in a prompt, where it does not count.
     first, second = int(free[0, 8]), int(free[1, 12])
     stops = dataclasses.replace(CONFIG, eos_token_ids=(first, second, int(PROMPT[0, 0])))
     expected = free.copy()
@@ -98,7 +98,7 @@ def test_after_an_eos_the_row_repeats_it(params, cached):
     np.testing.assert_array_equal(generate_tokens(stops, params, PROMPT, 20, cached=cached), expected)
 
 
-def test_refusals_carry_the_numbers(params):
+def test_errors_state_the_numbers(params):
     assert generate_tokens(CONFIG, params, PROMPT, 28).shape == (2, 32)
     with pytest.raises(UsageError, match=r"4 tokens \+ max_new_tokens 29 = 33, .* 32: ask for at most 28"):
         generate_tokens(CONFIG, params, PROMPT, 29)
@@ -128,12 +128,12 @@ def test_the_story_of_a_trained_model(stories260k, tokenizer, story):
     np.testing.assert_array_equal(story, uncached)
 
 
-def test_the_story_is_the_one_transformers_tells(material, story):
+def test_the_story_is_that_of_transformers(material, story):
     torch = pytest.importorskip("torch", reason="torch is not installed: no transformers model to compare with")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(material / "stories260k", dtype=torch.float32)
-    # Each token is its greedy choice after those before it: so its own greedy story is this one, token by token.
+    # Every token is the greedy choice of transformers after the tokens before it.
     with torch.no_grad():
         choices = model(torch.tensor(story)).logits.argmax(-1).numpy()
     np.testing.assert_array_equal(story[:, 1:], choices[:, :-1])

@@ -1,4 +1,4 @@
-"""The model as a pytree: module and params are the same thing, and the depth is that of the leaves."""
+"""The model as a pytree: the module has the params' structure and depth."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ def test_a_module_is_a_pytree_equal_to_the_params(config, random_params):
     module = Llama.from_params(config, params)
     assert same(nnx.to_pure_dict(nnx.state(module)), params)
     assert len(jax.tree.leaves(module)) == len(jax.tree.leaves(params))
-    # And back, so that what is done to a module as a pytree is done to its params.
+    # Transforming the module as a pytree transforms its params.
     doubled = jax.tree.map(lambda x: 2 * x, module)
     assert isinstance(doubled, Llama)
     assert same(nnx.to_pure_dict(nnx.state(doubled)), jax.tree.map(lambda x: 2 * x, params))
@@ -45,21 +45,21 @@ def test_a_module_passes_through_jit_and_grad(config, random_params):
         return logits.std(), logits
 
     step = jax.jit(jax.grad(spread, has_aux=True))
-    of_module, logits = step(Llama.from_params(config, params))
-    of_params, expected = step(params)
-    assert isinstance(of_module, Llama)
+    module_grads, logits = step(Llama.from_params(config, params))
+    params_grads, expected = step(params)
+    assert isinstance(module_grads, Llama)
     np.testing.assert_array_equal(logits, expected)
-    of_module = nnx.to_pure_dict(nnx.state(of_module))
-    assert jax.tree.structure(of_module) == jax.tree.structure(of_params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), of_module, of_params)
-    assert all(float(np.abs(g).max()) > 1e-5 for g in jax.tree.leaves(of_params))
+    module_grads = nnx.to_pure_dict(nnx.state(module_grads))
+    assert jax.tree.structure(module_grads) == jax.tree.structure(params_grads)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), module_grads, params_grads)
+    assert all(float(np.abs(g).max()) > 1e-5 for g in jax.tree.leaves(params_grads))
 
 
 def test_the_depth_is_that_of_the_leaves(random_params):
     params = random_params(UNTIED)
     twice = params | {"layers": jax.tree.map(lambda x: np.repeat(x, 2, axis=0), params["layers"])}
     deep = UNTIED.with_layers(6)
-    # The config says 3 layers, the params have 6: the params are right.
+    # The config has 3 layers and the params 6: the params decide.
     np.testing.assert_array_equal(forward(UNTIED, twice, TOKENS), forward(deep, twice, TOKENS))
     assert np.abs(forward(UNTIED, twice, TOKENS) - forward(UNTIED, params, TOKENS)).max() > 1e-2
     assert make_cache(UNTIED, twice, 2, 5).k.shape == (6, 2, 5, 2, 8)
@@ -73,7 +73,7 @@ def test_a_layer_without_residual_outputs_changes_nothing(random_params):
     np.testing.assert_array_equal(forward(UNTIED, params | {"layers": layers}, TOKENS), forward(UNTIED, params, TOKENS))
 
 
-def test_attention_is_causal_and_sees_all_before(random_params):
+def test_attention_is_causal_and_sees_all_earlier_tokens(random_params):
     params = random_params(UNTIED)
     before = forward(UNTIED, params, TOKENS)
     changed = TOKENS.copy()
@@ -84,7 +84,7 @@ def test_attention_is_causal_and_sees_all_before(random_params):
 
 
 @pytest.mark.parametrize("config", [TIED, UNTIED], ids=["tied", "untied"])
-def test_fresh_params_have_the_shapes_of_the_table(config):
+def test_initial_params_have_the_shapes_of_the_table(config):
     abstract = jax.eval_shape(lambda key: init_params(config, key, jnp.bfloat16), jax.random.key(0))
     assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(abstract))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_params
@@ -96,7 +96,7 @@ def test_fresh_params_have_the_shapes_of_the_table(config):
     assert ("lm_head" in abstract) == (not config.tie_word_embeddings)
 
 
-def test_fresh_params_are_drawn_by_key_from_the_initializer_range():
+def test_initial_params_depend_on_key_and_initializer_range():
     params = init_params(UNTIED, jax.random.key(0))
     assert same(params, init_params(UNTIED, jax.random.key(0)))
     assert not same(params, init_params(UNTIED, jax.random.key(1)))

@@ -1,4 +1,4 @@
-"""The chunked loss is the plain one, in value and gradient, and never holds the logits of a batch."""
+"""The chunked loss equals the plain one in value and gradient, and never holds the logits of a batch."""
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,13 @@ TOKENS = np.random.default_rng(1).integers(0, 37, (3, 12))
 
 
 def plain(config, params, tokens_BT):
-    """log_softmax over all the logits."""
+    """log_softmax over all logits at once."""
     logp_BTV = jax.nn.log_softmax(forward(config, params, tokens_BT[:, :-1]).astype(jnp.float32), axis=-1)
     return -jnp.take_along_axis(logp_BTV, jnp.asarray(tokens_BT)[:, 1:, None], axis=-1)[..., 0]
 
 
 def value_and_grad(loss, params):
-    # Weights that differ by position, so that a loss in the wrong place shows in the sum.
+    # A different weight per position, so that the sum detects a misplaced loss.
     weights = jnp.arange(1.0, 34.0).reshape(3, 11)
 
     def weighted(params):
@@ -42,13 +42,13 @@ def value_and_grad(loss, params):
 
 @pytest.fixture(scope="module")
 def expected(request, random_params):
-    """A model, tied or not, and what the plain loss says of it."""
+    """A model, tied or not, with its plain loss and gradients."""
     config = LlamaConfig(**SIZES, tie_word_embeddings=request.param)
     params = random_params(config)
     return config, params, *value_and_grad(lambda params: plain(config, params, TOKENS), params)
 
 
-# B*T is 33: neither 5 nor 16 divides it, and 64 is more than there is. With the layers recomputed or not.
+# B*T is 33: neither 5 nor 16 divides it, and 64 is larger.
 @pytest.mark.parametrize(
     ("expected", "chunk", "remat"),
     [(True, 5, "none"), (True, 16, "full"), (True, 64, "dots"), (False, 16, "full")],
@@ -57,7 +57,7 @@ def expected(request, random_params):
 )
 def test_chunked_equals_plain(expected, chunk, remat):
     config, params, value, gradients = expected
-    ours, of_ours = value_and_grad(
+    ours, our_gradients = value_and_grad(
         lambda params: token_losses(
             Llama.from_params(config, params), TOKENS, chunk, options=ForwardOptions(remat=remat)
         )[0],
@@ -65,7 +65,7 @@ def test_chunked_equals_plain(expected, chunk, remat):
     )
     assert ours.shape == (3, 11) and ours.dtype == jnp.float32
     np.testing.assert_allclose(ours, value, rtol=1e-5, atol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), of_ours, gradients)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), our_gradients, gradients)
 
 
 @pytest.mark.parametrize("expected", [True], ids=["tied"], indirect=True)
@@ -74,7 +74,7 @@ def test_losses_of_params_and_in_bfloat16(expected):
     np.testing.assert_allclose(losses(config, params, TOKENS), value, rtol=1e-5, atol=1e-6)
     rounded = losses(config, jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params), TOKENS)
     assert rounded.dtype == jnp.float32
-    # bf16 logits keep 8 bits, and the largest here is about 4.
+    # bf16 logits have 8 bits, and the largest is about 4.
     np.testing.assert_allclose(rounded, value, atol=0.15)
 
 
@@ -86,7 +86,7 @@ def test_the_logits_of_a_batch_are_never_held():
     logits_bytes = B * T * config.vocab_size * 4
 
     def temporaries(loss) -> int:
-        """Bytes of scratch that the compiled loss and its gradient take: nothing is run."""
+        """Scratch memory in bytes of the compiled loss and gradient; nothing runs."""
         step = jax.jit(jax.value_and_grad(lambda params, tokens: loss(params, tokens).mean()))
         return step.lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
@@ -94,5 +94,5 @@ def test_the_logits_of_a_batch_are_never_held():
     chunked = temporaries(
         lambda params, tokens: token_losses(Llama.from_params(config, params), tokens, chunk=chunk)[0]
     )
-    # A sixteenth of the logits is one chunk; the head's gradient and a few copies of one chunk are what remains.
+    # A chunk is a sixteenth of the logits. The rest is the head's gradient and a few copies of a chunk.
     assert chunked < logits_bytes / 3

@@ -1,4 +1,4 @@
-"""Experts: one way to run them against another, and all against transformers' Mixtral."""
+"""Experts: both dispatches against a reference, and against Mixtral in transformers."""
 
 import dataclasses
 
@@ -23,8 +23,8 @@ def weights():
     return {name: jnp.asarray(draw.normal(0, 0.3, shape), jnp.float32) for name, shape in shapes.items()}
 
 
-def by_hand(weights, k):
-    """Token by token, expert by expert, in fp64."""
+def reference(weights, k):
+    """One token and one expert at a time, in fp64."""
     w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
     out = np.zeros_like(w["x"])
     for place in np.ndindex(w["x"].shape[:2]):
@@ -40,35 +40,35 @@ def by_hand(weights, k):
 
 @pytest.mark.parametrize("k", [1, 2, 8])
 @pytest.mark.parametrize("dispatch", [every_expert, chosen_experts])
-def test_it_is_the_definition(weights, dispatch, k):
-    choice, _ = route(weights["x"], weights["gate"], k)
-    np.testing.assert_allclose(choice.weights.sum(-1), 1, rtol=1e-6)
-    out = dispatch(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])
-    np.testing.assert_allclose(out, by_hand(weights, k), rtol=0, atol=1e-6)
+def test_dispatch_equals_the_definition(weights, dispatch, k):
+    routing, _ = route(weights["x"], weights["gate"], k)
+    np.testing.assert_allclose(routing.weights.sum(-1), 1, rtol=1e-6)
+    out = dispatch(weights["x"], routing, weights["w1"], weights["w2"], weights["w3"])
+    np.testing.assert_allclose(out, reference(weights, k), rtol=0, atol=1e-6)
 
 
-def test_both_ways_have_the_same_gradients(weights):
+def test_both_dispatches_have_the_same_gradients(weights):
     def loss(weights, dispatch):
-        choice, balance = route(weights["x"], weights["gate"], 2)
-        return jnp.square(dispatch(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])).sum() + balance
+        routing, balance = route(weights["x"], weights["gate"], 2)
+        return jnp.square(dispatch(weights["x"], routing, weights["w1"], weights["w2"], weights["w3"])).sum() + balance
 
-    one, other = (jax.grad(loss)(weights, dispatch) for dispatch in (every_expert, chosen_experts))
-    for name, gradient in one.items():
+    first, second = (jax.grad(loss)(weights, dispatch) for dispatch in (every_expert, chosen_experts))
+    for name, gradient in first.items():
         assert np.abs(gradient).max() > 1e-3, name
-        np.testing.assert_allclose(gradient, other[name], rtol=0, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(gradient, second[name], rtol=0, atol=1e-5, err_msg=name)
 
 
-def test_some_of_the_experts_are_part_of_the_sum(weights):
-    choice, _ = route(weights["x"], weights["gate"], 2)
-    whole = chosen_experts(weights["x"], choice, weights["w1"], weights["w2"], weights["w3"])
+def test_shards_of_the_experts_sum_to_the_result(weights):
+    routing, _ = route(weights["x"], weights["gate"], 2)
+    whole = chosen_experts(weights["x"], routing, weights["w1"], weights["w2"], weights["w3"])
     parts = [
-        chosen_experts(weights["x"], choice, *(weights[name][first : first + 2] for name in ("w1", "w2", "w3")), first)
+        chosen_experts(weights["x"], routing, *(weights[name][first : first + 2] for name in ("w1", "w2", "w3")), first)
         for first in range(0, 8, 2)
     ]
     np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=1e-6)
 
 
-def test_balance_is_one_if_even_and_larger_if_not():
+def test_the_load_balancing_loss_is_1_if_even():
     even = jnp.eye(8)[None]  # token i for expert i alone
     assert route(even, 50 * jnp.eye(8), 1)[1] == pytest.approx(1, abs=1e-6)
     uneven = jnp.ones((1, 8, 8)) * jnp.eye(8)[0]
@@ -90,7 +90,7 @@ def test_sizes_and_names():
     assert CONFIG.stored_tensors("block_sparse_moe.experts.w2.weight")[7] == "block_sparse_moe.experts.7.w2.weight"
 
 
-def test_both_ways_through_the_whole_model():
+def test_both_dispatches_in_a_complete_model():
     params = init_params(CONFIG, jax.random.key(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 17), 0, 64)
     model = Llama.from_params(CONFIG, params)
@@ -111,7 +111,7 @@ def test_cached_generation_equals_uncached():
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory):
-    """A random Mixtral as transformers makes it, saved by transformers; and the model itself."""
+    """A random Mixtral, created and saved by transformers, and the model itself."""
     torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_parity_with_transformers(mixtral):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
-def test_gradients_are_those_of_transformers(mixtral):
+def test_gradients_equal_those_of_transformers(mixtral):
     import torch
 
     from tli_jax.hf.checkpoint import load_hf

@@ -1,4 +1,4 @@
-"""Parity with transformers' Llama, part by part: norm, rotary tables, attention, layer, logits, gradients."""
+"""Parity with Llama in transformers: norm, rotary tables, attention, layer, logits, gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ from tli_jax.models.modules import RMSNorm
 torch = pytest.importorskip("torch", reason="torch is not installed: no transformers model to compare with")
 transformers = pytest.importorskip("transformers")
 
-# Longer than every original context below, so that scaled frequencies are met where they matter.
+# Longer than every original context below, so that scaled frequencies matter.
 B, T = 2, 80
 COMMON = {
     "vocab_size": 61,
     "intermediate_size": 72,
     "num_hidden_layers": 3,
     "max_position_embeddings": 128,
-    # Ten times the usual one: attention must be far from uniform for a wrong rotation to show.
+    # Ten times the default: attention must be far from uniform to detect a wrong rotation.
     "initializer_range": 0.2,
 }
 MODELS = {
@@ -62,7 +62,7 @@ MODELS = {
 
 
 class Pair:
-    """One random model on both sides."""
+    """A random model in transformers and here."""
 
     def __init__(self, options, stack_layers):
         self.theirs = transformers.LlamaForCausalLM._from_config(
@@ -71,10 +71,10 @@ class Pair:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for name, tensor in self.theirs.named_parameters():
-                # Norms away from one, so that a forgotten one shows.
+                # Norms differ from 1, to detect a missing one.
                 std, mean = (0.3, 1.0) if "norm" in name else (options["initializer_range"], 0.0)
                 tensor.normal_(mean, std, generator=generator)
-        # A tied head is in the state dict, but it is not a parameter.
+        # A tied head is in the state dict, but not a parameter.
         self.params = stack_layers({name: p.detach().numpy() for name, p in self.theirs.named_parameters()})
         self.config = LlamaConfig.from_hf(self.theirs.config.to_dict())
         self.layer = jax.tree.map(lambda x: jnp.asarray(x[1]), self.params["layers"])
@@ -92,7 +92,7 @@ def pair(request, stack_layers) -> Pair:
 
 
 def close(ours, theirs, tolerance: float) -> None:
-    """Within ``tolerance`` of the largest entry, everywhere."""
+    """Equal up to ``tolerance`` times the largest entry."""
     theirs = theirs.detach().float().numpy()
     ours = np.asarray(ours, np.float32)
     assert ours.shape == theirs.shape
@@ -105,7 +105,7 @@ def test_the_trees_are_the_same_shape(pair):
 
 
 def test_rms_norm(pair):
-    # Small enough for eps to count.
+    # Small enough for eps to matter.
     x = 3e-3 * pair.x_BTD
     theirs = pair.theirs.model.layers[1].input_layernorm(torch.tensor(x))
     close(RMSNorm.from_params(pair.layer["input_layernorm"], pair.config.rms_norm_eps)(x), theirs, 1e-6)
@@ -114,7 +114,7 @@ def test_rms_norm(pair):
 def test_rotary_tables(pair):
     rope = make_rope(pair.config, T, jnp.float32)
     for ours, theirs in zip((rope.cos, rope.sin), pair.rope, strict=True):
-        # The frequencies are rounded to fp32 by different routes; at position 79 a rounding is at most 79 * 2**-24.
+        # The frequencies are rounded to fp32 differently; at position 79 the difference is at most 79 * 2**-24.
         close(ours[None], theirs, 5e-6)
 
 
@@ -146,7 +146,7 @@ def test_logits_in_bfloat16(pair):
     ).eval()
     rounded.load_state_dict(pair.theirs.state_dict())
     with torch.no_grad():
-        # bf16 keeps 8 bits and the two round at different places in each of three layers: 0.04 measured.
+        # bf16 has 8 bits, and the two round at different points of the three layers: 0.04 measured.
         close(ours, rounded(torch.tensor(pair.tokens)).logits, 0.08)
 
 

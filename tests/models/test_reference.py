@@ -1,4 +1,4 @@
-"""Checkpoints that others made, against numbers that others computed: logits, hidden states, gradients, losses."""
+"""Third-party checkpoints against third-party numbers: logits, hidden states, gradients, losses."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_hidden_states_layer_by_layer(checkpoint):
     for i in range(config.num_hidden_layers):
         assert np.abs(x_BTD - reference[f"hidden_{i}"]).max() < 1e-4, f"before layer {i}"
         x_BTD = block(jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), params["layers"]), x_BTD, rope)
-    # transformers' last hidden state is the one after the final norm.
+    # The last hidden state in transformers is after the final norm.
     last = RMSNorm.from_params(params["norm"], config.rms_norm_eps)(x_BTD)
     assert np.abs(last - reference[f"hidden_{config.num_hidden_layers}"]).max() < 1e-4
 
@@ -81,24 +81,24 @@ def test_inverse_frequencies_of_llama3(material):
         }
         ours = inverse_frequencies(LlamaConfig.from_hf(raw))
         assert ours.dtype == np.float32
-        # Rounded once from fp64, so half a unit of fp32 off at most; transformers rounds along the way.
+        # Rounded once from fp64, so within half a unit of fp32; transformers also rounds intermediate results.
         np.testing.assert_allclose(ours, case["inv_freq_fp64_formula"], rtol=2.0**-24, atol=0, err_msg=name)
         np.testing.assert_allclose(ours, case["inv_freq_fp32"], rtol=1e-6, atol=0, err_msg=name)
 
 
 def windows(tokenizer, text: str, predictions: int) -> tuple[np.ndarray, np.ndarray]:
-    """The reading under which the known losses come out: ``(tokens [N, 513], counts [N, 512])``.
+    """Windows as in the published losses: ``(tokens [N, 513], counts [N, 512])``.
 
-    Stories, where there are any, are stripped of white space; each text begins with a BOS and follows the one before it
-    in one stream. A window predicts 512 tokens of the stream from those before them within the window, the first from
-    one token; the next window begins with the last token that was predicted. The last one is padded.
+    Stories are stripped of white space. Texts start with a BOS and are concatenated to a stream. A window predicts 512
+    tokens, each from the tokens before it in the window. The next window starts with the last predicted token. The last
+    window is padded.
     """
     texts = [text] if "<|endoftext|>" not in text else [s.strip() for s in text.split("<|endoftext|>") if s.strip()]
     stream: list[int] = []
-    for one in texts:
+    for story in texts:
         if len(stream) > predictions:
             break
-        stream += tokenizer(one)["input_ids"]
+        stream += tokenizer(story)["input_ids"]
     stream = stream[: predictions + 1]
     starts = range(0, len(stream) - 1, 512)
     rows = [stream[at : at + 513] for at in starts]
@@ -116,17 +116,17 @@ def mean_loss(config, params, tokens: np.ndarray, counts: np.ndarray) -> float:
 
 
 def permuted(weight_LoD: np.ndarray, heads: int) -> np.ndarray:
-    """q or k in the interleaved order of the original checkpoints, which a converter may forget to undo."""
+    """q or k in the interleaved order of the original checkpoints."""
     L, o, D = weight_LoD.shape
     return weight_LoD.reshape(L, heads, 2, o // heads // 2, D).swapaxes(2, 3).reshape(L, o, D)
 
 
-def test_loss_of_stories_like_those_it_was_trained_on(stories260k, tokenizer, material):
+def test_loss_on_stories_from_its_distribution(stories260k, tokenizer, material):
     config, params = stories260k
     text = (material / "text" / "tinystories_sample_4kb.txt").read_text()
     tokens, counts = windows(tokenizer, text, 102_400)
     assert mean_loss(config, params, tokens, counts) == pytest.approx(1.300, abs=2e-3)
-    # What the commonest mistake of a converter costs: the figure can tell.
+    # The loss detects the most common bug of converters.
     wrong = dict(params["layers"]["self_attn"])
     wrong["q_proj"] = {"weight": permuted(wrong["q_proj"]["weight"], config.num_attention_heads)}
     wrong["k_proj"] = {"weight": permuted(wrong["k_proj"]["weight"], config.num_key_value_heads)}
@@ -138,9 +138,9 @@ def test_loss_of_stories_like_those_it_was_trained_on(stories260k, tokenizer, ma
 @pytest.mark.parametrize(
     ("name", "expected"), [("tinystories", 1.524), ("english_books", 3.754), ("tinyshakespeare", 4.660)]
 )
-def test_loss_of_whole_texts(stories260k, tokenizer, material, name, expected):
+def test_loss_on_long_texts(stories260k, tokenizer, material, name, expected):
     config, params = stories260k
-    # A token of this tokenizer is under four characters of English on average.
+    # A token has less than four characters on average.
     text = (material / "text" / f"{name}.txt").read_text()[: 102_400 * 4]
     tokens, counts = windows(tokenizer, text, 102_400)
     assert counts.sum() == 102_400

@@ -39,13 +39,13 @@ def tensor_options(
     return options
 
 
-def wrap_params(params: Mapping[str, Any], cls: type[M], *args: Any, **options: Any) -> M:
+def wrap_params(params: Mapping[str, Any], cls: Callable[..., M], *args: Any, **options: Any) -> M:
     """Return ``cls(*args, rngs=…, **options)`` around existing params. Copies and initialises nothing."""
     return nnx.merge(_graphdef(cls, *args, **options), nnx.State(dict(params)))
 
 
 @functools.lru_cache
-def _graphdef(cls: type[nnx.Module], *args: Any, **options: Any) -> nnx.GraphDef[Any]:
+def _graphdef(cls: Callable[..., nnx.Module], *args: Any, **options: Any) -> nnx.GraphDef[Any]:
     return nnx.graphdef(jax.eval_shape(lambda: cls(*args, rngs=nnx.Rngs(0), **options)))
 
 
@@ -111,8 +111,8 @@ class Embed(Weight):
 class RMSNorm(Weight):
     """Root mean square norm (arXiv 1910.07467), computed in fp32. Other options as in ``Weight``."""
 
-    def __init__(self, features: int, *, eps: float = 1e-6, rngs: nnx.Rngs, **options: Any):
-        super().__init__((features,), rngs=rngs, **{"init": ones} | options)
+    def __init__(self, features: int, *, eps: float = 1e-6, rngs: nnx.Rngs, init: Initializer = ones, **options: Any):
+        super().__init__((features,), rngs=rngs, init=init, **options)
         self.eps = eps
 
     @classmethod
