@@ -35,6 +35,16 @@ _EXPERTS: dict[str, tuple[str, ...]] = _ATTENTION | {
     "block_sparse_moe.experts.w3.weight": ("E", "F", "D"),
 }
 
+# Fields with the same name in config.json, in the order in which they are written.
+_HF_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings", "rope_theta"),
+)
+_MIXTRAL_FIELDS = (
+    *("head_dim", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps"),
+    *("vocab_size", "hidden_size", "num_attention_heads"),
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -178,29 +188,19 @@ class LlamaConfig:
         """The ``config.json`` of this model: all keys of the one it was read from, or a new one."""
         raw: dict[str, Any] = json.loads(self.source)
         if not raw:
+            rope = {"rope_type": self.rope_type} | dict(self.rope_factors)
+            eos = self.eos_token_ids
             raw = {
                 "architectures": ["LlamaForCausalLM"],
                 "model_type": "llama",
-                "vocab_size": self.vocab_size,
-                "hidden_size": self.hidden_size,
-                "intermediate_size": self.intermediate_size,
-                "num_attention_heads": self.num_attention_heads,
-                "num_key_value_heads": self.num_key_value_heads,
-                "head_dim": self.head_dim,
-                "max_position_embeddings": self.max_position_embeddings,
-                "rms_norm_eps": self.rms_norm_eps,
-                "initializer_range": self.initializer_range,
-                "tie_word_embeddings": self.tie_word_embeddings,
-                "rope_theta": self.rope_theta,
-                "rope_scaling": None
-                if self.rope_type == "default"
-                else {"rope_type": self.rope_type} | dict(self.rope_factors),
+                **{name: getattr(self, name) for name in _HF_FIELDS},
+                "rope_scaling": None if self.rope_type == "default" else rope,
                 "hidden_act": "silu",
                 "attention_bias": False,
                 "mlp_bias": False,
                 "torch_dtype": self.dtype,
                 "bos_token_id": self.bos_token_id,
-                "eos_token_id": self.eos_token_ids[0] if len(self.eos_token_ids) == 1 else list(self.eos_token_ids),
+                "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
             }
         dtype_key = "dtype" if raw.get("dtype") else "torch_dtype"
         if (raw.get(dtype_key) or "float32") != self.dtype:
@@ -214,24 +214,16 @@ class LlamaConfig:
         """Turn a dense ``config.json`` into one with this model's experts. A dense model's is returned unchanged."""
         if not self.num_experts:
             return dict(raw)
-        dense = ("attention_bias", "mlp_bias", "pretraining_tp")
-        return (
-            {key: value for key, value in raw.items() if key not in dense}
-            | {
-                "architectures": ["MixtralForCausalLM"],
-                "model_type": "mixtral",
-                "intermediate_size": self.intermediate_size,
-                # The defaults of Mixtral and Llama differ, so keys that may be missing are written out.
-                "head_dim": self.head_dim,
-                "num_key_value_heads": self.num_key_value_heads,
-                "max_position_embeddings": self.max_position_embeddings,
-                "rms_norm_eps": self.rms_norm_eps,
-                "vocab_size": self.vocab_size,
-                "hidden_size": self.hidden_size,
-                "num_attention_heads": self.num_attention_heads,
-                "num_local_experts": self.num_experts,
-                "num_experts_per_tok": self.experts_per_token,
-                "sliding_window": None,
-            }
-            | ({"rope_theta": self.rope_theta} if "rope_parameters" not in raw else {})
-        )
+        dense_only = ("attention_bias", "mlp_bias", "pretraining_tp")
+        return {
+            **{key: value for key, value in raw.items() if key not in dense_only},
+            "architectures": ["MixtralForCausalLM"],
+            "model_type": "mixtral",
+            "intermediate_size": self.intermediate_size,
+            # The defaults of Mixtral and Llama differ, so keys that may be missing are written out.
+            **{name: getattr(self, name) for name in _MIXTRAL_FIELDS},
+            "num_local_experts": self.num_experts,
+            "num_experts_per_tok": self.experts_per_token,
+            "sliding_window": None,
+            **({"rope_theta": self.rope_theta} if "rope_parameters" not in raw else {}),
+        }
