@@ -13,9 +13,11 @@ import pytest
 import tli_jax
 from tli_jax import train
 from tli_jax.cli.frame import run_command
+from tli_jax.data.embedded import embedded_text
 from tli_jax.evaluate import main
-from tli_jax.hf import hub, tokens
+from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tokenizer import open_tokenizer
 
 FLAGS = ["--model", "embedded", "--dtypes", "compute=float32"]
 
@@ -23,7 +25,7 @@ FLAGS = ["--model", "embedded", "--dtypes", "compute=float32"]
 @pytest.fixture
 def text(tmp_path) -> Path:
     file = tmp_path / "text.txt"
-    file.write_text(tokens.embedded_text()[:6000], encoding="utf-8")
+    file.write_text(embedded_text()[:6000], encoding="utf-8")
     return file
 
 
@@ -40,7 +42,7 @@ def test_loss_is_that_of_the_windows(text, capsys) -> None:
     assert run_command(main, [*FLAGS, "--text", str(text), "--sequence-length", "64", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["texts"][str(text)]
     config, params = tli_jax.load_hf("embedded", dtype="float32")
-    tokenizer, _ = tokens.open_tokenizer(hub.resolve("embedded"), config)
+    tokenizer, _ = open_tokenizer(hub.resolve("embedded"), config)
     ids = np.array([config.bos_token_id, *tokenizer.encode(text.read_text(encoding="utf-8"))])
     count = (len(ids) - 1) // 64
     rows = np.stack([ids[i * 64 : i * 64 + 65] for i in range(count)])

@@ -16,9 +16,11 @@ import pytest
 from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.values import Source
 from tli_jax.data.batches import Data, open_data
+from tli_jax.data.embedded import embedded_text
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
-from tli_jax.hf.tokens import Tokenizer, embedded_text, open_tokenizer
+from tli_jax.hf.encoding import Tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 
 DOCUMENTS = ["One day, a girl\nnamed Lily.", "naïve 한국어 😀", "Three.\r\n", "x" * 3000, "The end"]

@@ -192,7 +192,7 @@ import resource, sys
 from pathlib import Path
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
-from tli_jax.hf.tokens import open_tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.cli.config import TrainConfig
 from tli_jax.data.stream import Rules, open_stream
 folder = hub.resolve("embedded")

@@ -22,9 +22,9 @@ from tli_jax.cli.config import TrainConfig
 from tli_jax.errors import DataError
 from tli_jax.evaluation.scoring import encode, evaluate, score, summarise
 from tli_jax.evaluation.tasks import Question, Task, open_tasks
-from tli_jax.hf import tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.hub import resolve
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.loop import load
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
@@ -41,7 +41,7 @@ def opened(folder: Path | str, **options):
     weights = open_checkpoint(Path(folder))
     config = TrainConfig(**{"dtypes": {"compute": "float32"}, "mesh": {"fsdp": 1, "data": -1}} | options)
     trainer, _, _ = train.make_trainer(config, weights.config, None)
-    return trainer, load(trainer, weights), tokens.open_tokenizer(weights.folder, weights.config)[0]
+    return trainer, load(trainer, weights), open_tokenizer(weights.folder, weights.config)[0]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Ids are those of transformers, whatever a folder holds; what cannot be read is refused before anything is read."""
+"""Ids equal those of transformers for every kind of folder; files that are unsafe to read are refused first."""
 
 import dataclasses
 import io
@@ -28,7 +28,8 @@ from tokenizers import (
 import tli_jax
 from tli_jax.errors import DataError
 from tli_jax.hf import hub, sidecar
-from tli_jax.hf.tokenizer import needs_transformers, open_tokenizer, tokenizer_digest
+from tli_jax.hf.tokenizer import open_tokenizer, tokenizer_digest
+from tli_jax.hf.tokenizer_backend import why_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -311,7 +312,7 @@ def outcome(call: Callable[[], list[int]]) -> list[int] | None:
 
 def compare(folder: Path, name: str, reason: str | None, table: list[str]) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    why = needs_transformers(folder)
+    why = why_transformers(folder)
     assert why is None if reason is None else reason in str(why)
     count, differing = 0, 0
     for parse in (False, True):
@@ -383,7 +384,7 @@ def test_a_vocabulary_that_holds_its_special_tokens_is_a_warning(tmp_path: Path)
     folder = folder_of(lambda: words(unk_token="<unk>"), tmp_path, config=FAST)
     tokenizer, warnings = open_tokenizer(folder, config_of(6))
     assert tokenizer.encode("word <s> nothing") == [3, 1, 0]
-    assert [one for one in warnings if "holds the special tokens '</s>', '<s>': in a text" in one]
+    assert [one for one in warnings if "contains the special tokens '</s>', '<s>': in a text" in one]
 
 
 def test_what_is_put_around_a_text_is_found_without_an_a(tmp_path: Path) -> None:
@@ -402,11 +403,11 @@ def test_an_added_token_beyond_the_vocabulary_is_a_warning(special: bool, token:
     folder, size = folder_of(made, tmp_path), byte_level().get_vocab_size()
     tokenizer, warnings = open_tokenizer(folder, config_of(size), parse_special=True)
     assert warnings == [
-        f"{folder}: the model's vocabulary of {size} does not have the tokenizer's added token '{token}' (id {size}): a"
-        " text that holds it is refused"
+        f"{folder}: the model's vocabulary of {size} lacks the tokenizer's added token '{token}' (id {size}): a text"
+        " that contains it is refused"
     ]
     assert max(tokenizer.encode("Once upon a time")) < size
-    with pytest.raises(DataError, match=rf"the text 'x{token}' holds '{token}', id {size}, which the model's"):
+    with pytest.raises(DataError, match=rf"the text 'x{token}' contains '{token}' with id {size}, outside the"):
         tokenizer.encode_batch(["Once", f"x{token}"])
     if special:
         assert max(open_tokenizer(folder, config_of(size))[0].encode(f"x{token}")) < size
@@ -418,7 +419,7 @@ def test_a_prefix_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
     processor = json.loads(template().__getstate__())
     processor["special_tokens"]["<s>"]["ids"] = [99_999]
     folder = folder_of(byte_level, tmp_path, change={"post_processor": processor})
-    with pytest.raises(DataError, match="puts id 99,999 in front of a text, the model's vocabulary has 400"):
+    with pytest.raises(DataError, match="puts id 99,999 before a text, outside the model's vocabulary of 400"):
         open_tokenizer(folder, config_of(400))
 
 
@@ -467,18 +468,18 @@ def test_code_is_a_warning_and_the_file_is_read_without_it(tmp_path: Path) -> No
     (folder / "vocab.json").write_text("{}")
     assert open_tokenizer(folder, config_of(10_000)) == (
         None,
-        [f"{folder}: the tokenizer is code (my.MyTokenizer), never run here: text cannot be read"],
+        [f"{folder}: the tokenizer is code (my.MyTokenizer), which is never run: text cannot be read"],
     )
 
 
 def test_a_vocabulary_that_its_class_does_not_read(tmp_path: Path) -> None:
     kind = vocab_and_merges(LLAMA)
     kind.write(tmp_path)
-    with pytest.raises(DataError, match=r"LlamaTokenizer has 3 tokens, vocab.json \d+: name the class"):
+    with pytest.raises(DataError, match=r"LlamaTokenizer has 3 tokens, vocab.json \d+: name the class that reads it"):
         open_tokenizer(tmp_path, config_of(10_000))
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer, (warning,) = open_tokenizer(tmp_path, config_of(10_000))
-    assert tokenizer is None and "vocab.json does not say how to use it" in warning
+    assert tokenizer is None and "vocab.json does not name its tokenizer class" in warning
 
 
 def pipe(file: Path) -> None:
@@ -546,7 +547,7 @@ def test_a_broken_file_is_one_line_and_a_panic_is_not_heard(content: Any, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", '{"tokenizer_class": "LlamaForCausalLM"}', "is no tokenizer"),
+        ("tokenizer_config.json", '{"tokenizer_class": "LlamaForCausalLM"}', "is not a tokenizer"),
         ("tokenizer_config.json", '{"fast_tokenizer_files": ["../tokenizer.4.0.json"]}', "names the file '../tok"),
         ("tokenizer_config.json", '{"gguf_file": "/tmp/model.gguf"}', "names the file '/tmp/model.gguf'"),
         ("tokenizer_config.json", "[]", "must be a JSON object"),

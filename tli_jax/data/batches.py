@@ -17,7 +17,7 @@ from tli_jax.cli.values import Source
 from tli_jax.data.formats import need
 from tli_jax.data.stream import Rules, Stream, open_stream
 from tli_jax.errors import DataError, UsageError
-from tli_jax.hf.tokens import Tokenizer
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.models.config import LlamaConfig
 
 

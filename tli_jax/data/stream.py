@@ -22,7 +22,7 @@ from tli_jax.data.documents import Documents
 from tli_jax.data.formats import CHUNK
 from tli_jax.data.sources import Found, find_files
 from tli_jax.errors import DataError, MissingInputError
-from tli_jax.hf.tokens import Tokenizer
+from tli_jax.hf.encoding import Tokenizer
 
 _PIECE = 2**16  # characters from which on a document is encoded in pieces
 _NEAR = 1000  # characters on either side that tell whether it may be cut

@@ -10,8 +10,10 @@ from tli_jax.cli.config import EvaluateConfig, Reading, TrainConfig
 from tli_jax.cli.console import say, warn
 from tli_jax.cli.progress import progress
 from tli_jax.errors import DataError, UsageError
-from tli_jax.hf import hub, sidecar, tokens
+from tli_jax.hf import hub, sidecar
 from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.encoding import Tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.setup import make_trainer, open_text
 
@@ -45,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
 
     weights = open_checkpoint(hub.resolve(config.model, config.revision))
     parse_special = config.special_tokens == "parse"
-    tokenizer, warnings = tokens.open_tokenizer(weights.folder, weights.config, parse_special)
+    tokenizer, warnings = open_tokenizer(weights.folder, weights.config, parse_special)
     for warning in (*weights.warnings, *warnings):
         warn(warning)
     tasks = open_tasks(config.tasks)
@@ -101,7 +103,7 @@ def _recipe(config: EvaluateConfig, dtype: str) -> TrainConfig:
     return TrainConfig(**values)
 
 
-def _of_text(path: str, measured: "Measured", data: "Data", tokenizer: tokens.Tokenizer | None) -> dict[str, Any]:
+def _of_text(path: str, measured: "Measured", data: "Data", tokenizer: Tokenizer | None) -> dict[str, Any]:
     loss = measured.loss
     if loss is None:
         raise DataError(f"{path}: has no token to predict: every document is one token long")

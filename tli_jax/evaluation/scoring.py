@@ -19,7 +19,7 @@ from tli_jax.cli.progress import Advance, progress
 from tli_jax.distributed.mesh import batch_sharding
 from tli_jax.errors import DataError
 from tli_jax.evaluation.tasks import Task
-from tli_jax.hf.tokens import Tokenizer
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.freezing import Arrays

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic.dataclasses import dataclass
 
+from tli_jax.data.embedded import held_out_modules
 from tli_jax.data.formats import HEAD, recognise
 from tli_jax.errors import DataError, MissingInputError, UsageError
-from tli_jax.hf import tokens
 from tli_jax.hf.hub import EMBEDDED
 
 _LARGEST = 2**27  # bytes; all questions of MMLU take 10 MB
@@ -233,7 +233,7 @@ def make_embedded() -> Task:
     """Which line comes next, in modules held out of the embedded base's training: the true one, or one of three others
     of the same module; 200 questions, spread over the modules. Another Python's library gives other questions."""
     draw, found = random.Random(0), []
-    for text in tokens.held_out_modules():
+    for text in held_out_modules():
         lines = text.splitlines()
         # Within a block, so that a space stands in front of the line.
         inside = [i for i, line in enumerate(lines) if i >= _LINES_BEFORE and line.startswith(" ") and line.strip()]
