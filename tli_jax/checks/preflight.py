@@ -218,7 +218,8 @@ class Preflight:
         return text, facts
 
     def data(self) -> tuple[str, dict[str, Any]]:
-        from tli_jax.data.stream import Rules, guess_tokens
+        from tli_jax.data.stream import estimate_tokens
+        from tli_jax.data.tokenization import Rules
 
         trainer, base, train = self._needs(self.trainer, "a mesh"), self._needs(self.base, "a model"), self.train
         if not train.text:
@@ -234,7 +235,7 @@ class Preflight:
         rules = Rules(train, tokenizer, "", trainer.model.vocab_size, None, None)
         if tokenizer is None and any(path.suffix != ".npy" for path in paths):
             raise _NotCheckedError("text is here, a tokenizer is not")
-        guesses = {str(path): guess_tokens(path, rules, _SAMPLE) for path in paths}
+        guesses = {str(path): estimate_tokens(path, rules, _SAMPLE) for path in paths}
         total, needed = sum(guesses.values()), train.steps * train.batch_size * self.T
         if min(guesses.values()) <= self.T:
             raise UsageError(f"data: fewer tokens than one window takes, {self.T + 1:,}: give more text")

@@ -280,7 +280,7 @@ class _Comparison:
         from tli_jax.evaluation import scoring
 
         assert self.tokenizer is not None
-        tasks = scoring.evaluate(trainer, (trained, frozen), self.tokenizer, self.tasks)
+        tasks = scoring.score_tasks(trainer, (trained, frozen), self.tokenizer, self.tasks)
         return {"tasks": tasks, "accuracy": statistics.fmean(task["accuracy"] for task in tasks.values())}
 
     def _run(self, contender: Contender, only: str, seed: int, advance: Advance) -> dict[str, Any]:

@@ -94,8 +94,7 @@ def open_text(
 
     file = cache / "topics.jsonl"
     text, validation_text = (
-        replace_embedded(sources, config.field, file, topics)
-        for sources in (config.text, config.validation_text)
+        replace_embedded(sources, config.field, file, topics) for sources in (config.text, config.validation_text)
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
     return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known)
