@@ -230,9 +230,10 @@ def open_data(
         epochs = config.steps * config.batch_size * weight / sum(weights) / (len(windows) - excluded)
         if epochs > 1:
             repeated.append(f"{stream.path}: is read {float(epochs):.1f} times in {config.steps:,} steps")
+    # The keys are part of the digest, so they stay as they were first named.
     content = rules.to_json() | {
         "T": T,
-        "validation_fraction": None if validation_streams else config.validation_fraction,
+        "validation_share": None if validation_streams else config.validation_fraction,
         "sources": [[stream.digest, str(weight)] for stream, weight in zip(train_streams, weights, strict=True)],
         "validation": [stream.digest for stream in validation_streams],
     }

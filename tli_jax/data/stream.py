@@ -131,7 +131,11 @@ def _describe(path: Path, record: dict[str, Any]) -> list[str]:
     if record["bad"]:
         kinds = ", ".join(f"{count:,} × {reason}" for reason, count in record["bad"].items())
         total = sum(record["bad"].values())
-        notes.append(f"{path}: skipped {total:,} bad documents ({kinds}): {'; '.join(record['places'])}")
+        notes.append(f"{path}: skipped {_count(total, 'bad')} ({kinds}): {'; '.join(record['places'])}")
     if record["empty"]:
-        notes.append(f"{path}: skipped {record['empty']:,} empty documents")
+        notes.append(f"{path}: skipped {_count(record['empty'], 'empty')}")
     return notes + [f"{path}: {note}" for note in record["notes"]]
+
+
+def _count(documents: int, kind: str) -> str:
+    return f"{documents:,} {kind} document" + "s" * (documents != 1)
