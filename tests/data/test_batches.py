@@ -230,7 +230,7 @@ def test_evaluation_data_of_any_length(length, model, tmp_path):
     ids = np.arange(100, 100 + length)
     ids[length // 2] = model.bos_token_id
     np.save(tmp_path / "a.npy", ids)
-    data = open_evaluation_data(tmp_path / "a.npy", TrainConfig(), model, None, T, tmp_path)
+    (data,) = open_evaluation_data([tmp_path / "a.npy"], TrainConfig(), model, None, T, tmp_path)
     (windows,) = data.held_out
     used = min(length, (length - 1) // T * T + 1 if length > T else length)
     assert data.validation_windows == max(1, (length - 1) // T)
@@ -243,6 +243,15 @@ def test_evaluation_data_of_any_length(length, model, tmp_path):
 
 
 def test_evaluation_data_is_limited_to_the_first_windows(ids, model, tmp_path):
-    data = open_evaluation_data(ids("a.npy", 20), TrainConfig(), model, None, T, tmp_path, limit=3)
+    (data,) = open_evaluation_data([ids("a.npy", 20)], TrainConfig(), model, None, T, tmp_path, limit=3)
     assert firsts(data.validation(4, range(4), 9), 9) == [[0, 1, 2, -101 // T]]
     assert data.held_out[0].targets().tolist() == list(range(101, 101 + 3 * T))
+
+
+def test_window_of_short_evaluation_data_shrinks_to_the_longest(ids, model, tmp_path):
+    paths = [ids("a.npy", 3), ids("b.npy", 1)]
+    for T_max, expected in ((2048, 128), (100, 100), (T, T)):
+        data = open_evaluation_data(paths, TrainConfig(), model, None, T_max, tmp_path)
+        assert [text.T for text in data] == [expected] * 2
+        assert [text.validation_windows for text in data] == [max(1, 3 * T // expected), 1]
+    assert open_evaluation_data([], TrainConfig(), model, None, T, tmp_path) == []

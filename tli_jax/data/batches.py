@@ -20,6 +20,8 @@ from tli_jax.errors import DataError, UsageError
 from tli_jax.hf.encoding import Tokenizer
 from tli_jax.models.config import LlamaConfig
 
+_MIN_LENGTH = 128  # of the window of short texts; attention kernels need multiples of it
+
 
 class Batch(NamedTuple):
     """Rows of a batch.
@@ -207,7 +209,7 @@ def open_data(
     """
     if not config.text:
         raise UsageError("text is not set: give files or folders to train on, --text FILE,FOLDER")
-    rules = _make_rules(config, model, tokenizer, tokenizer_digest)
+    rules = Rules.of_model(config, model, tokenizer, tokenizer_digest)
     paths = [Path(source.path) for source in (*config.text, *config.validation_text)]
     digests = itertools.chain(known_digests, itertools.repeat(None))
     streams = [open_stream(path, rules, cache, next(digests)) for path in paths]
@@ -241,7 +243,7 @@ def open_data(
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         sources=tuple(stream.digest for stream in streams),
         tokens=sum(len(stream.ids) for stream in train_streams),
-        notes=_notes(streams),
+        notes=tuple(note for stream in streams for note in stream.notes),
         repeated=tuple(repeated),
         T=T,
         training=tuple(training),
@@ -250,45 +252,32 @@ def open_data(
 
 
 def open_evaluation_data(
-    path: Path,
+    paths: Sequence[Path],
     config: Reading,
     model: LlamaConfig,
     tokenizer: Tokenizer | None,
     T: int,
     cache: Path,
     limit: int | None = None,
-) -> Data:
-    """Open one source for evaluation alone: its first ``limit`` windows, all by default, as ``Data.held_out``.
+) -> list[Data]:
+    """Open sources for evaluation alone: the first ``limit`` windows of each, or all, as ``Data.held_out``.
 
-    A source that is shorter than a window becomes one padded window.
+    A source shorter than a window becomes one padded window. If all of them are, ``Data.T`` is smaller than ``T``.
 
     Raises:
         MissingInputError, DataError, UsageError: see ``open_data``.
     """
-    stream = open_stream(path, _make_rules(config, model, tokenizer, ""), cache)
-    windows = _all_windows(stream, T)
-    count = max(1, len(windows))  # of a stream that fills no window, the one that it starts
-    windows = dataclasses.replace(windows, count=count if limit is None else min(count, limit))
-    return Data("", (stream.digest,), len(stream.ids), _notes([stream]), (), T, (), (windows,))
-
-
-def _make_rules(config: Reading, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str) -> Rules:
-    bos = model.bos_token_id if config.bos else None
-    eos = next(iter(model.eos_token_ids), None) if config.eos else None
-    for name, token_id in (("bos", bos), ("eos", eos)):
-        if token_id is not None and token_id >= model.vocab_size:
-            raise DataError(
-                f"config.json: {name}_token_id {token_id} is outside the vocabulary of {model.vocab_size:,}"
-            )
-    return Rules(config, tokenizer, tokenizer_digest, model.vocab_size, bos, eos)
-
-
-def _notes(streams: Sequence[Stream]) -> tuple[str, ...]:
-    notes = [note for stream in streams for note in stream.notes]
+    rules = Rules.of_model(config, model, tokenizer, "")
+    streams = [open_stream(path, rules, cache) for path in paths]
+    longest = max((len(stream.ids) - 1 for stream in streams), default=T)
+    T = min(T, max(_MIN_LENGTH, 1 << (longest - 1).bit_length()))
+    data = []
     for stream in streams:
-        if not len(stream.starts):
-            notes.append(f"warning: {stream.path}: no BOS or EOS among these ids, so they count as one document")
-    return tuple(notes)
+        windows = _all_windows(stream, T)
+        count = min(max(1, len(windows)), limit or len(stream.ids))
+        held_out = dataclasses.replace(windows, count=count)
+        data.append(Data("", (stream.digest,), len(stream.ids), stream.notes, (), T, (), (held_out,)))
+    return data
 
 
 def _all_windows(stream: Stream, T: int) -> Windows:

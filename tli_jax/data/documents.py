@@ -149,7 +149,11 @@ def _parse(content: Any, kind: str, field: str) -> str:
     if isinstance(content, BadDocumentError):
         raise content
     if isinstance(content, bytes):
-        text = _decode(content, kind)
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            lines = content.count(b"\n", 0, error.start) if kind == "text" else 0
+            raise BadDocumentError("not UTF-8", lines) from None
         if (kind == "json" and text.strip()) or (kind == "array_record" and text.startswith("{")):
             text = _parse_line(text, field, may_be_text=kind == "array_record")
     elif kind == "json":
@@ -165,14 +169,6 @@ def _parse(content: Any, kind: str, field: str) -> str:
     if (nul := text.find("\0")) >= 0:
         raise BadDocumentError("NUL character", text.count("\n", 0, nul) if kind == "text" else 0)
     return text
-
-
-def _decode(content: bytes, kind: str) -> str:
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        lines = content.count(b"\n", 0, error.start) if kind == "text" else 0
-        raise BadDocumentError("not UTF-8", lines) from None
 
 
 def _parse_line(line: str, field: str, may_be_text: bool) -> str:

@@ -53,7 +53,8 @@ def open_stream(path: Path, rules: Rules, cache: Path, known_digest: str | None 
     digest = known_digest if known_digest is not None and is_gone else digest_files(path, found.files)
     if path.suffix == ".npy":
         ids, starts = _open_npy(path, rules)
-        return Stream(path, ids, starts, digest)
+        note = f"warning: {path}: no BOS or EOS among these ids, so they count as one document"
+        return Stream(path, ids, starts, digest, () if len(starts) else (note,))
     if rules.tokenizer is None:
         raise DataError(f"{path}: the model has no tokenizer, so text cannot be read: give token ids as .npy")
     entry = CacheEntry(cache, rules.to_json() | {"source": digest})

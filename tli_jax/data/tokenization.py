@@ -15,6 +15,7 @@ from tli_jax.cli.progress import progress
 from tli_jax.data.documents import Documents
 from tli_jax.errors import DataError
 from tli_jax.hf.encoding import Tokenizer
+from tli_jax.models.config import LlamaConfig
 
 _PIECE = 2**16  # characters above which a document is encoded in pieces
 _CONTEXT = 1000  # characters on either side that show whether a split changes the ids
@@ -37,6 +38,18 @@ class Rules:
     vocab_size: int
     bos: int | None
     eos: int | None
+
+    @classmethod
+    def of_model(
+        cls, config: Reading, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str
+    ) -> "Rules":
+        """Raises DataError: BOS or EOS is outside the model's vocabulary."""
+        bos = model.bos_token_id if config.bos else None
+        eos = next(iter(model.eos_token_ids), None) if config.eos else None
+        for name, i in (("bos", bos), ("eos", eos)):
+            if i is not None and i >= model.vocab_size:
+                raise DataError(f"config.json: {name}_token_id {i} is outside the vocabulary of {model.vocab_size:,}")
+        return cls(config, tokenizer, tokenizer_digest, model.vocab_size, bos, eos)
 
     @property
     def dtype(self) -> np.dtype[Any]:

@@ -92,27 +92,27 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     tasks = [dataclasses.replace(task, questions=task.questions[: config.limit]) for task in open_tasks(config.tasks)]
     if tasks and tokenizer is None:
         raise UsageError(f"tasks: {weights.folder} has no tokenizer to read them with")
-    trainer, T, notes = make_trainer(_trainer_config(config, weights.config.dtype), weights.config, None)
-    for note in notes:
-        say(note)
+    settings = _trainer_config(config, weights.config.dtype)
+    trainer, T, notes = make_trainer(settings, weights.config, None)
     texts: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
         sources = replace_embedded(config.text, config.field, cache / "topics.jsonl", topics)
-        data = {
-            given.path: open_evaluation_data(
-                Path(source.path), config, weights.config, tokenizer, T, cache, config.limit
-            )
-            for given, source in zip(config.text, sources, strict=True)
-        }
+        paths = [Path(source.path) for source in sources]
+        data = open_evaluation_data(paths, config, weights.config, tokenizer, T, cache, config.limit)
+        if data and data[0].T < T:  # all texts are shorter than a window
+            settings = dataclasses.replace(settings, sequence_length=data[0].T)
+            trainer, T, notes = make_trainer(settings, weights.config, None)
+        for note in notes:
+            say(note)
         arrays = load(trainer, weights)
-        for path, text in data.items():
+        for source, text in zip(config.text, data, strict=True):
             for note in text.notes:
                 say(note)
             batches = math.ceil(text.validation_windows / config.batch_size)
-            with progress(f"evaluate {Path(path).name}", batches, "batches") as advance:
+            with progress(f"evaluate {Path(source.path).name}", batches, "batches") as advance:
                 measured = Feed(trainer, text).measure(*arrays, batches, advance)
-            texts[path] = _text_metrics(path, measured, text, tokenizer)
+            texts[source.path] = _text_metrics(source.path, measured, text, tokenizer)
     scores = {}
     if tasks:
         assert tokenizer is not None

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tli_jax.errors import DataError
 
@@ -15,35 +15,16 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-class Tokenizer(Protocol):
+class Tokenizer(abc.ABC):
     """Converts text to token ids and back. Encoding adds no special tokens; decoding skips them.
 
     Attributes:
         size: largest id plus one.
-        prefix: ids that the tokenizer puts before a text by default: BOS, or nothing.
-        special_as_text: special tokens that are encoded as ordinary text; empty if they are parsed.
-    """
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def prefix(self) -> list[int]: ...
-    @property
-    def special_as_text(self) -> list[str]: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class LoadedTokenizer(abc.ABC):
-    """A tokenizer of a model folder. It never returns an id outside the model's vocabulary.
-
-    Attributes:
         vocab: id of every token.
         added: ids of the added tokens, which are matched before the text is split.
         named: special tokens by key, such as ``bos_token``.
         prefix, suffix: ids that the tokenizer puts before and after a text by default.
-        special_as_text: see ``Tokenizer``.
+        special_as_text: special tokens that are encoded as ordinary text; empty if they are parsed.
     """
 
     def __init__(
@@ -73,6 +54,7 @@ class LoadedTokenizer(abc.ABC):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Raises DataError: a text cannot be encoded, or its ids are outside the model's vocabulary."""
         with as_data_error(f"{self.folder}: the tokenizer cannot encode the text", "use another text or tokenizer"):
             batch = self._encode(texts)
         if self.size > self.vocab_size:
@@ -96,7 +78,7 @@ class LoadedTokenizer(abc.ABC):
         """Ids added before and after the ids of a text; None if this text does not show them."""
 
 
-class RustTokenizer(LoadedTokenizer):
+class RustTokenizer(Tokenizer):
     """A tokenizer of the tokenizers library, whether it or transformers built it."""
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer: "tokenizers.Tokenizer", parse_special: bool):
@@ -137,7 +119,7 @@ class RustTokenizer(LoadedTokenizer):
         return [token for token in special if (i := self.vocab[token]) not in unknown and i in encode(token)]
 
 
-class PythonTokenizer(LoadedTokenizer):
+class PythonTokenizer(Tokenizer):
     """A tokenizer that transformers implements in Python alone, such as one for bytes."""
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer: Any, parse_special: bool):

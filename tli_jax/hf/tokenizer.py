@@ -12,24 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tli_jax.errors import DataError
-from tli_jax.hf.encoding import (
-    LoadedTokenizer,
-    PythonTokenizer,
-    RustTokenizer,
-    Tokenizer,
-    as_data_error,
-    silence_stderr,
-)
+from tli_jax.hf.encoding import PythonTokenizer, RustTokenizer, Tokenizer, as_data_error, silence_stderr
 from tli_jax.hf.headers import inside
 from tli_jax.hf.sidecar import allowed_files
-from tli_jax.hf.tokenizer_backend import (
-    ADDED,
-    CONFIG,
-    SPECIAL,
-    TokenizerSettings,
-    read_optional_json,
-    transformers_reason,
-)
+from tli_jax.hf.tokenizer_backend import CONFIG, FILES, TokenizerSettings, read_optional_json, transformers_reason
 from tli_jax.models.config import LlamaConfig
 
 # Any of these is a tokenizer. transformers decides whether it can read it.
@@ -37,7 +23,6 @@ _VOCABULARIES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model"),
     *("spiece.model", "spm.model", "sentencepiece.bpe.model"),
 )
-_FILES = (*_VOCABULARIES, "merges.txt", CONFIG, SPECIAL, ADDED)  # ids depend on these and on config.json
 _NAME_CLASS = f'name the class that reads it in {CONFIG}, e.g. {{"tokenizer_class": "GPT2Tokenizer"}}'
 
 
@@ -104,7 +89,7 @@ def open_tokenizer(
 def tokenizer_digest(folder: Path) -> str:
     """sha256 of all files that determine how text becomes ids."""
     digest = hashlib.sha256()
-    for name in _FILES:
+    for name in (*_VOCABULARIES, "merges.txt", *FILES):
         if (folder / name).is_file():
             digest.update(json.dumps([name, hashlib.sha256(inside(folder, name).read_bytes()).hexdigest()]).encode())
     model = read_optional_json(folder, "config.json")
@@ -112,7 +97,7 @@ def tokenizer_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _load(folder: Path, settings: TokenizerSettings, vocab_size: int, parse_special: bool) -> LoadedTokenizer:
+def _load(folder: Path, settings: TokenizerSettings, vocab_size: int, parse_special: bool) -> Tokenizer:
     if (file := folder / "tokenizer.json").exists():
         import tokenizers
 
@@ -145,7 +130,7 @@ def _load_with_transformers(folder: Path, settings: TokenizerSettings) -> Any:
         return transformers.PreTrainedTokenizerFast.from_pretrained(folder, **options)
 
 
-def _compare_sizes(tokenizer: LoadedTokenizer, config: LlamaConfig) -> list[str]:
+def _compare_sizes(tokenizer: Tokenizer, config: LlamaConfig) -> list[str]:
     """Raises DataError: the tokenizer has more than added tokens outside the model's vocabulary."""
     folder, size = tokenizer.folder, config.vocab_size
     if tokenizer.size < size:
@@ -166,7 +151,7 @@ def _compare_sizes(tokenizer: LoadedTokenizer, config: LlamaConfig) -> list[str]
     ]
 
 
-def _compare_special(tokenizer: LoadedTokenizer, config: LlamaConfig) -> list[str]:
+def _compare_special(tokenizer: Tokenizer, config: LlamaConfig) -> list[str]:
     """One warning if config.json, generation_config.json and the tokenizer disagree about BOS or EOS."""
     generation = read_optional_json(tokenizer.folder, "generation_config.json")
     bos = () if config.bos_token_id is None else (config.bos_token_id,)

@@ -12,7 +12,7 @@ from tli_jax.hf.headers import inside, read_json
 if TYPE_CHECKING:
     import tokenizers
 
-CONFIG, SPECIAL, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+CONFIG, SPECIAL, ADDED = FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Keys of tokenizer_config.json that do not change ids, or whose effect `transformers_reason` checks.
 _KNOWN_KEYS = frozenset(
     [
