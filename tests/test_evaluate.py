@@ -14,6 +14,7 @@ import tli_jax
 from tli_jax import train
 from tli_jax.cli.frame import run_command
 from tli_jax.data.embedded import embedded_text
+from tli_jax.errors import UsageError
 from tli_jax.evaluate import main
 from tli_jax.evaluation.evaluate import evaluate_model
 from tli_jax.hf import hub
@@ -104,6 +105,12 @@ def test_limit_evaluates_the_first_windows_and_questions(text, task, capsys) -> 
     assert metrics["loss"] == pytest.approx(float(tli_jax.losses(config, params, ids).mean()), rel=1e-5)
     nbytes = len(tokenizer.decode(ids[0, 1:].tolist()).encode())
     assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] * 64 / math.log(2) / nbytes, rel=1e-5)
+
+
+def test_wrong_options_of_evaluate_model_are_refused() -> None:
+    for options, message in (({"limit": 0}, "limit is 0"), ({"batchsize": 8}, "'batchsize' is not known")):
+        with pytest.raises(UsageError, match=message):
+            evaluate_model("embedded", tasks=["embedded"], **options)
 
 
 def test_embedded_text_is_named_as_given() -> None:

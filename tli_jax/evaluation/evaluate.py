@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from tli_jax.cli.config import EvaluateConfig, Reading, TrainConfig
 from tli_jax.cli.console import say, warn
+from tli_jax.cli.parse import from_values
 from tli_jax.cli.progress import progress
 from tli_jax.data.embedded import topics
 from tli_jax.errors import DataError, UsageError
@@ -51,20 +52,18 @@ def evaluate_model(
         settings and versions are recorded too.
 
     Raises:
-        TliError: an input is missing, damaged or does not fit the model.
-        ValueError: an option is unknown or has a wrong value.
+        TliError: a wrong option, or an input that is missing, damaged or does not fit the model.
 
     Example:
-        >>> result = evaluate_model("embedded", texts=["notes.txt"], tasks=["embedded"], limit=20)
+        >>> result = tli_jax.evaluate_model("embedded", texts=["notes.txt"], tasks=["embedded"], limit=20)
         >>> result["texts"]["notes.txt"]["loss"]
-        3.757
+        4.649
         >>> result["tasks"]["next_line"]["accuracy"]
-        0.55
+        0.45
     """
-    paths = tuple(map(str, tasks))
-    return evaluate(
-        EvaluateConfig(model=str(model), text=tuple(map(str, texts)), tasks=paths, limit=limit, shots=shots, **options)  # type: ignore[arg-type]  # pydantic turns paths into sources
-    )
+    values = {"model": str(model), "text": list(map(str, texts)), "tasks": list(map(str, tasks))}
+    values |= {"limit": limit, "shots": shots} | options
+    return evaluate(from_values(EvaluateConfig, values, "evaluate_model"))
 
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
@@ -76,7 +75,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     if not config.model:
         raise UsageError("model is not set: --model FOLDER, a hub id or 'embedded'")
     if RunDirectory(config.model).is_begun:
-        export = f"python -m tli_jax.train --run {config.model} --export-only --export DIR"
+        export = f"tli-jax train --run {config.model} --export-only --export DIR"
         raise UsageError(f"model {config.model}: is a run directory: export it and evaluate the export: {export}")
     if not config.text and not config.tasks:
         raise UsageError("neither text nor tasks is set, so there is nothing to evaluate: --text FILE, --tasks FILE")
