@@ -28,10 +28,12 @@ import numpy as np
 from tli_jax import upscale
 from tli_jax.cli.frame import run_command
 from tli_jax.data.documents import read_plain
+from tli_jax.data.embedded import embedded_text, topics
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import Checkpoint, load_hf, open_checkpoint
 from tli_jax.hf.save import save_hf
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.verify import proof
 
 RESULTS = Path(__file__).parent / "results"
@@ -140,13 +142,13 @@ def main() -> None:
         config, params = load_hf(source, dtype=np.float32)
         save_hf(Path(temporary) / "base", config, params, source=source)
         base = open_checkpoint(Path(temporary) / "base")
-        tokenizer, _ = tokens.open_tokenizer(base.folder, base.config)
-        assert tokenizer is not None, "the model has no tokenizer"
+        tokenizer, _ = open_tokenizer(base.folder, base.config)
+        assert tokenizer is not None, "a text needs a tokenizer"
         texts = [
             tokens.windows(tokenizer.encode(text), base.config, TOKENS, WINDOW)
             for text in (
-                read_plain(options.text) if options.text else tokens.embedded_text(),
-                read_plain(options.other) if options.other else "\n".join(tokens.topics()),
+                read_plain(options.text) if options.text else embedded_text(),
+                read_plain(options.other) if options.other else "\n".join(topics()),
             )
         ]
         rows = {}

@@ -34,9 +34,10 @@ from tli_jax.cli.parse import parse
 from tli_jax.comparison.run import compare
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import tli
-from tli_jax.hf import hub, tokens
+from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import load_hf
 from tli_jax.models.attention import make_rope
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama
 from tli_jax.models.loss import token_losses
@@ -100,7 +101,7 @@ def learn_factors(
 def variants(config: CompareConfig) -> list[dict[str, Any]]:
     model, params = load_hf(config.model, np.float32, revision=config.revision)
     folder = hub.resolve(config.model, config.revision)
-    tokenizer, _ = tokens.open_tokenizer(folder, model)
+    tokenizer, _ = open_tokenizer(folder, model)
     with tempfile.TemporaryDirectory() as cache:
         T = train.sequence_length(config, model)
         data = train.open_text(config, model, folder, tokenizer, T, Path(cache))

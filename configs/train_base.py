@@ -21,9 +21,9 @@ import optax
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from tli_jax.data.embedded import library_files, topics
 from tli_jax.hf.output import check_output
 from tli_jax.hf.save import save_hf
-from tli_jax.hf.tokens import library_files, topics
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import ForwardOptions, Llama, Params, init_params
 from tli_jax.models.loss import losses, token_losses

@@ -539,7 +539,7 @@ def test_text_may_be_gone_if_its_tokens_are_whole(small, tmp_path, capsys):
     text.unlink()
     capsys.readouterr()
     assert here(tmp_path / "stopped", steps=4) == 0
-    assert "a.txt: is gone, so the run goes on with its tokens" in say(capsys)
+    assert "a.txt: no longer exists, so its tokens in" in say(capsys)
     assert state_digests(tmp_path / "stopped", 4) == state_digests(tmp_path / "whole", 4)
     (ids,) = (tmp_path / "stopped" / "data").glob("*.ids")
     content = bytearray(ids.read_bytes())
@@ -912,7 +912,7 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
         ({"model": "FOLDER/base", "only": "injected"}, 2, "needs a model that was grown"),
         ({"export": "RUN/out"}, 2, "must not be the same or lie in each other"),
         ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same or lie in each other"),
-        ({"sequence-length": 5000}, 65, "4,001 tokens, one window takes 5,001"),
+        ({"sequence-length": 5000}, 65, "has 4,001 tokens, one window takes 5,001"),
         ({"batch-size": 256}, 65, "one batch takes 256 × 16 + 1 tokens"),
     ],
 )

@@ -95,11 +95,12 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
     torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from tli_jax.data.embedded import embedded_text
     from tli_jax.hf import hub, tokens
 
     base = hub.resolve("embedded")
     checkpoint = open_checkpoint(base)
-    ids = AutoTokenizer.from_pretrained(base).encode(tokens.embedded_text(), add_special_tokens=False)
+    ids = AutoTokenizer.from_pretrained(base).encode(embedded_text(), add_special_tokens=False)
     windows = torch.tensor(tokens.windows(ids, checkpoint.config, 2048, 512), dtype=torch.long)
     logits = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(windows).logits for f in (base, grown)]
     assert torch.equal(*logits)

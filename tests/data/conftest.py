@@ -1,4 +1,4 @@
-"""Sources in every format, and data opened from them by the embedded model's tokenizer."""
+"""Sources in every format, and data tokenized from them for the embedded model."""
 
 import bz2
 import csv
@@ -16,9 +16,11 @@ import pytest
 from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.values import Source
 from tli_jax.data.batches import Data, open_data
+from tli_jax.data.embedded import embedded_text
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
-from tli_jax.hf.tokens import Tokenizer, embedded_text, open_tokenizer
+from tli_jax.hf.encoding import Tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 
 DOCUMENTS = ["One day, a girl\nnamed Lily.", "naïve 한국어 😀", "Three.\r\n", "x" * 3000, "The end"]
@@ -39,7 +41,7 @@ def _array_record(file: Path, records: list[bytes]) -> None:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
-    """Writes texts in a format, told by the name; returns the path."""
+    """Writes texts in the format that the name implies. Returns the path."""
 
     def write(name: str, texts: list[Any], separator: str = "<>") -> Path:
         path = tmp_path / name
@@ -82,9 +84,9 @@ def write(tmp_path: Path) -> Callable[..., Path]:
             path.write_bytes(gzip.compress(data))
         elif name.endswith(".zst"):
             zstandard = pytest.importorskip("zstandard")
-            half = len(data) // 2  # two frames: what `cat a.zst b.zst` gives
-            pack = zstandard.ZstdCompressor(write_checksum=True).compress  # as the zstd command does
-            path.write_bytes(pack(data[:half]) + pack(data[half:]))
+            half = len(data) // 2  # two frames, as `cat a.zst b.zst` writes
+            compress = zstandard.ZstdCompressor(write_checksum=True).compress  # as the zstd command does
+            path.write_bytes(compress(data[:half]) + compress(data[half:]))
         else:
             path.write_bytes(data)
         return path
@@ -99,9 +101,9 @@ def model() -> LlamaConfig:
 
 @pytest.fixture(scope="session")
 def tokenizer(model: LlamaConfig) -> Tokenizer:
-    found, _ = open_tokenizer(hub.resolve("embedded"), model)
-    assert found is not None
-    return found
+    tokenizer, _ = open_tokenizer(hub.resolve("embedded"), model)
+    assert tokenizer is not None
+    return tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -111,12 +113,13 @@ def text() -> str:
 
 @pytest.fixture
 def opened(tmp_path: Path, model: LlamaConfig, tokenizer: Tokenizer) -> Callable[..., Data]:
-    """Data of sources (paths, or paths with weights), by the keys of a configuration."""
+    """Opens data from sources (paths, or paths with weights) and configuration keys."""
 
     def opened(*sources: Path | tuple[Path, float], T: int = 16, eos_ids: tuple[int, ...] | None = None, **keys: Any):
-        text = tuple(Source(str(one[0]), one[1]) if isinstance(one, tuple) else Source(str(one)) for one in sources)
-        apart = tuple(Source(str(one)) for one in keys.pop("validation_text", ()))
-        config = TrainConfig(text=text, validation_text=apart, **keys)
+        pairs = (source if isinstance(source, tuple) else (source, 1.0) for source in sources)
+        text = tuple(Source(str(path), weight) for path, weight in pairs)
+        validation_text = tuple(Source(str(path)) for path in keys.pop("validation_text", ()))
+        config = TrainConfig(text=text, validation_text=validation_text, **keys)
         shape = model if eos_ids is None else dataclasses.replace(model, eos_token_ids=eos_ids)
         return open_data(config, shape, tokenizer, "tokenizer", T, tmp_path / "cache")
 

@@ -1,4 +1,4 @@
-"""Every format gives the same documents, and every kind of damage is told with file and line."""
+"""Every format gives the same documents, and every kind of damage is reported with file and line."""
 
 import bz2
 import gzip
@@ -14,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tli_jax.cli.config import TrainConfig
+from tli_jax.data.decompress import CHUNK
 from tli_jax.data.documents import Documents, read_plain
-from tli_jax.data.formats import CHUNK, need, read_json, split, universal_newlines
+from tli_jax.data.formats import need
+from tli_jax.data.records import read_json, split, universal_newlines
 from tli_jax.errors import DataError, MissingInputError, UsageError
 
 FORMATS = [
@@ -54,8 +56,8 @@ FORMATS = [
 
 
 def read(path, **keys):
-    found = Documents(path, TrainConfig(**keys))
-    return list(found), found
+    documents = Documents(path, TrainConfig(**keys))
+    return list(documents), documents
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -67,7 +69,7 @@ def test_every_format_gives_the_same_documents(name, write, documents):
     assert found.count == len(documents) and found.done == found.nbytes and not found.bad
 
 
-def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path):
+def test_folder_is_read_in_order_without_hidden_files(tmp_path):
     for name in ("b.txt", "a/z.txt", "a/b.txt", ".hidden", ".git/x", "c.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps({"text": name}) if "json" in name else name)
@@ -84,25 +86,25 @@ def test_a_folder_is_its_files_in_order_without_hidden_ones(tmp_path):
         ("b.csv", b'"text"\r\n"one"\r\n'),
     ],
 )
-def test_a_byte_order_mark_is_no_text(name, data, tmp_path):
+def test_byte_order_mark_is_dropped(name, data, tmp_path):
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + data)
     assert read(tmp_path / name)[0] == ["one"]
 
 
 @given(st.lists(st.text("a\r\n", max_size=5)))
-def test_line_ends_are_those_of_text_mode(chunks):
+def test_newlines_equal_those_of_text_mode(chunks):
     expected = io.TextIOWrapper(io.BytesIO("".join(chunks).encode()), encoding="utf-8").read()
     assert b"".join(universal_newlines(chunk.encode() for chunk in chunks)).decode() == expected
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "\r\n\r\n"])
-def test_line_ends_of_windows_separate_the_same_documents(separator, tmp_path):
+def test_windows_newlines_separate_the_same_documents(separator, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n\r\nthree\r\n\r\n")
     got, found = read(tmp_path / "a.txt", separator=separator)
     assert got == ["one\ntwo", "three"] and not found.notes
 
 
-def test_a_separator_that_never_occurs_is_noted(tmp_path):
+def test_separator_that_never_occurs_is_noted(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo")
     assert read(tmp_path / "a.txt", separator="\n\n")[1].notes == [
         r"separator '\n\n' never occurs, so it is one document"
@@ -114,7 +116,7 @@ def test_a_separator_that_never_occurs_is_noted(tmp_path):
 @given(
     st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=9)), max_size=5), st.integers(1, 40), st.booleans()
 )
-def test_an_array_is_parsed_in_any_pieces(items, size, is_indented):
+def test_json_array_is_parsed_in_any_chunks(items, size, is_indented):
     data = json.dumps(items, ensure_ascii=False, indent=2 if is_indented else None).encode()
     chunks = (data[i : i + size] for i in range(0, len(data), size))
     got = list(read_json(chunks))
@@ -131,15 +133,15 @@ def test_an_array_is_parsed_in_any_pieces(items, size, is_indented):
         (b'[{"text": "one"}', "broken file"),
         (b'[{"text": "one"} {"text": "two"}]', "broken file (line 1: the array does not end)"),
         (b'[{"text": "one"},\n]', "broken file (line 2 is not JSON"),
-        (b'[{"text": "one"}] more', "broken file (line 1: more after the end"),
+        (b'[{"text": "one"}] more', "broken file (line 1: more text after the end"),
         (b'[{"text": "one"},\n"two"]', "line 2: not a JSON object"),
         (b'[{"text": "one"},\nnull]', "line 2: not a JSON object"),
-        (b'[{"text": "one"},\n{"text": "\\ud800"}]', "line 2: half a surrogate pair"),
+        (b'[{"text": "one"},\n{"text": "\\ud800"}]', "line 2: lone surrogate"),
         (b'[{"text": "one"},\n{"txt": ""}]', "line 2: no field 'text', is txt meant?"),
         (b'[{"text": "one"}, ' + b"[" * 100_000, "broken file"),
     ],
 )
-def test_a_bad_array_is_refused_or_gives_what_came_before(data, message, tmp_path):
+def test_bad_array_is_refused_or_gives_the_items_before(data, message, tmp_path):
     (tmp_path / "a.json").write_bytes(data)
     with pytest.raises(DataError) as refused:
         read(tmp_path / "a.json")
@@ -158,7 +160,7 @@ def test_a_bad_array_is_refused_or_gives_what_came_before(data, message, tmp_pat
         (b"text,n\none,1\ntw\0o,2\n", "line 3: NUL character"),
     ],
 )
-def test_a_bad_row_of_values_is_refused_or_left_out(data, message, tmp_path):
+def test_bad_csv_row_is_refused_or_skipped(data, message, tmp_path):
     (tmp_path / "a.csv").write_bytes(data)
     with pytest.raises(DataError) as refused:
         read(tmp_path / "a.csv")
@@ -168,9 +170,9 @@ def test_a_bad_row_of_values_is_refused_or_left_out(data, message, tmp_path):
 
 @pytest.mark.parametrize(
     ("header", "why"),
-    [("story,label", "is not there: set field to one of story, label"), ("text,text", "is there twice")],
+    [("story,label", "does not exist: set field to one of story, label"), ("text,text", "appears twice")],
 )
-def test_a_table_without_the_column_is_refused(header, why, tmp_path):
+def test_table_without_the_column_is_refused(header, why, tmp_path):
     (tmp_path / "a.csv").write_text(f"{header}\none,two\n")
     with pytest.raises(DataError, match=why):
         read(tmp_path / "a.csv", on_bad="skip")
@@ -196,7 +198,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("name", "data", "message"), WRONG, ids=[f"{one[0]} {one[2]}" for one in WRONG])
-def test_a_file_that_is_not_what_its_name_says_is_named(name, data, message, tmp_path):
+def test_content_that_contradicts_the_name_is_described(name, data, message, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         read(tmp_path / name)
@@ -205,7 +207,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(name, data, message, tmp
 
 
 @pytest.mark.parametrize("source", ["a.parquet", "a.file.arrow", "a.stream.arrow"])
-def test_a_table_is_known_by_its_content_unless_the_name_says_otherwise(source, write, documents):
+def test_table_is_recognized_by_content_unless_the_name_contradicts(source, write, documents):
     path = write(source, documents)
     assert read(path.rename(path.with_name("part-00000")))[0] == documents
     path.with_name("part-00000").rename(path.with_name("a.txt"))
@@ -213,10 +215,10 @@ def test_a_table_is_known_by_its_content_unless_the_name_says_otherwise(source, 
         read(path.with_name("a.txt"))
 
 
-def test_plain_text_for_a_proof(tmp_path, write):
+def test_read_plain(tmp_path, write):
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfone\r\ntwo\n"))
     assert read_plain(tmp_path / "a.txt.gz") == "one\ntwo\n"
-    with pytest.raises(DataError, match="is json by its name, plain text is needed"):
+    with pytest.raises(DataError, match="is json by its name: give plain text"):
         read_plain(write("a.jsonl", ["one"]))
     (tmp_path / "b.txt").write_bytes(POINTER)
     with pytest.raises(DataError, match="pointer"):
@@ -226,17 +228,16 @@ def test_plain_text_for_a_proof(tmp_path, write):
 
 
 @given(st.lists(st.binary(max_size=9)), st.binary(min_size=1, max_size=3))
-def test_splitting_a_stream_is_splitting_the_whole(chunks, separator):
-    whole = b"".join(chunks)
-    parts = whole.split(separator)
+def test_splitting_chunks_equals_splitting_the_text(chunks, separator):
+    parts = b"".join(chunks).split(separator)
     assert [part for _, part in split(iter(chunks), separator)] == (parts if parts[-1] else parts[:-1])
 
 
 @given(st.lists(st.text("a\n<>", max_size=7)))
-def test_a_part_knows_its_line(chunks):
-    whole, at = "".join(chunks), 0
+def test_parts_are_numbered_by_line(chunks):
+    text, at = "".join(chunks), 0
     for line, part in split(iter([chunk.encode() for chunk in chunks]), b"<>"):
-        assert line == 1 + whole.count("\n", 0, at)
+        assert line == 1 + text.count("\n", 0, at)
         at += len(part) + 2
 
 
@@ -251,7 +252,7 @@ BAD_ROWS = [
     (b'{"text": 2}', "field 'text' is not text"),
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "a\\n\\u0000"}', "NUL character"),
-    (b'{"text": "\\ud800"}', "half a surrogate pair"),
+    (b'{"text": "\\ud800"}', "lone surrogate"),
     (b"[" * 100_000, "not JSON"),
 ]
 BAD = [("a.txt", *one) for one in BAD_TEXT] + [
@@ -260,7 +261,7 @@ BAD = [("a.txt", *one) for one in BAD_TEXT] + [
 
 
 @pytest.mark.parametrize(("name", "data", "place", "reason"), BAD)
-def test_a_bad_document_is_refused_or_counted_with_its_line(name, data, place, reason, tmp_path):
+def test_bad_document_is_refused_or_counted_with_its_line(name, data, place, reason, tmp_path):
     file = tmp_path / name
     file.write_bytes(data)
     with pytest.raises(DataError) as refused:
@@ -271,7 +272,7 @@ def test_a_bad_document_is_refused_or_counted_with_its_line(name, data, place, r
     assert found.bad == {reason: 1} and found.places == [f"{file}: {place}"]
 
 
-def test_only_the_first_places_are_kept_and_all_are_counted(tmp_path):
+def test_all_bad_documents_are_counted_and_the_first_named(tmp_path):
     (tmp_path / "a.jsonl").write_text("nonsense\n" * 7 + '{"text": "one"}')
     _, found = read(tmp_path / "a.jsonl", on_bad="skip")
     assert found.bad == {"not JSON": 7} and len(found.places) == 5
@@ -279,17 +280,17 @@ def test_only_the_first_places_are_kept_and_all_are_counted(tmp_path):
 
 @pytest.fixture(scope="session")
 def many():
-    """Texts that do not compress well, so that a cut anywhere leaves some whole."""
-    draw = np.random.default_rng(0)
-    return [f"{i} {draw.bytes(400).hex()}" for i in range(6000)]
+    """Texts that compress badly, so that truncation anywhere leaves some complete."""
+    rng = np.random.default_rng(0)
+    return [f"{i} {rng.bytes(400).hex()}" for i in range(6000)]
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_packed_file_that_is_cut_gives_what_came_before(name, write, many):
+def test_truncated_compressed_file_gives_the_documents_before(name, write, many):
     path = write(name, many)
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 3 // 4])
-    with pytest.raises(DataError, match=r"after line \d+ of the unpacked text: broken file \(.+\): fix it"):
+    with pytest.raises(DataError, match=r"after line \d+ of the decompressed text: broken file \(.+\): fix it"):
         read(path, separator="<>")
     got, found = read(path, separator="<>", on_bad="skip")
     assert len(many) // 2 < len(got) < len(many) and got == many[: len(got)]
@@ -297,7 +298,7 @@ def test_a_packed_file_that_is_cut_gives_what_came_before(name, write, many):
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
-def test_a_packed_file_that_is_not_what_it_was_is_refused(name, write, many):
+def test_damaged_compressed_file_is_refused(name, write, many):
     path = write(name, many)
     data = bytearray(path.read_bytes())
     data[len(data) * 3 // 4] ^= 255
@@ -310,7 +311,7 @@ def test_a_packed_file_that_is_not_what_it_was_is_refused(name, write, many):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.array_record"])
-def test_a_cut_file_that_needs_its_end_is_refused(name, write, documents):
+def test_truncated_file_of_a_format_with_a_footer_is_refused(name, write, documents):
     path = write(name, documents * 50)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DataError, match="after record 0: broken file"):
@@ -319,7 +320,7 @@ def test_a_cut_file_that_needs_its_end_is_refused(name, write, documents):
         read(path, on_bad="skip")
 
 
-def test_damage_within_a_parquet_file_keeps_the_rows_before(write):
+def test_damaged_parquet_file_gives_the_rows_before(write):
     path = write("a.parquet", [np.random.default_rng(i).bytes(40).hex() for i in range(9000)])
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 300] = bytes(300)
@@ -330,20 +331,20 @@ def test_damage_within_a_parquet_file_keeps_the_rows_before(write):
     assert 0 < len(got) < 9000 and found.bad == {"broken file": 1}
 
 
-def test_a_parquet_row_is_bad_alone(tmp_path):
+def test_bad_parquet_row_does_not_spoil_the_others(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     column = pa.array([b"one", None, b"\xff", b"a\0", b"five"]).view(pa.string())
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     got, found = read(tmp_path / "a.parquet", on_bad="skip")
     assert got == ["one", "five"] and found.bad == {"null": 1, "not UTF-8": 1, "NUL character": 1}
     assert [place.split(": ")[1] for place in found.places] == ["record 2", "record 3", "record 4"]
-    with pytest.raises(DataError, match="column 'story' is not there: set field to one of text"):
+    with pytest.raises(DataError, match="column 'story' does not exist: set field to one of text"):
         read(tmp_path / "a.parquet", field="story", on_bad="skip")
 
 
 @pytest.mark.parametrize("name", ["a.stream.arrow", "a.file.arrow", "a.dictionary.stream.arrow", "a.view.stream.arrow"])
-def test_a_flipped_bit_in_an_arrow_file_is_refused_and_kills_nothing(name, write):
-    """A bit of each byte, in a process of its own. That may change the text itself; nothing foreign comes out."""
+def test_flipped_bits_in_an_arrow_file_never_crash(name, write):
+    """Flips a bit of each byte, in a subprocess. The text may change, but no foreign memory is returned."""
     path = write(name, ["one two three, and more than twelve bytes", "four"])
     found = subprocess.run(
         [sys.executable, "-W", "error", "-c", FLIP, str(path)], capture_output=True, text=True, timeout=120
@@ -353,7 +354,7 @@ def test_a_flipped_bit_in_an_arrow_file_is_refused_and_kills_nothing(name, write
     assert counts["refused"] > 30 and counts["read"] > 30 and counts["wrong"] == []
 
 
-# What is read is a part of the true texts, but for one character.
+# Every text read is part of the true texts, apart from one character.
 FLIP = """
 import json, pathlib, sys
 from tli_jax.cli.config import TrainConfig
@@ -361,15 +362,15 @@ from tli_jax.data.documents import Documents
 from tli_jax.errors import DataError
 
 def is_near(text):
-    places = range(len(true) - len(text) + 1)
-    return any(sum(a != b for a, b in zip(text, true[i:])) <= 1 for i in places)
+    starts = range(len(true) - len(text) + 1)
+    return any(sum(a != b for a, b in zip(text, true[i:])) <= 1 for i in starts)
 
 path = pathlib.Path(sys.argv[1])
-whole = path.read_bytes()
+original = path.read_bytes()
 true = "".join(Documents(path, TrainConfig()))
 counts = {"refused": 0, "read": 0, "wrong": []}
-for at in range(len(whole)):
-    data = bytearray(whole)
+for at in range(len(original)):
+    data = bytearray(original)
     data[at] ^= 1 << at * 5 % 8
     path.write_bytes(data)
     try:
@@ -384,7 +385,7 @@ print(json.dumps(counts))
 """
 
 
-def test_array_record_text_may_begin_with_a_brace(write):
+def test_array_record_text_may_start_with_a_brace(write):
     path = write("a.array_record", ["{not json", '{"text": "one"}', '{"other": 1}'])
     got, found = read(path, on_bad="skip")
     assert got == ["{not json", "one"] and found.bad == {"no field 'text'": 1}
@@ -399,14 +400,14 @@ def test_empty_documents_are_counted_and_empty_files_are_bad(tmp_path):
         read(tmp_path, separator="\n")
     assert read(tmp_path, separator="\n", on_bad="skip")[1].bad == {"empty file": 1}
     (tmp_path / "a.txt").write_text(" \n")
-    with pytest.raises(DataError, match="no document with text"):
+    with pytest.raises(DataError, match="no document contains text"):
         read(tmp_path, on_bad="skip")
 
 
-def test_what_is_not_there_is_said(tmp_path, write):
+def test_missing_files_and_libraries_are_named(tmp_path, write):
     with pytest.raises(MissingInputError, match="no such file or folder"):
         read(tmp_path / "nothing")
-    with pytest.raises(DataError, match="has no files of text"):
+    with pytest.raises(DataError, match="contains no text files"):
         read(tmp_path)
     with pytest.raises(UsageError, match=r"needs nosuchthing: pip install 'tli_jax\[data\]'"):
         need("nosuchthing.inner")
@@ -416,7 +417,7 @@ def test_what_is_not_there_is_said(tmp_path, write):
         read(folder)
 
 
-def test_a_datasets_folder_must_list_files_of_its_own(write):
+def test_datasets_folder_must_list_its_own_files(write):
     folder = write("dataset", ["one", "two"])
     state = json.loads((folder / "state.json").read_text())
     shard = state["_data_files"][1]["filename"]
@@ -429,16 +430,16 @@ def test_a_datasets_folder_must_list_files_of_its_own(write):
         read(folder)
 
 
-def test_token_ids_do_not_stand_among_texts_and_parquet_is_not_packed(tmp_path):
+def test_token_ids_among_texts_and_compressed_parquet_are_refused(tmp_path):
     np.save(tmp_path / "ids.npy", np.arange(9))
     with pytest.raises(DataError, match="as a source of its own"):
         read(tmp_path)
     (tmp_path / "ids.npy").rename(tmp_path / "a.parquet.gz")
-    with pytest.raises(DataError, match="unpack it"):
+    with pytest.raises(DataError, match="decompress it"):
         read(tmp_path)
 
 
-def test_one_long_line_is_read_in_time_that_grows_with_it_alone(tmp_path):
+def test_long_line_is_read_in_linear_time(tmp_path):
     line = b"word " * (CHUNK * 40 // 5)
     with gzip.open(tmp_path / "a.txt.gz", "wb", compresslevel=1) as file:
         file.write(line)

@@ -1,4 +1,4 @@
-"""Which files of a folder are read, and what is reported of the others."""
+"""Which files of a folder are read, and which are reported as skipped."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def find(folder: Path) -> tuple[list[str], str]:
     return [file.relative_to(folder).as_posix() for file in found.files], "\n".join(found.notes)
 
 
-def test_what_is_no_text_is_left_out_and_listed(tmp_path):
+def test_files_that_are_not_text_are_skipped_and_listed(tmp_path):
     beside = [
         "README.md",
         "LICENSE",
@@ -41,10 +41,10 @@ def test_what_is_no_text_is_left_out_and_listed(tmp_path):
     files, note = find(tmp_path)
     assert files == ["a.txt", "b.jsonl", "config.txt", "d.csv.gz", "data/c.JSONL"]
     assert note.startswith(
-        f"{tmp_path}: left out, being hidden, linked folders or no text by name: .git/, .gitattributes"
+        f"{tmp_path}: skips hidden files, linked folders and files that are not text: .git/, .gitattributes"
     )
     assert note.endswith("and 4 more")
-    with pytest.raises(DataError, match=r"has no files of text, only load\.py: give other files"):
+    with pytest.raises(DataError, match=r"contains no text files, only load\.py: give the files"):
         find(tmp_path / "code")
 
 
@@ -66,20 +66,20 @@ SPLITS = [
 
 
 @pytest.mark.parametrize(("read", "left_out"), SPLITS, ids=lambda names: str(names)[:40])
-def test_of_a_dataset_the_training_split_is_read(read, left_out, tmp_path):
+def test_only_the_training_split_is_read(read, left_out, tmp_path):
     files, note = find(make(tmp_path, *read, *left_out))
     assert files == sorted(read)
     assert bool(note) == bool(left_out)
     if left_out and read != ["a.txt", "b.txt"]:
-        assert "the split train is read" in note and ("test" in note or "validation" in note)
+        assert "reads the split train" in note and ("test" in note or "validation" in note)
 
 
-def test_a_title_is_no_split(tmp_path):
+def test_title_is_not_a_split(tmp_path):
     files, note = find(make(tmp_path, "test-drive.txt", "the-train-robbery.txt"))
-    assert len(files) == 2 and "may mean a split for evaluation: test-drive.txt" in note
+    assert len(files) == 2 and "may mean an evaluation split: test-drive.txt" in note
 
 
-def test_another_split_is_read_where_it_is_asked_for(tmp_path):
+def test_another_split_is_read_if_given_by_itself(tmp_path):
     make(tmp_path, "data/train-0.txt", "data/test-0.txt", "test/x.txt")
     assert find_files(tmp_path / "data" / "test-0.txt").files == [tmp_path / "data" / "test-0.txt"]
     assert find(tmp_path / "test") == (["x.txt"], "")
@@ -88,7 +88,7 @@ def test_another_split_is_read_where_it_is_asked_for(tmp_path):
         find(tmp_path)
 
 
-def test_a_saved_dataset_is_the_files_that_it_lists(tmp_path):
+def test_saved_dataset_reads_the_files_that_it_lists(tmp_path):
     datasets = pytest.importorskip("datasets")
     made = datasets.DatasetDict({name: datasets.Dataset.from_dict({"text": [name]}) for name in ("train", "test")})
     made.save_to_disk(str(tmp_path / "parent" / "saved"))
@@ -96,12 +96,12 @@ def test_a_saved_dataset_is_the_files_that_it_lists(tmp_path):
     for folder in (tmp_path / "parent", tmp_path / "parent" / "saved"):
         assert list(Documents(folder, TrainConfig())) == ["train"]
         _, note = find(folder)
-        assert "left out: test (1 file)" in note and "cache-0123.arrow" in note and "dataset_dict.json" in note
+        assert "skips test (1 file)" in note and "cache-0123.arrow" in note and "dataset_dict.json" in note
 
 
-def test_what_cannot_be_read_is_refused(tmp_path):
+def test_broken_links_and_devices_are_refused(tmp_path):
     (make(tmp_path, "a.txt") / "b.txt").symlink_to("nowhere")
-    with pytest.raises(MissingInputError, match=r"b\.txt: is a link to nothing"):
+    with pytest.raises(MissingInputError, match=r"b\.txt: broken link"):
         find(tmp_path)
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null")):

@@ -1,4 +1,4 @@
-"""A source becomes ids once, the ids that its documents have, and what is in the cache is whole."""
+"""A source is tokenized once, into the ids of its documents, and damaged cache entries are rebuilt."""
 
 import dataclasses
 import json
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from tli_jax.cli.config import TrainConfig
-from tli_jax.data.stream import Rules, _cut, open_stream
+from tli_jax.data.stream import open_stream
+from tli_jax.data.tokenization import Rules, split_document
 from tli_jax.errors import DataError, MissingInputError
 
 
 class CountingTokenizer:
-    """A token a character; counts how often it is asked."""
+    """One token per character. Counts its calls."""
 
     size = 1 << 20
 
@@ -41,32 +42,34 @@ def rules():
     return Rules(config, CountingTokenizer(), "digest", 60_000, bos=1, eos=2)
 
 
-def test_documents_stand_between_their_marks(write, rules, tmp_path):
+def test_documents_are_enclosed_in_bos_and_eos(write, rules, tmp_path):
     stream = open_stream(write("a.txt", ["ab", " ", "c\0", "d"]), rules, tmp_path / "cache")
     assert stream.ids.tolist() == [1, 97, 98, 2, 1, 100, 2] and stream.ids.dtype == np.uint16
     path = tmp_path / "a.txt"
     assert stream.notes == (
-        f"{path}: 1 left out (1 × NUL character): line 1",
-        f"{path}: 1 empty documents left out",
+        f"{path}: skipped 1 bad document (1 × NUL character): line 1",
+        f"{path}: skipped 1 empty document",
     )
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
-def test_ids_are_as_wide_as_the_vocabulary_needs(vocab_size, dtype, write, rules, tmp_path):
+def test_dtype_of_ids_follows_the_vocabulary(vocab_size, dtype, write, rules, tmp_path):
     rules = dataclasses.replace(rules, vocab_size=vocab_size, bos=65_535, eos=None)
     stream = open_stream(write("a.txt", ["ab"]), rules, tmp_path / "cache")
     assert stream.ids.dtype == dtype and stream.ids.tolist() == [65_535, 97, 98]
 
 
-def test_special_tokens_in_a_text_are_mentioned(write, rules, tmp_path):
+def test_special_tokens_in_a_text_are_noted(write, rules, tmp_path):
     texts = ["a<|end|>b<|end|>", "<|end|>", "end"]
     stream = open_stream(write("a.jsonl", texts), rules, tmp_path / "cache")
     (note,) = stream.notes
-    assert "special tokens such as '<|end|>' occur in 2 places or more and are read as text" in note
+    assert note.startswith(
+        f"{tmp_path / 'a.jsonl'}: special tokens such as '<|end|>' occur at least 2 times and are read"
+    )
     assert open_stream(tmp_path / "a.jsonl", rules, tmp_path / "cache").notes == (note,)
 
 
-def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path):
+def test_cache_is_reused_only_for_the_same_key(write, rules, tmp_path):
     path, cache = write("a.txt", ["ab", "c\0"]), tmp_path / "cache"
     first = open_stream(path, rules, cache)
     calls = rules.tokenizer.calls
@@ -90,22 +93,22 @@ def test_a_cache_entry_is_used_again_and_nothing_else_is(write, rules, tmp_path)
 
 
 @pytest.mark.parametrize(
-    "damage", ["cut", "flipped", "record", "a count", "nested", "no ids", "starts", "a pipe", "a terabyte"]
+    "damage", ["truncated", "flipped", "record", "count", "nested", "no ids", "starts", "pipe", "terabyte"]
 )
-def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
+def test_damaged_cache_entry_is_rebuilt(damage, write, rules, tmp_path):
     path, cache = write("a.txt", ["abc"]), tmp_path / "cache"
     open_stream(path, rules, cache)
     (ids,), (record,) = cache.glob("*.ids"), cache.glob("*.json")
     data = ids.read_bytes()
     if damage == "record":
         record.write_text("{")
-    elif damage == "a count":
+    elif damage == "count":
         record.write_text(record.read_text().replace('"documents": 1', '"documents": 2'))
     elif damage == "nested":
         record.write_text("[" * 100_000)
-    elif damage == "a terabyte":
+    elif damage == "terabyte":
         os.truncate(ids, 2**40)
-    elif damage == "a pipe":
+    elif damage == "pipe":
         ids.unlink()
         os.mkfifo(ids)
     elif damage == "no ids":
@@ -114,12 +117,12 @@ def test_a_damaged_cache_entry_is_made_again(damage, write, rules, tmp_path):
         (starts,) = cache.glob("*.starts")
         starts.write_bytes(b"\1" + starts.read_bytes()[1:])
     else:
-        ids.write_bytes(data[:-2] if damage == "cut" else data[:-1] + b"\7")
+        ids.write_bytes(data[:-2] if damage == "truncated" else data[:-1] + b"\7")
     assert open_stream(path, rules, cache).starts.tolist() == [0]
     assert ids.read_bytes() == data and json.loads(record.read_text())["record"]["tokens"] == 5
 
 
-def test_a_stopped_run_leaves_nothing_half_written(write, rules, tmp_path, monkeypatch):
+def test_interrupted_tokenization_leaves_no_files(write, rules, tmp_path, monkeypatch):
     path, cache = write("a.txt", ["ab", "c"]), tmp_path / "cache"
 
     def stop(text):
@@ -134,7 +137,7 @@ def test_a_stopped_run_leaves_nothing_half_written(write, rules, tmp_path, monke
     assert {file.suffix for file in cache.iterdir()} == {".ids", ".starts", ".json"}
 
 
-def test_the_digest_goes_by_names_and_bytes_not_by_place(rules, tmp_path):
+def test_digest_depends_on_names_and_bytes_not_on_location(rules, tmp_path):
     digests = []
     for folder, name in (("a", "x.txt"), ("b", "x.txt"), ("c", "y.txt")):
         (tmp_path / folder).mkdir()
@@ -143,7 +146,7 @@ def test_the_digest_goes_by_names_and_bytes_not_by_place(rules, tmp_path):
     assert digests[0] == digests[1] != digests[2]
 
 
-def test_a_file_may_move_but_not_become_another_format(rules, tmp_path):
+def test_digest_of_a_file_depends_on_its_suffix(rules, tmp_path):
     (tmp_path / "b").mkdir()
     places = [tmp_path / "x.txt", tmp_path / "b" / "y.txt", tmp_path / "x.jsonl"]
     for place in places:
@@ -153,14 +156,14 @@ def test_a_file_may_move_but_not_become_another_format(rules, tmp_path):
     assert len(streams[0].ids) == len(streams[1].ids) > len(streams[2].ids)
 
 
-def test_a_source_that_is_gone_is_read_from_the_cache(write, rules, tmp_path):
+def test_deleted_source_is_read_from_the_cache(write, rules, tmp_path):
     path, cache = write("a.txt", ["ab", "c"]), tmp_path / "cache"
     first = open_stream(path, rules, cache)
     path.unlink()
     with pytest.raises(MissingInputError, match="no such file"):
         open_stream(path, rules, cache)
     again = open_stream(path, rules, cache, first.digest)
-    assert again.digest == first.digest and "is gone" in again.notes[0]
+    assert again.digest == first.digest and "no longer exists" in again.notes[0]
     assert (again.ids.tolist(), again.starts.tolist()) == (first.ids.tolist(), [0, 4])
     (ids,) = cache.glob("*.ids")
     ids.write_bytes(ids.read_bytes()[:-2])
@@ -169,18 +172,18 @@ def test_a_source_that_is_gone_is_read_from_the_cache(write, rules, tmp_path):
 
 
 @pytest.mark.parametrize("is_line", [False, True])
-def test_a_long_document_has_the_ids_it_has_in_one_piece(is_line, tokenizer, model, text, tmp_path, write, monkeypatch):
-    monkeypatch.setattr("tli_jax.data.stream._PIECE", 5000)
+def test_long_document_has_the_same_ids_in_pieces(is_line, tokenizer, model, text, tmp_path, write, monkeypatch):
+    monkeypatch.setattr("tli_jax.data.tokenization._PIECE", 5000)
     document = (text * (300_000 // len(text))).replace("\n", " " if is_line else "\n")
-    assert len(list(_cut(document, tokenizer.encode))) > 40
+    assert len(list(split_document(document, tokenizer.encode))) > 40
     rules = Rules(TrainConfig(), tokenizer, "digest", model.vocab_size, None, None)
     stream = open_stream(write("a.txt", [document]), rules, tmp_path / "cache")
     assert stream.ids.tolist() == tokenizer.encode(document)
 
 
-def test_where_a_cut_would_show_a_document_stays_whole(rules, tmp_path, write, monkeypatch):
-    monkeypatch.setattr("tli_jax.data.stream._PIECE", 100)
-    monkeypatch.setattr("tli_jax.data.stream._NEAR", 10)
+def test_document_is_not_split_if_that_would_change_its_ids(rules, tmp_path, write, monkeypatch):
+    monkeypatch.setattr("tli_jax.data.tokenization._PIECE", 100)
+    monkeypatch.setattr("tli_jax.data.tokenization._CONTEXT", 10)
     encode = CountingTokenizer().encode
     monkeypatch.setattr(rules.tokenizer, "encode", lambda text: [9, *encode(text)])
     stream = open_stream(write("a.txt", ["word " * 100]), rules, tmp_path / "cache")
@@ -192,9 +195,10 @@ import resource, sys
 from pathlib import Path
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
-from tli_jax.hf.tokens import open_tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.cli.config import TrainConfig
-from tli_jax.data.stream import Rules, open_stream
+from tli_jax.data.stream import open_stream
+from tli_jax.data.tokenization import Rules
 folder = hub.resolve("embedded")
 model = open_checkpoint(folder).config
 rules = Rules(TrainConfig(separator="\\n"), open_tokenizer(folder, model)[0], "", model.vocab_size, None, None)
@@ -204,7 +208,7 @@ print(len(ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 @pytest.mark.long
-def test_a_line_of_100_mb_takes_less_than_3_gb(text, tmp_path):
+def test_line_of_100_mb_takes_less_than_3_gb(text, tmp_path):
     line = text.replace("\n", " ").encode()
     with (tmp_path / "a.txt").open("wb") as file:
         for _ in range(100_000_000 // len(line)):
@@ -214,7 +218,7 @@ def test_a_line_of_100_mb_takes_less_than_3_gb(text, tmp_path):
     assert int(tokens) > 30_000_000 and int(peak) < 3e9
 
 
-def test_npy_is_used_as_it_is(rules, tmp_path):
+def test_npy_is_used_directly(rules, tmp_path):
     file, cache = tmp_path / "a.npy", tmp_path / "cache"
     for dtype in (np.uint16, np.int32, np.int64):
         np.save(file, np.arange(100, dtype=dtype))
@@ -225,22 +229,22 @@ def test_npy_is_used_as_it_is(rules, tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.arange(6).reshape(2, 3), r"is int64 \[2, 3\], must be one row"),
+        (np.arange(6).reshape(2, 3), r"is int64 \[2, 3\], must be a one-dimensional array"),
         (np.zeros(3), "is float64"),
-        (np.zeros(0, np.int32), "must be one row"),
+        (np.zeros(0, np.int32), "must be a one-dimensional array"),
         (np.array([1, 2, 60_000]), "id 60000 at position 2, the model's vocabulary has 60,000"),
         (np.array([1, -2]), "id -2 at position 1"),
         (np.array([None]), "cannot be read"),
     ],
 )
-def test_npy_that_is_no_row_of_ids_is_refused(array, message, rules, tmp_path):
+def test_npy_that_does_not_hold_ids_is_refused(array, message, rules, tmp_path):
     np.save(tmp_path / "a.npy", array, allow_pickle=True)
     with pytest.raises(DataError, match=message):
         open_stream(tmp_path / "a.npy", rules, tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"PK\3\4", b"\x93NUMPY\1\0", b"\x93NUMPY\1\0\x04\0({[ "])
-def test_npy_that_is_none_is_refused(data, rules, tmp_path):
+def test_damaged_npy_is_refused(data, rules, tmp_path):
     np.save(tmp_path / "a.npy", np.arange(100))
     whole = (tmp_path / "a.npy").read_bytes()
     for broken in (data, whole[:-9]):

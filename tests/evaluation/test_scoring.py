@@ -1,4 +1,4 @@
-"""Scores of choices: against a plain softmax, against lm-evaluation-harness, and what is made of them."""
+"""Scores of choices against a plain softmax and lm-evaluation-harness, and the metrics computed from them."""
 
 import dataclasses
 import gzip
@@ -17,31 +17,31 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
-from tli_jax import train
 from tli_jax.cli.config import TrainConfig
 from tli_jax.errors import DataError
-from tli_jax.evaluation.scoring import encode, evaluate, score, summarise
+from tli_jax.evaluation.scoring import compute_metrics, encode, log_likelihoods, score_tasks
 from tli_jax.evaluation.tasks import Question, Task, open_tasks
-from tli_jax.hf import tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.hub import resolve
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.loop import load
+from tli_jax.training.setup import make_trainer
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
 
 
 def measure(opened, task: Task, advance=lambda *_: None):
-    """Log-likelihoods of a task, without shots."""
+    """Zero-shot log-likelihoods of a task."""
     trainer, arrays, tokenizer = opened
-    return score(trainer, arrays, task, encode(tokenizer, task, 0, 0, trainer.model).rows, advance)
+    return log_likelihoods(trainer, arrays, task, encode(tokenizer, task, 0, 0, trainer.model).rows, advance)
 
 
 def opened(folder: Path | str, **options):
-    """Programs, arrays and tokenizer of a model."""
+    """Trainer, parameters and tokenizer of a model."""
     weights = open_checkpoint(Path(folder))
     config = TrainConfig(**{"dtypes": {"compute": "float32"}, "mesh": {"fsdp": 1, "data": -1}} | options)
-    trainer, _, _ = train.make_trainer(config, weights.config, None)
-    return trainer, load(trainer, weights), tokens.open_tokenizer(weights.folder, weights.config)[0]
+    trainer, _, _ = make_trainer(config, weights.config, None)
+    return trainer, load(trainer, weights), open_tokenizer(weights.folder, weights.config)[0]
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def embedded():
     return opened(resolve("embedded"))
 
 
-def test_score_is_the_log_probability_of_the_choice(embedded) -> None:
-    """By hand: logits of one sequence, a softmax in fp64; spaces, an empty context, and choices of several lengths."""
+def test_score_is_log_probability_of_the_choice(embedded) -> None:
+    """Against a softmax in fp64, for contexts with spaces, an empty one, and choices of several lengths."""
     questions = (
         Question("import os\nimport", ("sys", "the quick brown fox"), 0),
         Question("def f(x):\n    return  ", ("x", "y + 1", "None"), 0),
@@ -58,9 +58,9 @@ def test_score_is_the_log_probability_of_the_choice(embedded) -> None:
         Question("for i in range(10):\n" * 20, ("pass", "    print(i)"), 0),
     )
     _, _, tokenizer = embedded
-    told = []
-    found = measure(embedded, Task("t", questions), lambda n, note="": told.append(n))
-    assert sum(told) == len(questions)
+    advances = []
+    found = measure(embedded, Task("t", questions), lambda n, note="": advances.append(n))
+    assert sum(advances) == len(questions)
     config, params = tli_jax.load_hf("embedded", dtype="float32")
     for question, scores in zip(questions, found, strict=True):
         context = [0, *tokenizer.encode(question.context.rstrip())]
@@ -72,19 +72,17 @@ def test_score_is_the_log_probability_of_the_choice(embedded) -> None:
             assert ours == pytest.approx(theirs, abs=1e-3), (question, choice)
 
 
-def test_too_long_a_context_loses_its_left_end(embedded) -> None:
+def test_long_context_is_truncated_on_the_left(embedded) -> None:
     trainer, _, tokenizer = embedded
     limit = trainer.model.max_position_embeddings
     long = "a = 1\n" * limit
-    whole, choice = (
-        tokenizer.encode(f"{long} b = 2"),
-        tokenizer.encode(f"{long} b = 2")[len(tokenizer.encode(long.rstrip())) :],
-    )
+    ids = tokenizer.encode(f"{long} b = 2")
+    choice = ids[len(tokenizer.encode(long.rstrip())) :]
     task = Task("t", (Question(long, ("b = 2", "c"), 0), Question("a", ("b", "c"), 0)))
     assert encode(tokenizer, task, 0, 0, trainer.model).truncated == 2
     found, _ = measure(embedded, task)
     config, params = tli_jax.load_hf("embedded", dtype="float32")
-    window = jnp.array([whole[-limit - 1 :]])
+    window = jnp.array([ids[-limit - 1 :]])
     expected = -float(tli_jax.losses(config, params, window)[0, -len(choice) :].sum())
     assert found[0] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(DataError, match="question 1: a choice of"):
@@ -92,7 +90,7 @@ def test_too_long_a_context_loses_its_left_end(embedded) -> None:
 
 
 def changed(folder: Path, config=None, tokenizer=None, weights=None) -> Path:
-    """The embedded model with other values in its files."""
+    """Copies the embedded model, with changed values in its files."""
     shutil.copytree(resolve("embedded"), folder)
     for name, values in (("config.json", config), ("tokenizer.json", tokenizer)):
         raw = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -106,8 +104,8 @@ def changed(folder: Path, config=None, tokenizer=None, weights=None) -> Path:
 
 
 @pytest.mark.parametrize("config", [{}, {"bos_token_id": None, "eos_token_id": [5, 7]}])
-def test_without_a_context_all_tokens_follow_bos_or_else_eos(tmp_path, config) -> None:
-    """The tokenizer puts nothing in front. As lm-evaluation-harness has it: prefix_token_id, then all of the choice."""
+def test_empty_context_is_replaced_by_bos_or_eos(tmp_path, config) -> None:
+    """As in lm-evaluation-harness: prefix_token_id, then all of the choice. The tokenizer itself adds no prefix."""
     model = opened(changed(tmp_path / "m", config, {"post_processor": None}))
     assert model[2].prefix == []
     first = 5 if config else model[0].model.bos_token_id
@@ -120,23 +118,20 @@ def test_without_a_context_all_tokens_follow_bos_or_else_eos(tmp_path, config) -
     settings, params = tli_jax.load_hf("embedded", dtype="float32")
     for question, scores in zip(questions, found, strict=True):
         for choice, ours in zip(question.choices, scores, strict=True):
-            whole, context = (
-                model[2].encode(text) for text in (f"{question.context} {choice}", question.context.strip())
-            )
-            ids = whole if context else [first, *whole]
-            padded = jnp.array([ids + [0] * (16 - len(ids))])  # one length compiles once
+            ids, context = model[2].encode_batch([f"{question.context} {choice}", question.context.strip()])
+            ids = ids if context else [first, *ids]
+            padded = jnp.array([ids + [0] * (16 - len(ids))])  # one length, to compile once
             losses = np.asarray(tli_jax.losses(settings, params, padded), np.float64)[0, : len(ids) - 1]
             assert ours == pytest.approx(-losses[max(len(context), 1) - 1 :].sum(), abs=1e-3)
 
 
-def test_without_any_token_to_start_from_it_is_refused(tmp_path) -> None:
+def test_empty_context_without_bos_and_eos_is_refused(tmp_path) -> None:
     model = opened(changed(tmp_path / "m", {"bos_token_id": None, "eos_token_id": None}, {"post_processor": None}))
-    with pytest.raises(DataError, match="t: question 2: no context, and the model has neither"):
+    with pytest.raises(DataError, match="t: question 2: no context, and the model has no bos_token_id or eos_token_id"):
         measure(model, Task("t", (Question("a", ("b", "c"), 0), Question("", ("b", "c"), 0))))
 
 
-def test_one_token_choices_are_as_likely_as_the_softmax_says(embedded) -> None:
-    """Of all tokens, one by one, the probabilities sum to one."""
+def test_one_token_choices_equal_the_softmax(embedded) -> None:
     _, _, tokenizer = embedded
     texts = [tokenizer.decode([i]) for i in range(tokenizer.size)]
     choices = tuple(
@@ -151,33 +146,33 @@ def test_one_token_choices_are_as_likely_as_the_softmax_says(embedded) -> None:
     np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
-def test_nan_is_refused(tmp_path, embedded) -> None:
+def test_nan_weights_are_refused(tmp_path, embedded) -> None:
     trainer, arrays, tokenizer = opened(changed(tmp_path / "m", weights="model.norm.weight"))
     task = Task("t", (Question("a", ("b", "c"), 0),))
-    with pytest.raises(DataError, match=r"t: question 1: log-likelihood nan.*: the model's weights hold NaN"):
-        evaluate(trainer, arrays, tokenizer, [task])
+    with pytest.raises(DataError, match=r"t: question 1: log-likelihood nan.*: the weights contain NaN"):
+        score_tasks(trainer, arrays, tokenizer, [task])
 
 
-def test_ids_that_the_model_does_not_have_are_refused(embedded) -> None:
+def test_ids_outside_the_vocabulary_are_refused(embedded) -> None:
     trainer, _, tokenizer = embedded
     small = dataclasses.replace(trainer.model, vocab_size=300)
     task = Task("t", (Question("import os", ("import sys", "c"), 0),))
-    with pytest.raises(DataError, match=r"t: question 1: has token id [\d,]+, the model's vocabulary 300 ids"):
+    with pytest.raises(DataError, match=r"t: question 1: token id [\d,]+ is outside the vocabulary of 300"):
         encode(tokenizer, task, 0, 0, small)
 
 
-def test_what_is_cut_or_tied_is_reported(embedded, capsys) -> None:
+def test_truncated_and_tied_inputs_are_reported(embedded, capsys) -> None:
     trainer, arrays, tokenizer = embedded
     long = "a = 1\n" * trainer.model.max_position_embeddings
     task = Task("t", (Question(long, ("b", "c"), 0), Question("a", ("b", "b", "c"), 0)))
-    found = evaluate(trainer, arrays, tokenizer, [task])["t"]
+    found = score_tasks(trainer, arrays, tokenizer, [task])["t"]
     assert found["truncated"] == 2 and found["tied"] == 1
     shown = capsys.readouterr().err
     assert "t: 2 of 5 inputs exceed the model's context of" in shown
-    assert "t: choices of 1 of 2 questions are the same tokens" in shown
+    assert "t: 1 of 2 questions have choices with the same tokens" in shown
 
 
-def test_on_a_mesh_the_same(embedded) -> None:
+def test_scores_are_the_same_on_a_mesh(embedded) -> None:
     (task,) = open_tasks(["embedded"])
     task = Task("few", task.questions[:12])
     one = measure(embedded, task)
@@ -185,18 +180,18 @@ def test_on_a_mesh_the_same(embedded) -> None:
     np.testing.assert_allclose(np.concatenate(one), np.concatenate(other), rtol=1e-5)
 
 
-def test_base_knows_its_own_domain(embedded) -> None:
-    """The line that comes next in modules kept out of its training, of four: far above a quarter."""
+def test_embedded_base_knows_its_own_domain(embedded) -> None:
+    """Its accuracy on held-out modules is far above that of guessing."""
     (task,) = open_tasks(["embedded"])
     task = Task("some", task.questions[:80])
-    found = summarise(task, measure(embedded, task))
+    found = compute_metrics(task, measure(embedded, task))
     assert found["accuracy"] > 0.25 + 3 * found["stderr"]
 
 
-def test_summary_by_hand() -> None:
+def test_metrics_of_a_small_example() -> None:
     task = Task("t", tuple(Question("", ("aa", "b"), answer) for answer in (0, 0, 1, 1)))
     scores = [np.array(one) for one in ([-1.0, -2.0], [-3.0, -2.0], [-3.0, -2.0], [-1.0, -2.0])]
-    found = summarise(task, scores)
+    found = compute_metrics(task, scores)
     assert found["right"] == "1010" and found["accuracy"] == 0.5
     assert found["stderr"] == pytest.approx(math.sqrt(1 / 3 / 4))
     # A character of the first choice costs half: -0.5, -1.5, -1.5, -0.5 against -2.
@@ -204,15 +199,15 @@ def test_summary_by_hand() -> None:
     assert found["f1"] == pytest.approx(0.5)
 
 
-def test_f1_is_over_what_occurs() -> None:
+def test_f1_averages_over_the_answers_that_occur() -> None:
     task = Task("t", tuple(Question("", ("a", "b", "c"), answer) for answer in (0, 0, 1)))
     always_first = [np.array([0.0, -1.0, -2.0])] * 3
-    assert summarise(task, always_first)["f1"] == pytest.approx((0.8 + 0.0) / 2)
+    assert compute_metrics(task, always_first)["f1"] == pytest.approx((0.8 + 0.0) / 2)
 
 
 @pytest.mark.parametrize("name", KOBEST)
-def test_kobest_as_lm_eval_scores_it(material, name) -> None:
-    """Its first questions on stories260k: the same log-likelihoods."""
+def test_kobest_scores_equal_those_of_lm_eval(material, name) -> None:
+    """Log-likelihoods of the first questions on stories260k."""
     (task,) = open_tasks([str(material / "kobest" / name)])
     with gzip.open(material / "kobest" / "lm_eval_reference" / f"kobest_{name}_local.jsonl.gz", "rt") as lines:
         expected = [json.loads(line) for line in itertools.islice(lines, 12)]
@@ -224,8 +219,8 @@ def test_kobest_as_lm_eval_scores_it(material, name) -> None:
 
 
 @pytest.mark.long
-def test_all_of_kobest_as_lm_eval_scores_it(material) -> None:
-    """By the command: every figure to the last digit."""
+def test_kobest_metrics_equal_those_of_lm_eval(material) -> None:
+    """Every metric of the command, to the last digit."""
     call = [sys.executable, "-m", "tli_jax.evaluate", "--json", "--batch-size", "16"]
     call += ["--model", str(material / "stories260k"), "--tasks", str(material / "kobest")]
     environment = os.environ | {"XLA_FLAGS": ""}

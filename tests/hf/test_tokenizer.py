@@ -1,4 +1,4 @@
-"""Ids are those of transformers, whatever a folder holds; what cannot be read is refused before anything is read."""
+"""Ids equal those of transformers for every kind of folder; files that are unsafe to read are refused first."""
 
 import dataclasses
 import io
@@ -28,7 +28,8 @@ from tokenizers import (
 import tli_jax
 from tli_jax.errors import DataError
 from tli_jax.hf import hub, sidecar
-from tli_jax.hf.tokenizer import needs_transformers, open_tokenizer, tokenizer_digest
+from tli_jax.hf.tokenizer import open_tokenizer, tokenizer_digest
+from tli_jax.hf.tokenizer_backend import why_transformers
 
 transformers = pytest.importorskip("transformers")
 
@@ -85,7 +86,7 @@ def llama3() -> Tokenizer:
 
 
 def sentencepiece_like(scheme: str | None = "first") -> Tokenizer:
-    """As LlamaTokenizer builds it; with None as converters of old did, by a normalizer."""
+    """As LlamaTokenizer builds it, or with None as old converters did, with a normalizer."""
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -134,7 +135,7 @@ def word_piece() -> Tokenizer:
 
 
 def letters() -> Tokenizer:
-    """Of DNA, without an unknown token: whatever is not in it is dropped."""
+    """Letters of DNA, without an unknown token: other text is dropped."""
     made = Tokenizer(models.BPE({"<s>": 0, "</s>": 1, "A": 2, "C": 3, "G": 4, "T": 5}, []))
     made.add_special_tokens(["<s>", "</s>"])
     made.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
@@ -142,7 +143,7 @@ def letters() -> Tokenizer:
 
 
 def adding(make: Callable[[], Tokenizer], **options: Any) -> Callable[[], Tokenizer]:
-    """With added tokens of every kind."""
+    """Adds added tokens of every kind."""
 
     def made() -> Tokenizer:
         tokenizer = make()
@@ -156,7 +157,7 @@ def adding(make: Callable[[], Tokenizer], **options: Any) -> Callable[[], Tokeni
 
 @dataclasses.dataclass
 class Kind:
-    """A folder with a tokenizer: the file, changes to it, files beside it, and why transformers is needed, if so."""
+    """A tokenizer folder: tokenizer.json, changes to it, other files, and why transformers is needed, if it is."""
 
     make: Callable[[], Tokenizer]
     config: dict[str, Any] | None = None
@@ -275,7 +276,7 @@ KINDS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def table() -> Iterator[list[str]]:
-    """Shown by ``pytest -s``."""
+    """A table that ``pytest -s`` shows."""
     rows: list[str] = []
     yield rows
     print("\n\n| tokenizer | read by | ids compared | differing |\n|---|---|---|---|")
@@ -300,7 +301,7 @@ def config_of(vocab_size: int, **ids: Any) -> tli_jax.LlamaConfig:
 
 
 def outcome(call: Callable[[], list[int]]) -> list[int] | None:
-    """Ids, None where the text cannot be encoded."""
+    """Ids, or None if the text cannot be encoded."""
     try:
         return call()
     except Exception as error:  # the library's own, which transformers lets through, or ours
@@ -311,7 +312,7 @@ def outcome(call: Callable[[], list[int]]) -> list[int] | None:
 
 def compare(folder: Path, name: str, reason: str | None, table: list[str]) -> None:
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    why = needs_transformers(folder)
+    why = why_transformers(folder)
     assert why is None if reason is None else reason in str(why)
     count, differing = 0, 0
     for parse in (False, True):
@@ -319,16 +320,18 @@ def compare(folder: Path, name: str, reason: str | None, table: list[str]) -> No
         ours, _ = open_tokenizer(folder, config_of(10_000), parse)
         options = {} if parse else {"split_special_tokens": True}
         for text in TEXTS:
-            whole = outcome(lambda text=text, options=options: theirs(text, **options)["input_ids"])
-            alone = outcome(lambda text=text, options=options: theirs.encode(text, add_special_tokens=False, **options))
-            found = outcome(lambda text=text, ours=ours: ours.encode(text))
-            assert found == alone, (text, parse)
-            assert found is None or ours.prefix + found + ours.suffix == whole, (text, parse)
-            count += len(found or [])
-            differing += found != alone
-            if found is not None:
-                assert ours.decode(whole) == theirs.decode(
-                    whole, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            with_affixes = outcome(lambda text=text, options=options: theirs(text, **options)["input_ids"])
+            expected = outcome(
+                lambda text=text, options=options: theirs.encode(text, add_special_tokens=False, **options)
+            )
+            ids = outcome(lambda text=text, ours=ours: ours.encode(text))
+            assert ids == expected, (text, parse)
+            assert ids is None or ours.prefix + ids + ours.suffix == with_affixes, (text, parse)
+            count += len(ids or [])
+            differing += ids != expected
+            if ids is not None:
+                assert ours.decode(with_affixes) == theirs.decode(
+                    with_affixes, skip_special_tokens=True, clean_up_tokenization_spaces=False
                 )
         batch = [text for text in TEXTS if outcome(lambda text=text, ours=ours: ours.encode(text)) is not None]
         assert ours.encode_batch(batch) == [ours.encode(text) for text in batch]
@@ -336,13 +339,13 @@ def compare(folder: Path, name: str, reason: str | None, table: list[str]) -> No
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_ids_are_those_of_transformers(name: str, tmp_path: Path, table: list[str]) -> None:
+def test_ids_equal_those_of_transformers(name: str, tmp_path: Path, table: list[str]) -> None:
     KINDS[name].write(tmp_path)
     compare(tmp_path, name, KINDS[name].reason, table)
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_ids_of_a_lone_sentencepiece_model(kind: str, tmp_path: Path, table: list[str]) -> None:
+def test_ids_of_a_sentencepiece_model_alone(kind: str, tmp_path: Path, table: list[str]) -> None:
     sentencepiece = pytest.importorskip("sentencepiece", reason="sentencepiece is not installed")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -368,7 +371,7 @@ def folder_of(make: Callable[[], Tokenizer], folder: Path, **options: Any) -> Pa
     return folder
 
 
-def test_special_tokens_are_text_unless_they_are_to_be_parsed(tmp_path: Path) -> None:
+def test_special_tokens_are_text_unless_parsed(tmp_path: Path) -> None:
     folder = folder_of(sentencepiece_like, tmp_path, config=LLAMA)
     text, _ = open_tokenizer(folder, config_of(10_000))
     parse, _ = open_tokenizer(folder, config_of(10_000), parse_special=True)
@@ -379,21 +382,21 @@ def test_special_tokens_are_text_unless_they_are_to_be_parsed(tmp_path: Path) ->
     assert text.prefix == parse.prefix == [1]
 
 
-def test_a_vocabulary_that_holds_its_special_tokens_is_a_warning(tmp_path: Path) -> None:
+def test_vocabulary_that_contains_special_tokens_is_a_warning(tmp_path: Path) -> None:
     folder = folder_of(lambda: words(unk_token="<unk>"), tmp_path, config=FAST)
     tokenizer, warnings = open_tokenizer(folder, config_of(6))
     assert tokenizer.encode("word <s> nothing") == [3, 1, 0]
-    assert [one for one in warnings if "holds the special tokens '</s>', '<s>': in a text" in one]
+    assert [one for one in warnings if "contains the special tokens '</s>', '<s>': in a text" in one]
 
 
-def test_what_is_put_around_a_text_is_found_without_an_a(tmp_path: Path) -> None:
+def test_affixes_are_found_without_an_a_in_the_vocabulary(tmp_path: Path) -> None:
     tokenizer, warnings = open_tokenizer(folder_of(letters, tmp_path), config_of(6, bos_token_id=0, eos_token_ids=(1,)))
     assert (tokenizer.prefix, tokenizer.suffix, warnings) == ([0], [1], [])
     assert tokenizer.encode("GATTACA") == [4, 2, 5, 5, 2, 3, 2]
 
 
 @pytest.mark.parametrize(("special", "token"), [(True, "<pad>"), (False, "<ent>")])
-def test_an_added_token_beyond_the_vocabulary_is_a_warning(special: bool, token: str, tmp_path: Path) -> None:
+def test_added_token_outside_the_vocabulary_is_a_warning(special: bool, token: str, tmp_path: Path) -> None:
     def made() -> Tokenizer:
         tokenizer = byte_level()
         tokenizer.add_tokens([AddedToken(token, special=special)])
@@ -402,11 +405,11 @@ def test_an_added_token_beyond_the_vocabulary_is_a_warning(special: bool, token:
     folder, size = folder_of(made, tmp_path), byte_level().get_vocab_size()
     tokenizer, warnings = open_tokenizer(folder, config_of(size), parse_special=True)
     assert warnings == [
-        f"{folder}: the model's vocabulary of {size} does not have the tokenizer's added token '{token}' (id {size}): a"
-        " text that holds it is refused"
+        f"{folder}: the model's vocabulary of {size} lacks the tokenizer's added token '{token}' (id {size}): a text"
+        " that contains it is refused"
     ]
     assert max(tokenizer.encode("Once upon a time")) < size
-    with pytest.raises(DataError, match=rf"the text 'x{token}' holds '{token}', id {size}, which the model's"):
+    with pytest.raises(DataError, match=rf"the text 'x{token}' contains '{token}' with id {size}, outside the"):
         tokenizer.encode_batch(["Once", f"x{token}"])
     if special:
         assert max(open_tokenizer(folder, config_of(size))[0].encode(f"x{token}")) < size
@@ -414,11 +417,11 @@ def test_an_added_token_beyond_the_vocabulary_is_a_warning(special: bool, token:
         open_tokenizer(folder, config_of(size - 1))
 
 
-def test_a_prefix_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_prefix_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     processor = json.loads(template().__getstate__())
     processor["special_tokens"]["<s>"]["ids"] = [99_999]
     folder = folder_of(byte_level, tmp_path, change={"post_processor": processor})
-    with pytest.raises(DataError, match="puts id 99,999 in front of a text, the model's vocabulary has 400"):
+    with pytest.raises(DataError, match="puts id 99,999 before a text, outside the model's vocabulary of 400"):
         open_tokenizer(folder, config_of(400))
 
 
@@ -441,10 +444,10 @@ def test_a_prefix_beyond_the_vocabulary_is_refused(tmp_path: Path) -> None:
             {},
             "eos_token_id is 2 in config.json, 9 in generation",
         ),
-        (FAST | {"bos_token": "</s>"}, {}, {}, None),  # what it puts in front counts, not what it is called
+        (FAST | {"bos_token": "</s>"}, {}, {}, None),  # the prefix counts, not the name
     ],
 )
-def test_files_that_disagree_are_one_warning(
+def test_disagreeing_files_give_one_warning(
     config: dict[str, Any], beside: dict[str, Any], ids: dict[str, Any], expected: str | None, tmp_path: Path
 ) -> None:
     folder = folder_of(byte_level, tmp_path, config=config, beside=beside)
@@ -454,7 +457,7 @@ def test_files_that_disagree_are_one_warning(
         assert expected in warnings[0] and warnings[0].endswith(": config.json is followed")
 
 
-def test_code_is_a_warning_and_the_file_is_read_without_it(tmp_path: Path) -> None:
+def test_code_gives_a_warning_and_is_never_run(tmp_path: Path) -> None:
     code = {"tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": ["my.MyTokenizer", None]}}
     folder = folder_of(adding(byte_level), tmp_path, config=FAST | code)
     (folder / "my.py").write_text("raise SystemExit('code was run')")
@@ -467,18 +470,18 @@ def test_code_is_a_warning_and_the_file_is_read_without_it(tmp_path: Path) -> No
     (folder / "vocab.json").write_text("{}")
     assert open_tokenizer(folder, config_of(10_000)) == (
         None,
-        [f"{folder}: the tokenizer is code (my.MyTokenizer), never run here: text cannot be read"],
+        [f"{folder}: the tokenizer is code (my.MyTokenizer), which is never run: text cannot be read"],
     )
 
 
-def test_a_vocabulary_that_its_class_does_not_read(tmp_path: Path) -> None:
+def test_vocabulary_that_its_class_does_not_read(tmp_path: Path) -> None:
     kind = vocab_and_merges(LLAMA)
     kind.write(tmp_path)
-    with pytest.raises(DataError, match=r"LlamaTokenizer has 3 tokens, vocab.json \d+: name the class"):
+    with pytest.raises(DataError, match=r"LlamaTokenizer has 3 tokens, vocab.json \d+: name the class that reads it"):
         open_tokenizer(tmp_path, config_of(10_000))
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer, (warning,) = open_tokenizer(tmp_path, config_of(10_000))
-    assert tokenizer is None and "vocab.json does not say how to use it" in warning
+    assert tokenizer is None and "vocab.json does not name its tokenizer class" in warning
 
 
 def pipe(file: Path) -> None:
@@ -507,7 +510,7 @@ REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json"])
 @pytest.mark.parametrize("replaced", REPLACED)
-def test_what_is_no_file_is_refused_before_it_is_read(name: str, replaced: str, tmp_path: Path) -> None:
+def test_special_files_and_links_are_refused_before_reading(name: str, replaced: str, tmp_path: Path) -> None:
     folder = folder_of(words, tmp_path)
     (folder / name).unlink(missing_ok=True)
     make, message = REPLACED[replaced]
@@ -531,7 +534,7 @@ def test_what_is_no_file_is_refused_before_it_is_read(name: str, replaced: str, 
         lambda one: one["model"].update(merges=[["x", "y"]]),
     ],
 )
-def test_a_broken_file_is_one_line_and_a_panic_is_not_heard(content: Any, tmp_path: Path, capfd: Any) -> None:
+def test_broken_file_is_one_line_and_panics_are_silent(content: Any, tmp_path: Path, capfd: Any) -> None:
     folder = folder_of(byte_level, tmp_path)
     if callable(content):
         one = json.loads((folder / "tokenizer.json").read_text())
@@ -546,7 +549,7 @@ def test_a_broken_file_is_one_line_and_a_panic_is_not_heard(content: Any, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("tokenizer_config.json", '{"tokenizer_class": "LlamaForCausalLM"}', "is no tokenizer"),
+        ("tokenizer_config.json", '{"tokenizer_class": "LlamaForCausalLM"}', "is not a tokenizer"),
         ("tokenizer_config.json", '{"fast_tokenizer_files": ["../tokenizer.4.0.json"]}', "names the file '../tok"),
         ("tokenizer_config.json", '{"gguf_file": "/tmp/model.gguf"}', "names the file '/tmp/model.gguf'"),
         ("tokenizer_config.json", "[]", "must be a JSON object"),
@@ -556,7 +559,7 @@ def test_a_broken_file_is_one_line_and_a_panic_is_not_heard(content: Any, tmp_pa
         ("special_tokens_map.json", "nothing", "is not JSON"),
     ],
 )
-def test_broken_files_beside_are_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+def test_broken_settings_files_are_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
     folder = folder_of(byte_level, tmp_path)
     (folder / name).write_text(content)
     with pytest.raises(DataError, match=message):
@@ -571,7 +574,7 @@ def test_text_that_cannot_be_encoded_is_refused(tmp_path: Path) -> None:
         tokenizer.encode("\ud800")
 
 
-def test_the_usual_folder_needs_no_transformers() -> None:
+def test_usual_folder_does_not_import_transformers() -> None:
     code = (
         "import sys; from tli_jax.hf import hub, checkpoint, tokenizer; folder = hub.resolve('embedded');"
         "found, _ = tokenizer.open_tokenizer(folder, checkpoint.open_checkpoint(folder).config);"
@@ -581,7 +584,7 @@ def test_the_usual_folder_needs_no_transformers() -> None:
     assert done.stdout == "1 False\n"
 
 
-def test_the_digest_is_of_every_file_that_changes_ids(tmp_path: Path) -> None:
+def test_digest_covers_every_file_that_changes_ids(tmp_path: Path) -> None:
     folder = folder_of(byte_level, tmp_path, config=FAST)
     found = {tokenizer_digest(folder)}
     names = ["merges.txt", "vocab.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.model"]
@@ -598,7 +601,7 @@ def test_the_digest_is_of_every_file_that_changes_ids(tmp_path: Path) -> None:
     assert tokenizer_digest(folder) in found
 
 
-def test_what_transformers_reads_is_kept_and_the_rest_is_listed(tmp_path: Path) -> None:
+def test_files_that_transformers_reads_are_copied_and_others_listed(tmp_path: Path) -> None:
     base, grown = folder_of(byte_level, tmp_path / "base", config=FAST), tmp_path / "grown"
     grown.mkdir()
     (base / "additional_chat_templates").mkdir()

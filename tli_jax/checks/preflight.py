@@ -23,12 +23,13 @@ from tli_jax.distributed import processes, topology
 from tli_jax.errors import TliError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.rows import HOST_INITS
-from tli_jax.hf import hub, tokens
+from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import CODES, Tensor
 from tli_jax.hf.output import check_output
 from tli_jax.hf.stream import grown_pieces
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.setup import make_trainer
@@ -218,7 +219,8 @@ class Preflight:
         return text, facts
 
     def data(self) -> tuple[str, dict[str, Any]]:
-        from tli_jax.data.stream import Rules, guess_tokens
+        from tli_jax.data.stream import estimate_tokens
+        from tli_jax.data.tokenization import Rules
 
         trainer, base, train = self._needs(self.trainer, "a mesh"), self._needs(self.base, "a model"), self.train
         if not train.text:
@@ -230,11 +232,11 @@ class Preflight:
             raise _NotCheckedError(f"{', '.join(absent)}: not here")
         folder = _folder(base)
         parse = train.special_tokens == "parse"
-        tokenizer = tokens.open_tokenizer(folder, base.config, parse)[0] if folder is not None else None
+        tokenizer = open_tokenizer(folder, base.config, parse)[0] if folder is not None else None
         rules = Rules(train, tokenizer, "", trainer.model.vocab_size, None, None)
         if tokenizer is None and any(path.suffix != ".npy" for path in paths):
             raise _NotCheckedError("text is here, a tokenizer is not")
-        guesses = {str(path): guess_tokens(path, rules, _SAMPLE) for path in paths}
+        guesses = {str(path): estimate_tokens(path, rules, _SAMPLE) for path in paths}
         total, needed = sum(guesses.values()), train.steps * train.batch_size * self.T
         if min(guesses.values()) <= self.T:
             raise UsageError(f"data: fewer tokens than one window takes, {self.T + 1:,}: give more text")

@@ -288,6 +288,9 @@ class EvaluateConfig(Reading):
         0, "solved examples before each question, from train.jsonl beside the task's file", DATA
     )
     seed: NotNegative = option(0, "seed that selects the examples", DATA)
+    limit: Positive | None = option(
+        None, "evaluate only the first N questions of each task and windows of each text", DATA, shown="all"
+    )
     json: bool = option(False, _JSON, OUTPUT)
     distributed: bool = option(False, _DISTRIBUTED, DEVICES)
     process: str | None = option(None, _PROCESS, DEVICES)

@@ -26,13 +26,15 @@ from tli_jax.cli.progress import Advance, progress
 from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.comparison.contenders import BASE, OLD_LAYERS, RANDOM, Contender, make_contenders
 from tli_jax.comparison.statistics import analyse
+from tli_jax.data.embedded import held_out_modules
 from tli_jax.distributed import processes
 from tli_jax.errors import DataError, DivergedError, OutputError, UsageError
 from tli_jax.evaluation.tasks import open_tasks
-from tli_jax.hf import hub, sidecar, tokens
+from tli_jax.hf import hub, sidecar
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import read_json
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.page import need_libraries, write_report
 from tli_jax.training.metrics import read_metrics, validation
@@ -84,7 +86,7 @@ class _Comparison:
         self._check_folder()
         self.base = open_checkpoint(hub.resolve(config.model, config.revision))
         parse_special = config.special_tokens == "parse"
-        self.tokenizer, warnings = tokens.open_tokenizer(self.base.folder, self.base.config, parse_special)
+        self.tokenizer, warnings = open_tokenizer(self.base.folder, self.base.config, parse_special)
         for warning in warnings:
             warn(warning)
         for name in ("data", "grown", "runs", "measured", "logs"):
@@ -131,7 +133,7 @@ class _Comparison:
         """All of it for validation. The word ``embedded`` is the modules held out of the embedded base's training."""
         file = self.output / "data" / "modules.jsonl"
         old = self.config.old_text
-        found = replace_embedded(old, self.config.field, file, tokens.held_out_modules)
+        found = replace_embedded(old, self.config.field, file, held_out_modules)
         return self._read(dataclasses.replace(self.recipe, text=found, validation_text=found)) if found else None
 
     def finish(self, call: str) -> dict[str, Any]:
@@ -278,7 +280,7 @@ class _Comparison:
         from tli_jax.evaluation import scoring
 
         assert self.tokenizer is not None
-        tasks = scoring.evaluate(trainer, (trained, frozen), self.tokenizer, self.tasks)
+        tasks = scoring.score_tasks(trainer, (trained, frozen), self.tokenizer, self.tasks)
         return {"tasks": tasks, "accuracy": statistics.fmean(task["accuracy"] for task in tasks.values())}
 
     def _run(self, contender: Contender, only: str, seed: int, advance: Advance) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Batches in an order that depends on the seed and the step alone: not on processes, threads or restarts."""
+"""Batches in an order that depends on seed and step alone, not on processes, threads or restarts."""
 
 import dataclasses
 import hashlib
@@ -12,23 +12,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tli_jax.cli.config import Recipe
-from tli_jax.cli.values import Source
+from tli_jax.cli.config import Reading, Recipe
 from tli_jax.data.formats import need
-from tli_jax.data.stream import Rules, Stream, open_stream
+from tli_jax.data.stream import Stream, open_stream
+from tli_jax.data.tokenization import Rules
 from tli_jax.errors import DataError, UsageError
-from tli_jax.hf.tokens import Tokenizer
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.models.config import LlamaConfig
+
+_MIN_LENGTH = 128  # of the window of short texts; attention kernels need multiples of it
 
 
 class Batch(NamedTuple):
     """Rows of a batch.
 
     Attributes:
-        tokens: ``[R, T + 1]`` int32; row by row what goes in (all but the last) and what is to come out (all but the
-            first). Rows that only fill up a batch of the validation are all -1.
-        segments: ``[R, T + 1]`` int32, which document of its window a token belongs to: 0, 1, … The first token of a
-            document follows from nothing, so it is never a target.
+        tokens: ``[R, T + 1]`` int32: inputs (all but the last) and targets (all but the first). -1 is padding.
+        segments: ``[R, T + 1]`` int32: index, from 0, of the document in the window that a token belongs to. The first
+            token of a document is never a target.
     """
 
     tokens: np.ndarray
@@ -37,7 +38,7 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """``count`` windows of a stream, from window ``first``: window i is tokens i*T to (i + 1)*T, the last included."""
+    """``count`` windows of a stream, from window ``first``. Window i covers tokens i*T to (i + 1)*T inclusive."""
 
     stream: Stream
     T: int
@@ -48,37 +49,40 @@ class Windows:
         return self.count
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Tokens and segments of window ``index``, ``[2, T + 1]`` int32."""
+        """Tokens and segments of a window, ``[2, T + 1]`` int32, padded if the stream ends within it."""
         start = (self.first + index) * self.T
         tokens = self.stream.ids[start : start + self.T + 1].astype(np.int32)
-        begins = np.zeros_like(tokens)
-        begins[self._starts(start + 1, start + self.T + 1) - start] = 1
-        return np.stack([tokens, np.cumsum(begins, dtype=np.int32)])
+        is_start = np.zeros_like(tokens)
+        is_start[self._starts(start + 1, start + len(tokens)) - start] = 1
+        padding = (0, self.T + 1 - len(tokens))
+        segments = np.pad(np.cumsum(is_start, dtype=np.int32), padding, mode="edge")
+        return np.stack([np.pad(tokens, padding, constant_values=-1), segments])
 
     def targets(self) -> np.ndarray:
         """Ids of all targets of these windows, in order."""
-        start, end = self.first * self.T + 1, (self.first + self.count) * self.T + 1
-        is_target = np.ones(end - start, bool)
-        is_target[self._starts(start, end) - start] = False
-        return self.stream.ids[start:end][is_target]
+        start = self.first * self.T + 1
+        ids = self.stream.ids[start : (self.first + self.count) * self.T + 1]
+        is_target = np.ones(len(ids), bool)
+        is_target[self._starts(start, start + len(ids)) - start] = False
+        return ids[is_target]
 
     def _starts(self, start: int, end: int) -> np.ndarray:
-        """Positions from ``start`` to ``end`` at which documents start."""
+        """Positions in ``start`` to ``end`` at which documents start."""
         starts = self.stream.starts
         return starts[np.searchsorted(starts, start) : np.searchsorted(starts, end)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """What a run trains and is validated on, open for random access.
+    """Training and validation data, open for random access.
 
     Attributes:
-        digest: sha256 over all that content and order depend on, but for batch size and seed.
-        tokens: in all training sources, what is kept out of them for validation included.
-        notes: one line each: what was left out, or is not as it may seem.
-        repeated: one line each: which sources training reads more than once.
-        sources: digest of each source, those of validation last.
-        training: windows a source, with its weight.
+        digest: sha256 over everything that content and order depend on, apart from batch size and seed.
+        sources: digest of each source, validation sources last.
+        tokens: tokens in all training sources, held-out ones included.
+        notes: one line for each thing that was skipped or may surprise.
+        repeated: one line for each source that training reads more than once.
+        training: windows of each source, and its weight.
     """
 
     digest: str
@@ -92,7 +96,7 @@ class Data:
 
     @property
     def windows(self) -> int:
-        """Windows to train on, in all sources."""
+        """Training windows in all sources."""
         return sum(len(windows) for windows, _ in self.training)
 
     @property
@@ -100,46 +104,42 @@ class Data:
         return sum(len(windows) for windows in self.held_out)
 
     def check_enough(self, batch_size: int) -> None:
-        """Refuse to train on less than a batch.
-
-        Raises:
-            DataError: there are fewer windows than rows in a batch.
-        """
+        """Raises DataError: there are fewer windows than a batch has rows."""
         if self.windows < batch_size:
             raise DataError(
-                f"text: {self.tokens:,} tokens, {self.windows:,} windows to train on; one batch takes"
-                f" {batch_size:,} × {self.T:,} + 1 tokens: give more text, or a smaller batch_size or sequence_length"
+                f"text: {self.tokens:,} tokens make {self.windows:,} training windows, a batch needs {batch_size:,} of"
+                f" {self.T:,} + 1 tokens: give more text, or a smaller batch_size or sequence_length"
             )
 
     def batches(self, start: int, batch_size: int, rows: Sequence[int], seed: int, threads: int = 2) -> Iterator[Batch]:
-        """Endless: the batch of step ``start``, ``start`` + 1, …; nothing before it is read.
+        """Endless training batches from step ``start`` on; nothing before it is read.
 
-        Each source goes on and on in an order of its own, another one every epoch.
+        Each source repeats in an order of its own, which changes every epoch.
 
         Args:
-            rows: which of a batch's ``batch_size`` rows to give, in which order.
+            rows: which of the ``batch_size`` rows to return, in this order.
 
         Raises:
             DataError: see ``check_enough``.
         """
         self.check_enough(batch_size)
         grain = need("grain", "grain")
-        # Sources get seeds of their own, or two of equal length would be read in the same order.
+        # With one seed for all, sources of equal length would be read in the same order.
         seeds = np.random.SeedSequence(seed).generate_state(len(self.training))
         endless = [
-            grain.MapDataset.source(windows).shuffle(seed=int(one)).repeat()
-            for (windows, _), one in zip(self.training, seeds, strict=True)
+            grain.MapDataset.source(windows).shuffle(seed=int(source_seed)).repeat()
+            for (windows, _), source_seed in zip(self.training, seeds, strict=True)
         ]
-        order = _Order([weight for _, weight in self.training], batch_size, tuple(rows))
+        order = _MixtureOrder([weight for _, weight in self.training], batch_size, tuple(rows))
         steps = grain.MapDataset.select_from_datasets(endless, order).batch(len(rows), batch_fn=_batch)
-        reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        return iter(steps[start:].to_iter_dataset(reading))
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(steps[start:].to_iter_dataset(options))
 
     def validation(self, batch_size: int, rows: Sequence[int], limit: int) -> Iterator[Batch]:
-        """At most ``limit`` batches, the same each time; if they do not hold all windows, these are spread evenly.
+        """At most ``limit`` batches, always the same. If they cannot hold all windows, they sample them evenly.
 
         Args:
-            rows: as for ``batches``.
+            rows: see ``batches``.
         """
         count = min(self.validation_windows, limit * batch_size)
         ends = np.cumsum([len(windows) for windows in self.held_out])
@@ -149,8 +149,8 @@ class Data:
             if index >= count:
                 return padding
             index = index * self.validation_windows // count
-            part = int(np.searchsorted(ends, index, side="right"))
-            return self.held_out[part][index - (int(ends[part - 1]) if part else 0)]
+            source = int(np.searchsorted(ends, index, side="right"))
+            return self.held_out[source][index - (int(ends[source - 1]) if source else 0)]
 
         for first in range(0, count, batch_size):
             yield _batch([window(first + row) for row in rows])
@@ -160,29 +160,29 @@ def _batch(rows: Sequence[np.ndarray]) -> Batch:
     return Batch(*np.stack(rows, axis=1))
 
 
-class _Order:
-    """Which window of which source each local row is: Grain's own mixture rounds the weights, this one does not."""
+class _MixtureOrder:
+    """Which window of which source each row is. Grain's own mixture rounds the weights, this one is exact."""
 
     def __init__(self, weights: Sequence[Fraction], batch_size: int, rows: Sequence[int]):
-        whole = math.lcm(*(weight.denominator for weight in weights))
-        self.weights = [int(weight * whole) for weight in weights]
+        scale = math.lcm(*(weight.denominator for weight in weights))
+        self.weights = [int(weight * scale) for weight in weights]
         self.batch_size, self.rows = batch_size, rows
 
     def __len__(self) -> int:
-        return 2**60  # Grain rounds it up to whole batches, and that must still fit in 64 bits
+        return 2**60  # Grain rounds it up to complete batches, which must still fit in 64 bits
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        """``(source, how many of its windows came before)``."""
+        """``(source, number of its windows that came before)``."""
         step, row = divmod(index, len(self.rows))
         position, rest = step * self.batch_size + self.rows[row], sum(self.weights)
-        # Of the first n places, floor(n * rest / all) go to the sources further on.
+        # Of the first n positions, floor(n * later weights / rest) go to the later sources.
         after = position + 1
         for source, weight in enumerate(self.weights):
             later, later_after = position * (rest - weight) // rest, after * (rest - weight) // rest
             if later == later_after:
                 return source, position - later
             position, after, rest = later, later_after, rest - weight
-        raise AssertionError("the last source takes what is left")
+        raise AssertionError("the last source takes the rest")
 
 
 def open_data(
@@ -192,60 +192,58 @@ def open_data(
     tokenizer_digest: str,
     T: int,
     cache: Path,
-    known: Sequence[str] = (),
+    known_digests: Sequence[str] = (),
 ) -> Data:
-    """Open all sources of a run, and tokenize what is not in the cache yet.
+    """Open all sources of a run. Tokenize those that are not in the cache yet.
 
     Args:
-        tokenizer_digest: of the tokenizer's files.
-        T: tokens a sequence.
-        cache: folder of tokenized sources; may be shared by runs.
-        known: ``Data.sources`` of the run so far. A source that is gone is read from the cache by its digest.
+        tokenizer_digest: digest of the tokenizer's files.
+        T: sequence length.
+        cache: folder of tokenized sources, which runs may share.
+        known_digests: ``Data.sources`` of an earlier start of this run. A source that is gone is read from the cache.
 
     Raises:
-        MissingInputError: a source is not there, and its tokens are not in the cache.
-        DataError: a source is damaged, or too short for one window; text without a tokenizer.
-        UsageError: no sources; a library is missing.
+        MissingInputError: a source does not exist, and its tokens are not in the cache.
+        DataError: a source is damaged or shorter than one window, or is text and there is no tokenizer.
+        UsageError: no sources, or a library is not installed.
     """
     if not config.text:
         raise UsageError("text is not set: give files or folders to train on, --text FILE,FOLDER")
-    bos = model.bos_token_id if config.bos else None
-    eos = next(iter(model.eos_token_ids), None) if config.eos else None
-    for name, one in (("bos", bos), ("eos", eos)):
-        if one is not None and one >= model.vocab_size:
-            raise DataError(f"config.json: {name}_token_id {one} is not in the vocabulary of {model.vocab_size:,}")
-    rules = Rules(config, tokenizer, tokenizer_digest, model.vocab_size, bos, eos)
-    digests = itertools.chain(known, itertools.repeat(None))
-    streams = [_open(source, rules, T, cache, next(digests)) for source in config.text]
-    apart = [_open(source, rules, T, cache, next(digests)) for source in config.validation_text]
-    training, held_out = [], [_all_windows(stream, T) for stream in apart]
+    rules = Rules.of_model(config, model, tokenizer, tokenizer_digest)
+    paths = [Path(source.path) for source in (*config.text, *config.validation_text)]
+    digests = itertools.chain(known_digests, itertools.repeat(None))
+    streams = [open_stream(path, rules, cache, next(digests)) for path in paths]
+    for stream in streams:
+        if len(stream.ids) <= T:
+            raise DataError(
+                f"{stream.path}: has {len(stream.ids):,} tokens, one window takes {T + 1:,}:"
+                " give more text, or a smaller sequence_length"
+            )
+    train_streams, validation_streams = streams[: len(config.text)], streams[len(config.text) :]
+    training, held_out = [], [_all_windows(stream, T) for stream in validation_streams]
     weights = [Fraction(str(source.weight)) for source in config.text]
-    for stream, weight in zip(streams, weights, strict=True):
-        windows = _all_windows(stream, T)
-        kept_out = 0 if apart else _count_held_out(len(windows), config.validation_fraction)
-        training.append((dataclasses.replace(windows, count=len(windows) - kept_out), weight))
-        if kept_out:
-            held_out.append(Windows(stream, T, len(windows) - kept_out, kept_out))
-    notes = [note for stream in streams + apart for note in stream.notes]
     repeated = []
-    for stream, (windows, weight) in zip(streams, training, strict=True):
-        epochs = config.steps * config.batch_size * weight / sum(weights) / len(windows)
+    for stream, weight in zip(train_streams, weights, strict=True):
+        windows = _all_windows(stream, T)
+        excluded = 0 if validation_streams else _count_held_out(len(windows), config.validation_fraction)
+        training.append((dataclasses.replace(windows, count=len(windows) - excluded), weight))
+        if excluded:
+            held_out.append(Windows(stream, T, len(windows) - excluded, excluded))
+        epochs = config.steps * config.batch_size * weight / sum(weights) / (len(windows) - excluded)
         if epochs > 1:
             repeated.append(f"{stream.path}: is read {float(epochs):.1f} times in {config.steps:,} steps")
-    for stream in streams + apart:
-        if not len(stream.starts):
-            notes.append(f"warning: {stream.path}: these ids have no BOS or EOS in them, so they count as one document")
+    # The keys are part of the digest, so they stay as they were first named.
     content = rules.to_json() | {
         "T": T,
-        "validation_fraction": None if apart else config.validation_fraction,
-        "sources": [[stream.digest, str(weight)] for stream, weight in zip(streams, weights, strict=True)],
-        "validation": [stream.digest for stream in apart],
+        "validation_share": None if validation_streams else config.validation_fraction,
+        "sources": [[stream.digest, str(weight)] for stream, weight in zip(train_streams, weights, strict=True)],
+        "validation": [stream.digest for stream in validation_streams],
     }
     return Data(
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
-        sources=tuple(stream.digest for stream in streams + apart),
-        tokens=sum(len(stream.ids) for stream in streams),
-        notes=tuple(notes),
+        sources=tuple(stream.digest for stream in streams),
+        tokens=sum(len(stream.ids) for stream in train_streams),
+        notes=tuple(note for stream in streams for note in stream.notes),
         repeated=tuple(repeated),
         T=T,
         training=tuple(training),
@@ -253,20 +251,39 @@ def open_data(
     )
 
 
-def _open(source: Source, rules: Rules, T: int, cache: Path, known: str | None) -> Stream:
-    stream = open_stream(Path(source.path), rules, cache, known)
-    if len(stream.ids) <= T:
-        raise DataError(
-            f"{source.path}: {len(stream.ids):,} tokens, one window takes {T + 1:,}:"
-            " give more text, or a smaller sequence_length"
-        )
-    return stream
+def open_evaluation_data(
+    paths: Sequence[Path],
+    config: Reading,
+    model: LlamaConfig,
+    tokenizer: Tokenizer | None,
+    T: int,
+    cache: Path,
+    limit: int | None = None,
+) -> list[Data]:
+    """Open sources for evaluation alone: the first ``limit`` windows of each, or all, as ``Data.held_out``.
+
+    A source shorter than a window becomes one padded window. If all of them are, ``Data.T`` is smaller than ``T``.
+
+    Raises:
+        MissingInputError, DataError, UsageError: see ``open_data``.
+    """
+    rules = Rules.of_model(config, model, tokenizer, "")
+    streams = [open_stream(path, rules, cache) for path in paths]
+    longest = max((len(stream.ids) - 1 for stream in streams), default=T)
+    T = min(T, max(_MIN_LENGTH, 1 << (longest - 1).bit_length()))
+    data = []
+    for stream in streams:
+        windows = _all_windows(stream, T)
+        count = min(max(1, len(windows)), limit or len(stream.ids))
+        held_out = dataclasses.replace(windows, count=count)
+        data.append(Data("", (stream.digest,), len(stream.ids), stream.notes, (), T, (), (held_out,)))
+    return data
 
 
 def _all_windows(stream: Stream, T: int) -> Windows:
     return Windows(stream, T, 0, (len(stream.ids) - 1) // T)
 
 
-def _count_held_out(windows: int, share: float) -> int:
-    """At least one of what is to be shared, and at least one left to train on."""
-    return min(max(round(windows * share), 1), windows - 1) if share else 0
+def _count_held_out(windows: int, fraction: float) -> int:
+    """Hold out at least one window if any, and leave at least one to train on."""
+    return min(max(round(windows * fraction), 1), windows - 1) if fraction else 0

@@ -1,4 +1,4 @@
-"""Which files of a folder are read: those that hold text, of the training split; everything else is listed."""
+"""Which files of a folder are read: text of the training split. Everything else is listed in notes."""
 
 import json
 import os
@@ -7,129 +7,123 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tli_jax.data.formats import KINDS, PACKED, kind_by_name
+from tli_jax.data.formats import COMPRESSED, KINDS, kind_by_name
 from tli_jax.errors import DataError, MissingInputError
 
-_SHOWN = 8  # names in a note
+_MAX_LISTED = 8  # names in a note
 
-# Names, without extensions, of files that come with text and are none of it; and of those that are so as JSON.
-_BESIDE = frozenset(
+# Names, without extension, of files that accompany text: with any extension, and as JSON.
+_NOT_TEXT = frozenset(
     (
         *("readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing", "authors"),
         *("requirements", "checksums", "md5sums", "sha256sums", "vocab", "merges"),
     )
 )
-_BESIDE_JSON = frozenset(
+_NOT_TEXT_AS_JSON = frozenset(
     (
         *("dataset_info", "dataset_infos", "dataset_dict", "state", "metadata", "config", "generation_config"),
         *("tokenizer", "tokenizer_config", "special_tokens_map", "added_tokens"),
     )
 )
 _SPLITS = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "evaluation": "test",
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
-# ``train``, ``test-2``, ``validation_00000-of-00001``; and the hub's ``train_sft-00000-of-00003``.
-_WHOLE_NAME = re.compile(r"([a-z]+)(?:[-_. ]?\d+(?:-of-\d+)?)?|([a-z]+)[-_][\w-]*-\d{5}-of-\d{5}")
-_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
+# ``train``, ``test-2``, ``validation_00000-of-00001``, and the hub's ``train_sft-00000-of-00003``.
+_SPLIT_NAME = re.compile(r"([a-z]+)(?:[-_. ]?\d+(?:-of-\d+)?)?|([a-z]+)[-_][\w-]*-\d{5}-of-\d{5}")
+_SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?![a-z])")
 
 
 class Found(NamedTuple):
-    """Files to read, in order, and ``notes``, one line each, on what is left out."""
+    """Files to read, in order, and ``notes``: one line for each kind of file that is skipped."""
 
     files: list[Path]
     notes: list[str]
 
 
 def find_files(path: Path) -> Found:
-    """The files of a source: the file itself; or of a folder, sorted, those that hold text by their extension.
+    """The files of a source: the file itself, or the text files of a folder by their extension, sorted.
 
-    In a folder that has splits, by the names of files or folders, only the training split is read.
+    If the names of files or folders show splits, only the training split is read.
 
     Raises:
-        MissingInputError: nothing is there, or a link in the folder leads nowhere.
-        DataError: a device, a FIFO; a folder without text or without a training split; a damaged ``datasets`` folder.
+        MissingInputError: the path does not exist, or a link in the folder is broken.
+        DataError: a device or FIFO, a folder without text or training split, or a damaged ``datasets`` folder.
     """
     if path.is_file():
         return Found([path], [])
     if not path.is_dir():
         if path.exists():
-            raise DataError(f"{path}: is neither a file nor a folder: give one of these")
+            raise DataError(f"{path}: neither a file nor a folder: give one of these")
         raise MissingInputError(f"{path}: no such file or folder to read text from")
-    texts, others = _list(path)
+    texts, others = _list_files(path)
     train, held_out, loose, doubtful = _by_split(path, texts)
     if not texts:
-        there = f", only {_enumerate(others)}" if others else ""
-        known = f"{', '.join(KINDS)}, also with {', '.join(PACKED)}"
-        raise DataError(f"{path}: has no files of text{there}: give other files one by one, or name them {known}")
+        only = f", only {_enumerate(others)}" if others else ""
+        known = f"{', '.join(KINDS)}, also with {', '.join(COMPRESSED)}"
+        raise DataError(f"{path}: contains no text files{only}: give the files one by one, or name them {known}")
     if not train and not loose:
         raise DataError(
             f"{path}: has no training split, only {', '.join(sorted(held_out))}: give one of its files or folders"
         )
+
+    def names(files: Iterable[Path]) -> str:
+        return _enumerate(file.relative_to(path).as_posix() for file in files)
+
     notes = []
     if train:
-        rest = [file.relative_to(path).as_posix() for file in loose]
-        left_out = [f"{split} ({_count(files)})" for split, files in sorted(held_out.items())]
-        if loose:
-            left_out.append(f"of no split: {_enumerate(rest)}")
-        if left_out:
-            notes.append(f"{path}: the split train is read ({_count(train)}); left out: {'; '.join(left_out)}")
+        skipped = [f"{split} ({_count(files)})" for split, files in sorted(held_out.items())]
+        skipped += [f"files of no split: {names(loose)}"] if loose else []
+        if skipped:
+            notes.append(f"{path}: reads the split train ({_count(train)}); skips {'; '.join(skipped)}")
     elif held_out:
-        names = [file.relative_to(path).as_posix() for files in held_out.values() for file in files]
-        notes.append(f"{path}: left out, as a split for evaluation: {_enumerate(names)}; give it by itself to read it")
+        files = [file for split in held_out.values() for file in split]
+        notes.append(f"{path}: skips evaluation splits: {names(files)}; to read one, give it as a source of its own")
     if doubtful and not train:
-        names = [file.relative_to(path).as_posix() for file in doubtful]
-        notes.append(f"{path}: read, though the name may mean a split for evaluation: {_enumerate(names)}")
+        notes.append(f"{path}: reads files whose name may mean an evaluation split: {names(doubtful)}")
     if others:
-        notes.append(f"{path}: left out, being hidden, linked folders or no text by name: {_enumerate(others)}")
+        notes.append(f"{path}: skips hidden files, linked folders and files that are not text: {_enumerate(others)}")
     return Found(train or loose, notes)
 
 
-def _list(folder: Path) -> tuple[list[Path], list[str]]:
-    """Files of text, and the names of all else; a folder that is not looked into is named itself."""
+def _list_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """Text files, and the names of all others. A folder that is not entered is listed itself."""
 
     def fail(error: OSError) -> None:
-        raise error  # os.walk leaves out what it may not read
+        raise error  # os.walk would skip folders that it may not read
 
     texts: list[Path] = []
     others: list[str] = []
     for root, folders, names in os.walk(folder, onerror=fail):
-        place = Path(root)
-        closed = [name for name in folders if name.startswith(".") or (place / name).is_symlink()]
-        others += [f"{(place / name).relative_to(folder).as_posix()}/" for name in closed]
-        folders[:] = [name for name in folders if name not in closed]
-        saved = _list_saved(place) if {"state.json", "dataset_info.json"} <= set(names) else None
+        parent = Path(root)
+        skipped = [name for name in folders if name.startswith(".") or (parent / name).is_symlink()]
+        others += [f"{(parent / name).relative_to(folder).as_posix()}/" for name in skipped]
+        folders[:] = [name for name in folders if name not in skipped]
+        saved = _list_saved(parent) if {"state.json", "dataset_info.json"} <= set(names) else None
         texts += saved or []
         for name in names:
-            file = place / name
+            file = parent / name
             if saved is None and _is_text(file) and file.is_file():
                 texts.append(file)
             elif saved is None and _is_text(file) and not file.exists():
-                raise MissingInputError(f"{file}: is a link to nothing: fix or delete it")
+                raise MissingInputError(f"{file}: broken link: fix or delete it")
             elif saved is None or file not in saved:
                 others.append(file.relative_to(folder).as_posix())
     return sorted(texts), sorted(others)
 
 
 def _is_text(file: Path) -> bool:
-    """By its name alone. Token ids count, to be refused where they stand among texts."""
+    """By name. Token ids count as text here, so that they are refused among text files."""
     if file.suffix.lower() == ".npy":
         return True
     stem = file.name.partition(".")[0].lower()
     is_json = ".json" in (suffix.lower() for suffix in file.suffixes)
-    return kind_by_name(file) is not None and stem not in _BESIDE and not (is_json and stem in _BESIDE_JSON)
+    return kind_by_name(file) is not None and stem not in _NOT_TEXT and not (is_json and stem in _NOT_TEXT_AS_JSON)
 
 
 class _Splits(NamedTuple):
-    """Files of the training split; of the others, by name; of none; and of these, those that may be of the others."""
+    """Files by split. ``doubtful`` are those of no split (``loose``) that may belong to an evaluation split."""
 
     train: list[Path]
     held_out: dict[str, list[Path]]
@@ -143,49 +137,44 @@ def _by_split(folder: Path, files: Sequence[Path]) -> _Splits:
     for file in files:
         *folders, name = file.relative_to(folder).parts
         stem = name.lower()
-        while (suffix := Path(stem).suffix) in KINDS or suffix in PACKED:
+        while (suffix := Path(stem).suffix) in KINDS or suffix in COMPRESSED:
             stem = stem.removesuffix(suffix)
-        whole = _WHOLE_NAME.fullmatch(stem)
-        words = [*map(str.lower, folders), *(filter(None, whole.groups()) if whole else ())]
-        found = {_SPLITS[word] for word in words if word in _SPLITS}
-        if found:
-            certain[file] = min(found - {"train"}, default="train")
-        elif word := _WORD.search(stem):
-            # ``reviews_test.txt`` is a split where there is a ``reviews_train.txt``, and may be a title elsewhere.
-            others = stem[: word.start()] + "*" + stem[word.end() :]
-            alike = re.sub(r"\d+", "#", "/".join([*folders, others]))
-            guesses.setdefault(alike, {})[file] = _SPLITS[word[1]]
+        match = _SPLIT_NAME.fullmatch(stem)
+        words = [*map(str.lower, folders), *(filter(None, match.groups()) if match else ())]
+        if splits := {_SPLITS[word] for word in words if word in _SPLITS}:
+            certain[file] = min(splits - {"train"}, default="train")
+        elif word := _SPLIT_WORD.search(stem):
+            # ``reviews_test.txt`` is a split beside a ``reviews_train.txt``, and may be a title elsewhere.
+            pattern = stem[: word.start()] + "*" + stem[word.end() :]
+            siblings = re.sub(r"\d+", "#", "/".join([*folders, pattern]))
+            guesses.setdefault(siblings, {})[file] = _SPLITS[word[1]]
     doubtful = []
     for group in guesses.values():
         if len(set(group.values())) > 1:
             certain |= group
         else:
             doubtful += [file for file, split in group.items() if split != "train"]
-    splits = _Splits([], {}, [], doubtful)
+    train = [file for file in files if certain.get(file) == "train"]
+    held_out: dict[str, list[Path]] = {}
     for file in files:
-        split = certain.get(file)
-        if split is None:
-            splits.loose.append(file)
-        elif split == "train":
-            splits.train.append(file)
-        else:
-            splits.held_out.setdefault(split, []).append(file)
-    return splits
+        if certain.get(file, "train") != "train":
+            held_out.setdefault(certain[file], []).append(file)
+    return _Splits(train, held_out, [file for file in files if file not in certain], doubtful)
 
 
 def _list_saved(folder: Path) -> list[Path]:
-    """Files of a folder that ``datasets`` saved: Arrow streams and a list of them, which pyarrow alone can read."""
+    """Files of a folder that ``datasets`` saved: Arrow streams listed in state.json."""
     state = folder / "state.json"
     try:
         raw = json.loads(state.read_bytes())
-        names = [Path(one["filename"]) for one in raw["_data_files"]]
+        names = [Path(entry["filename"]) for entry in raw["_data_files"]]
         if raw.get("_indices_data_files") or not names or any(name.name != str(name) for name in names):
             raise ValueError("no files, or not in order")
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise DataError(f"{state}: does not list the files of a dataset: write it again, with save_to_disk") from None
+        raise DataError(f"{state}: does not list the files of a dataset: save it again with save_to_disk") from None
     for name in names:
         if not (folder / name).is_file():
-            raise MissingInputError(f"{folder / name}: is listed in {state.name}, but not there")
+            raise MissingInputError(f"{folder / name}: is listed in {state.name} but does not exist")
     return [folder / name for name in names]
 
 
@@ -195,5 +184,5 @@ def _count(files: Sequence[Path]) -> str:
 
 def _enumerate(names: Iterable[str]) -> str:
     listed = list(names)
-    more = f" and {len(listed) - _SHOWN:,} more" if len(listed) > _SHOWN else ""
-    return ", ".join(listed[:_SHOWN]) + more
+    more = f" and {len(listed) - _MAX_LISTED:,} more" if len(listed) > _MAX_LISTED else ""
+    return ", ".join(listed[:_MAX_LISTED]) + more

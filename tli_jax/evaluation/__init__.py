@@ -1,1 +1,1 @@
-"""Multiple-choice tasks: reading them, and scoring a model on them."""
+"""Evaluation: loss on texts, and multiple-choice tasks."""

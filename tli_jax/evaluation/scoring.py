@@ -1,9 +1,9 @@
-"""Log-likelihoods of choices, and the figures that follow from them, as lm-evaluation-harness defines them.
+"""Log-likelihoods of choices and the metrics of a task, as lm-evaluation-harness defines them.
 
-The score of a choice is the sum of the log-probabilities of its tokens: those of context, space and choice encoded
-together, after as many as the context alone has. White space at the end of the context counts to the choice. Where
-there is no context, BOS stands for it, or EOS in a model without BOS, and all tokens of the choice are scored. An input
-longer than the model's context loses its left end.
+The score of a choice is the sum of the log-probabilities of its tokens. Context, space and choice are encoded together;
+as many tokens as the context alone has belong to the context, without white space at its end. BOS replaces an empty
+context, or EOS in a model without BOS, and all tokens of the choice are scored. An input longer than the model's
+context is truncated on the left.
 """
 
 import dataclasses
@@ -19,29 +19,29 @@ from tli_jax.cli.progress import Advance, progress
 from tli_jax.distributed.mesh import batch_sharding
 from tli_jax.errors import DataError
 from tli_jax.evaluation.tasks import Task
-from tli_jax.hf.tokens import Tokenizer
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.step import Trainer
 
-_SHORTEST = 32  # tokens of the shortest program
+_MIN_LENGTH = 32  # tokens of the shortest program
 
 
 class Row(NamedTuple):
-    """Ids of one context with one choice, the last ``scored`` of which are the choice's."""
+    """Ids of a context with one choice. The last ``scored`` of them belong to the choice."""
 
     ids: list[int]
     scored: int
 
 
 class Inputs(NamedTuple):
-    """What a model is to be run on for a task.
+    """The model inputs of a task.
 
     Attributes:
-        rows: all choices of all questions, one after the other.
-        truncated: how many of them have lost their left end.
-        tied: questions with choices that are the same tokens, which no model can tell apart.
+        rows: all choices of all questions, in order.
+        truncated: number of rows that lost their left end.
+        tied: number of questions with choices that have the same tokens, which no model can tell apart.
     """
 
     rows: list[Row]
@@ -50,132 +50,116 @@ class Inputs(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, task: Task, shots: int, seed: int, model: LlamaConfig) -> Inputs:
-    """The inputs of a task.
-
-    Args:
-        shots, seed: see ``Task.prompt``.
+    """Encode the questions of a task. For ``shots`` and ``seed`` see ``Task.prompt``.
 
     Raises:
-        DataError: a choice has no tokens, or more than the model's context; there is no context, and no token to stand
-            for it; the tokenizer gives ids that the model does not have.
+        DataError: a choice is empty or longer than the model's context, nothing can replace an empty context, or ids
+            are outside the model's vocabulary.
         UsageError: see ``Task.prompt``.
     """
     prompts = [task.prompt(number, shots, seed) for number in range(len(task.questions))]
-    of_contexts = tokenizer.encode_batch([prompt.rstrip() for prompt in prompts])
-    wholes = [
-        f"{prompt} {choice}" for prompt, one in zip(prompts, task.questions, strict=True) for choice in one.choices
-    ]
-    of_wholes = iter(tokenizer.encode_batch(wholes))
+    contexts = tokenizer.encode_batch([prompt.rstrip() for prompt in prompts])
+    texts = [f"{prompt} {choice}" for prompt, q in zip(prompts, task.questions, strict=True) for choice in q.choices]
+    encoded = iter(tokenizer.encode_batch(texts))
     limit = model.max_position_embeddings
     rows: list[Row] = []
     truncated = tied = 0
-    for number, (question, prompt, context) in enumerate(zip(task.questions, prompts, of_contexts, strict=True), 1):
+    for number, (question, prompt, context) in enumerate(zip(task.questions, prompts, contexts, strict=True), 1):
         where = f"{task.name}: question {number}"
-        if prompt.strip() and (context or tokenizer.prefix):
-            front = tokenizer.prefix
-        else:
-            front, context = [_stand_in(model, where)], []
-        own = []
+        prefix = tokenizer.prefix
+        if not prompt.strip() or not (context or prefix):
+            start = next((i for i in (model.bos_token_id, *model.eos_token_ids) if i is not None), None)
+            if start is None:
+                raise DataError(f"{where}: no context, and the model has no bos_token_id or eos_token_id to replace it")
+            prefix, context = [start], []
+        choices = []
         for _ in question.choices:
-            ids = front + next(of_wholes)
-            scored = len(ids) - len(front) - len(context)
+            ids = prefix + next(encoded)
+            scored = len(ids) - len(prefix) - len(context)
             if not 0 < scored <= limit:
                 raise DataError(f"{where}: a choice of {scored:,} tokens, must be 1 to {limit:,}, the model's context")
             if max(ids) >= model.vocab_size:
-                raise DataError(f"{where}: has token id {max(ids):,}, the model's vocabulary {model.vocab_size:,} ids")
+                raise DataError(f"{where}: token id {max(ids):,} is outside the vocabulary of {model.vocab_size:,}")
             truncated += len(ids) > limit + 1
-            own.append(Row(ids[-limit - 1 :], scored))
-        tied += len({tuple(row.ids) for row in own}) < len(own)
-        rows += own
+            choices.append(Row(ids[-limit - 1 :], scored))
+        tied += len({tuple(row.ids) for row in choices}) < len(choices)
+        rows += choices
     return Inputs(rows, truncated, tied)
 
 
-def _stand_in(model: LlamaConfig, where: str) -> int:
-    """The token that a choice follows where there is no context."""
-    tokens = [one for one in (model.bos_token_id, *model.eos_token_ids) if one is not None]
-    if not tokens:
-        raise DataError(f"{where}: no context, and the model has neither bos_token_id nor eos_token_id to stand for it")
-    return tokens[0]
-
-
-def score(
+def log_likelihoods(
     trainer: Trainer, arrays: tuple[Arrays, Arrays], task: Task, rows: Sequence[Row], advance: Advance
 ) -> list[np.ndarray]:
-    """Log-likelihood of every choice, nats, fp64: for each question an array ``[choices]``.
+    """Log-likelihood of every choice in nats: for each question an fp64 array ``[choices]``.
 
     Args:
-        trainer: runs one of its batches at a time, on its mesh.
-        arrays: the trainable and the frozen ones, as the trainer lays them out.
+        trainer: runs one microbatch at a time on its mesh.
+        arrays: trainable and frozen parameters, laid out for the trainer.
         advance: progress callback, in questions.
 
     Raises:
-        DataError: the model gives NaN or infinity.
+        DataError: a log-likelihood is not finite.
     """
     B = trainer.config.batch_size // trainer.config.grad_accum_steps
     sharding = batch_sharding(trainer.mesh, ("B", "T"))
-    found = np.zeros(len(rows))
-    done = 0.0
+    scores = np.zeros(len(rows))
+    done = 0
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     for first in range(0, len(rows), B):
-        part = order[first : first + B]
-        longest = len(rows[part[-1]].ids) - 1
-        T = min(max(_SHORTEST, 1 << (longest - 1).bit_length()), trainer.model.max_position_embeddings)
+        batch = order[first : first + B]
+        longest = len(rows[batch[-1]].ids) - 1
+        T = min(max(_MIN_LENGTH, 1 << (longest - 1).bit_length()), trainer.model.max_position_embeddings)
         tokens = np.full((B, T + 1), -1, np.int32)
-        for place, i in enumerate(part):
-            tokens[place, : len(rows[i].ids)] = rows[i].ids
+        for b, i in enumerate(batch):
+            tokens[b, : len(rows[i].ids)] = rows[i].ids
         tokens = jax.make_array_from_callback(tokens.shape, sharding, lambda index, tokens=tokens: tokens[index])
         losses = np.asarray(trainer.token_losses(*arrays, tokens), np.float64)
-        for place, i in enumerate(part):
+        for b, i in enumerate(batch):
             end = len(rows[i].ids) - 1
-            found[i] = -losses[place, end - rows[i].scored : end].sum()
-        before, done = done, (first + len(part)) / len(rows) * len(task.questions)
-        advance(int(done) - int(before))
+            scores[i] = -losses[b, end - rows[i].scored : end].sum()
+        before, done = done, (first + len(batch)) * len(task.questions) // len(rows)
+        advance(done - before)
     ends = np.cumsum([len(question.choices) for question in task.questions])
-    of_questions = np.split(found, ends[:-1])
-    for number, one in enumerate(of_questions, 1):
-        if not np.isfinite(one).all():
-            wrong = ", ".join(str(value) for value in one[~np.isfinite(one)][:3])
+    per_question = np.split(scores, ends[:-1])
+    for number, choices in enumerate(per_question, 1):
+        if not np.isfinite(choices).all():
+            wrong = ", ".join(str(value) for value in choices[~np.isfinite(choices)][:3])
             raise DataError(
-                f"{task.name}: question {number}: log-likelihood {wrong}: the model's weights hold NaN or infinity, or"
+                f"{task.name}: question {number}: log-likelihood {wrong}: the weights contain NaN or infinity, or"
                 " overflow in this dtype"
             )
-    return of_questions
+    return per_question
 
 
-def summarise(task: Task, scores: Sequence[np.ndarray]) -> dict[str, Any]:
-    """The figures of a task.
+def compute_metrics(task: Task, scores: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Metrics of a task from the log-likelihoods of its choices.
 
     Returns:
-        ``accuracy``, of the highest score, with its standard error ``stderr``; ``accuracy_normalised``, of the highest
-        score for each character of the choice; ``f1``, the mean over answers (macro); ``right``, a digit a question, 1
-        where the highest score is the answer's.
+        ``accuracy`` of the highest score, with its standard error ``stderr``; ``accuracy_normalised``, of the highest
+        score per character of the choice; ``f1``, macro-averaged over answers; ``right``, a string with a 1 for each
+        question answered right and a 0 for each other.
     """
     answers = np.array([question.answer for question in task.questions])
-    picked = np.array([int(np.argmax(one)) for one in scores])
+    picked = np.array([int(np.argmax(choices)) for choices in scores])
     lengths = [[len(choice) for choice in question.choices] for question in task.questions]
-    of_length = np.array([int(np.argmax(one / n)) for one, n in zip(scores, lengths, strict=True)])
+    normalised = np.array([int(np.argmax(choices / n)) for choices, n in zip(scores, lengths, strict=True)])
     right = picked == answers
     n = len(answers)
+    f1 = []
+    for label in np.union1d(answers, picked):
+        hits = int(((answers == label) & (picked == label)).sum())
+        f1.append(2 * hits / int((answers == label).sum() + (picked == label).sum()))
     return {
         "questions": n,
         "accuracy": float(right.mean()),
         "stderr": float(right.std(ddof=1) / math.sqrt(n)) if n > 1 else None,
-        "accuracy_normalised": float((of_length == answers).mean()),
-        "f1": _macro_f1(answers, picked),
-        "right": "".join(str(int(one)) for one in right),
+        "accuracy_normalised": float((normalised == answers).mean()),
+        "f1": float(np.mean(f1)),
+        "right": "".join(str(int(is_right)) for is_right in right),
     }
 
 
-def _macro_f1(answers: np.ndarray, picked: np.ndarray) -> float:
-    """Mean of F1 over all that is an answer or was picked."""
-    found = []
-    for label in np.union1d(answers, picked):
-        hits = int(((answers == label) & (picked == label)).sum())
-        found.append(2 * hits / int((answers == label).sum() + (picked == label).sum()))
-    return float(np.mean(found))
-
-
-def evaluate(
+def score_tasks(
     trainer: Trainer,
     arrays: tuple[Arrays, Arrays],
     tokenizer: Tokenizer,
@@ -183,28 +167,27 @@ def evaluate(
     shots: int = 0,
     seed: int = 0,
 ) -> dict[str, Mapping[str, Any]]:
-    """For each task, by name, what ``summarise`` returns, and ``truncated`` and ``tied`` of ``Inputs``.
+    """For each task, by name, the result of ``compute_metrics`` with ``truncated`` and ``tied`` of ``Inputs``.
 
     Raises:
-        DataError: see ``encode`` and ``score``.
+        DataError: see ``encode`` and ``log_likelihoods``.
         UsageError: see ``Task.prompt``.
     """
-    trainer = dataclasses.replace(
-        trainer, attention_impl=causal
-    )  # lengths are too many for kernels that want certain ones
+    # Other attention kernels accept only certain lengths.
+    trainer = dataclasses.replace(trainer, attention_impl=causal)
     inputs = [encode(tokenizer, task, shots, seed, trainer.model) for task in tasks]
-    found = {}
-    for task, one in zip(tasks, inputs, strict=True):
-        if one.truncated:
-            what = f"{one.truncated:,} of {len(one.rows):,} inputs exceed the model's context"
-            warn(f"{task.name}: {what} of {trainer.model.max_position_embeddings:,} tokens and lose their left end")
-        if one.tied:
-            what = f"{one.tied:,} of {len(task.questions):,} questions"
+    for task, encoded in zip(tasks, inputs, strict=True):
+        if encoded.truncated:
+            what = f"{encoded.truncated:,} of {len(encoded.rows):,} inputs exceed the model's context"
             warn(
-                f"{task.name}: choices of {what} are the same tokens to this tokenizer; the first one counts as picked"
+                f"{task.name}: {what} of {trainer.model.max_position_embeddings:,} tokens and are truncated on the left"
             )
+        if encoded.tied:
+            what = f"{encoded.tied:,} of {len(task.questions):,} questions have choices with the same tokens"
+            warn(f"{task.name}: {what}: the first of them counts as picked")
+    results = {}
     with progress("score", sum(len(task.questions) for task in tasks), "questions") as advance:
-        for task, one in zip(tasks, inputs, strict=True):
-            scores = score(trainer, arrays, task, one.rows, advance)
-            found[task.name] = summarise(task, scores) | {"truncated": one.truncated, "tied": one.tied}
-    return found
+        for task, encoded in zip(tasks, inputs, strict=True):
+            scores = log_likelihoods(trainer, arrays, task, encoded.rows, advance)
+            results[task.name] = compute_metrics(task, scores) | {"truncated": encoded.truncated, "tied": encoded.tied}
+    return results

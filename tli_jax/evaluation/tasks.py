@@ -1,6 +1,6 @@
-"""Multiple-choice tasks out of JSONL files: one format of our own, and the five of KoBEST (arXiv 2204.04541).
+"""Multiple-choice tasks from JSONL files: one format of our own, and the five of KoBEST (arXiv 2204.04541).
 
-KoBEST's prompts are those of lm-evaluation-harness, so that figures can be held against others'.
+KoBEST's prompts are those of lm-evaluation-harness, so results are comparable with published ones.
 """
 
 import codecs
@@ -8,25 +8,44 @@ import dataclasses
 import hashlib
 import json
 import random
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import pydantic
-from pydantic.dataclasses import dataclass
-
-from tli_jax.data.formats import HEAD, recognise
+from tli_jax.data.embedded import held_out_modules
+from tli_jax.data.formats import HEAD, recognize
 from tli_jax.errors import DataError, MissingInputError, UsageError
-from tli_jax.hf import tokens
 from tli_jax.hf.hub import EMBEDDED
 
-_LARGEST = 2**27  # bytes; all questions of MMLU take 10 MB
-# Of the task that the package makes for itself.
-_QUESTIONS, _LINES_BEFORE, _CHOICES = 200, 4, 4
+_MAX_BYTES = 2**27  # all questions of MMLU take 10 MB
+
+# KoBEST's rows by their keys: the context, and the choices in the order of the label.
+_KOBEST = {
+    ("paragraph", "question", "label"): ("{paragraph} 질문: {question} 답변: ", ("아니오", "예")),
+    ("premise", "question", "alternative_1", "alternative_2", "label"): (
+        "{premise} {connector}",
+        ("{alternative_1}", "{alternative_2}"),
+    ),
+    ("word", "context_1", "context_2", "label"): (
+        "문장1: {context_1} 문장2: {context_2} 두 문장에서 {word}가 같은 뜻으로 쓰였나?",
+        ("아니오", "예"),
+    ),
+    ("context", "ending_1", "ending_2", "ending_3", "ending_4", "label"): (
+        "문장: {context}",
+        ("{ending_1}", "{ending_2}", "{ending_3}", "{ending_4}"),
+    ),
+    ("sentence", "label"): ("문장: {sentence} 긍부정:", ("부정", "긍정")),
+}
+_COPA_CONNECTORS = {"원인": " 왜냐하면", "결과": " 그래서"}
+_OWN_KEYS = ("context", "choices", "answer")
+
+# The task made of Python's standard library.
+_QUESTIONS, _CONTEXT_LINES, _CHOICES = 200, 4, 4
 
 
 class Question(NamedTuple):
-    """What stands in front, and what may follow it, after a space; ``answer`` counts the choices from 0."""
+    """A context, the choices that may follow it after a space, and the index of the right one."""
 
     context: str
     choices: tuple[str, ...]
@@ -35,7 +54,7 @@ class Question(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Questions, and solved ones (``examples``) to show in front of them."""
+    """Questions, and solved ones (``examples``) for few-shot prompts."""
 
     name: str
     questions: tuple[Question, ...]
@@ -43,11 +62,11 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """sha256 over all that is asked, and what is right."""
+        """sha256 over questions, answers and examples."""
         return hashlib.sha256(json.dumps([self.questions, self.examples]).encode()).hexdigest()
 
     def prompt(self, number: int, shots: int, seed: int) -> str:
-        """The context of a question, after solved examples drawn for it, blank lines between.
+        """The context of a question, after solved examples sampled for it, separated by blank lines.
 
         Raises:
             UsageError: there are fewer examples.
@@ -57,195 +76,139 @@ class Task:
             return context
         if len(self.examples) < shots:
             raise UsageError(f"shots is {shots}: {self.name} has {len(self.examples)} examples in its train.jsonl")
-        drawn = random.Random(f"{seed} {number}").sample(self.examples, shots)
-        return "\n\n".join([*(f"{one.context} {one.choices[one.answer]}" for one in drawn), context])
+        sample = random.Random(f"{seed} {number}").sample(self.examples, shots)
+        return "\n\n".join([*(f"{shown.context} {shown.choices[shown.answer]}" for shown in sample), context])
 
 
 def open_tasks(paths: Sequence[str]) -> list[Task]:
     """Read tasks.
 
     Args:
-        paths: each a JSONL file; a folder with ``test.jsonl`` in it, whose name is the task's; a folder of such
-            folders; or the word ``embedded``, see ``make_embedded``. Examples are in ``train.jsonl`` beside it.
+        paths: each is a JSONL file, a folder with ``test.jsonl``, a folder of such folders, or the word ``embedded``
+            (see ``make_embedded``). A task is named after its file or folder. Examples are in ``train.jsonl``.
 
     Raises:
-        MissingInputError: nothing is there.
-        DataError: a line is no question; names it.
-        UsageError: two are called the same.
+        MissingInputError: a path does not exist.
+        DataError: a line is not a question.
+        UsageError: two tasks have the same name.
     """
-    found = [task for path in paths for task in _open(path)]
-    names = [task.name for task in found]
-    if twins := {name for name in names if names.count(name) > 1}:
-        raise UsageError(f"tasks: two are called {', '.join(sorted(twins))}: rename a file or folder")
-    return found
+    tasks = [task for path in paths for task in _open(path)]
+    names = [task.name for task in tasks]
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        raise UsageError(f"tasks: two are named {', '.join(sorted(duplicates))}: rename a file or folder")
+    return tasks
 
 
-def _open(path: str) -> Iterator[Task]:
-    place = Path(path)
-    if path == EMBEDDED and not place.exists():
+def _open(text: str) -> Iterator[Task]:
+    path = Path(text)
+    if text == EMBEDDED and not path.exists():
         yield make_embedded()
-    elif place.is_file():
-        yield _read_task(place.stem, place)
-    elif (place / "test.jsonl").is_file():
-        yield _read_task(place.name, place / "test.jsonl")
-    elif files := sorted(place.glob("*/test.jsonl")):
+    elif path.is_file():
+        yield _read_task(path.stem, path)
+    elif (path / "test.jsonl").is_file():
+        yield _read_task(path.name, path / "test.jsonl")
+    elif files := sorted(path.glob("*/test.jsonl")):
         yield from (_read_task(file.parent.name, file) for file in files)
     else:
-        raise MissingInputError(f"tasks: {path}: is no JSONL file, and no folder with test.jsonl in it or below it")
+        raise MissingInputError(f"tasks: {text}: not a JSONL file, nor a folder that contains test.jsonl files")
 
 
 def _read_task(name: str, file: Path) -> Task:
     train = file.with_name("train.jsonl")
     has_examples = train.is_file() and train != file
-    # A name that is not UTF-8 is shown with escapes.
-    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-    return Task(name, _read(file), _read(train) if has_examples else ())
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")  # JSON must be able to hold it
+    return Task(name, _read_questions(file), _read_questions(train) if has_examples else ())
 
 
-def _read(file: Path) -> tuple[Question, ...]:
-    found = []
-    if (size := file.stat().st_size) > _LARGEST:
-        raise DataError(f"{file}: has {size:,} bytes, more than the {_LARGEST:,} that questions may have: split it")
+def _read_questions(file: Path) -> tuple[Question, ...]:
+    questions = []
+    if (size := file.stat().st_size) > _MAX_BYTES:
+        raise DataError(f"{file}: has {size:,} bytes, more than the {_MAX_BYTES:,} allowed for questions: split it")
     with file.open("rb") as lines:
-        if what := recognise(lines.read(HEAD)):
-            raise DataError(f"{file}: is {what}: give JSON lines")
+        if content := recognize(lines.read(HEAD)):
+            raise DataError(f"{file}: is {content}: give JSON lines")
         lines.seek(0)
         for number, line in enumerate(lines, 1):
             line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
-                kind = _kind(json.loads(line, object_pairs_hook=_refuse_twice))
-                found.append(_check(pydantic.TypeAdapter(kind).validate_json(line).ask()))
+                questions.append(_parse(json.loads(line.decode(), object_pairs_hook=_unique)))
             except (ValueError, RecursionError) as error:
-                why = error.errors()[0] if isinstance(error, pydantic.ValidationError) else None
-                what = f"{'.'.join(map(str, why['loc']))}: {why['msg']}" if why else str(error)
-                raise DataError(f"{file}: line {number}: is not a question ({what}): fix it") from None
-    if not found:
-        raise DataError(f"{file}: has no questions in it")
-    return tuple(found)
+                raise DataError(f"{file}: line {number}: is not a question ({error}): fix it") from None
+    if not questions:
+        raise DataError(f"{file}: contains no questions")
+    return tuple(questions)
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) < len(pairs):
-        raise ValueError("has a key twice")
+        raise ValueError("a key appears twice")
     return row
 
 
-def _check(question: Question) -> Question:
-    """Refuse choices among which none can be told right."""
-    if any(not choice.strip() for choice in question.choices):
+def _parse(row: Any) -> Question:
+    """Raises ValueError: the row is not a question, or no choice can be told right."""
+    keys = tuple(row) if isinstance(row, dict) else ()
+    known = next((names for names in (_OWN_KEYS, *_KOBEST) if set(names) <= set(keys)), None)
+    if known is None:
+        formats = "; ".join(", ".join(names) for names in (_OWN_KEYS, *_KOBEST))
+        raise ValueError(f"has keys {', '.join(keys) or 'none'}; known are {formats}")
+    answer_key = known[-1]
+    texts = {name: row[name] for name in known if name not in ("choices", answer_key)}
+    if known is _OWN_KEYS:
+        if not isinstance(row["choices"], list) or len(row["choices"]) < 2:
+            raise ValueError("choices must be a list of two or more texts")
+        _check_texts(texts | {f"choices[{i}]": choice for i, choice in enumerate(row["choices"])})
+        context, choices = row["context"], tuple(row["choices"])
+    else:
+        _check_texts(texts)
+        if "premise" in texts:
+            if texts["question"] not in _COPA_CONNECTORS:
+                raise ValueError(f"question must be {' or '.join(_COPA_CONNECTORS)}")
+            texts["connector"] = _COPA_CONNECTORS[texts["question"]]
+        context, *choices = (template.format(**texts) for template in (_KOBEST[known][0], *_KOBEST[known][1]))
+    answer = row[answer_key]
+    if type(answer) is not int or not 0 <= answer < len(choices):
+        raise ValueError(f"{answer_key} is {reprlib.repr(answer)}, must be an integer from 0 to {len(choices) - 1}")
+    if any(not choice.strip() for choice in choices):
         raise ValueError("a choice is empty")
-    if len(set(question.choices)) < len(question.choices):
+    if len(set(choices)) < len(choices):
         raise ValueError("two choices are the same")
-    return question
+    return Question(context, tuple(choices), answer)
 
 
-def _kind(row: object) -> type["_Row"]:
-    """By the keys that a row has."""
-    keys = row.keys() if isinstance(row, dict) else ()
-    for kind in _KINDS:
-        if all(field.name in keys for field in dataclasses.fields(kind)):
-            return kind
-    known = "; ".join(", ".join(field.name for field in dataclasses.fields(kind)) for kind in _KINDS)
-    raise ValueError(f"has keys {', '.join(map(str, keys)) or 'none'}; known are {known}")
-
-
-_STRICT = pydantic.ConfigDict(extra="ignore", strict=True)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class _MultipleChoice:
-    context: str
-    choices: Annotated[list[str], pydantic.Field(min_length=2)]
-    answer: Annotated[int, pydantic.Field(ge=0)]
-
-    def ask(self) -> Question:
-        if self.answer >= len(self.choices):
-            raise ValueError(f"answer is {self.answer}, choices count from 0 to {len(self.choices) - 1}")
-        return Question(self.context, tuple(self.choices), self.answer)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class _BoolQ:
-    paragraph: str
-    question: str
-    label: Literal[0, 1]
-
-    def ask(self) -> Question:
-        return Question(f"{self.paragraph} 질문: {self.question} 답변: ", ("아니오", "예"), self.label)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class _Copa:
-    premise: str
-    question: Literal["원인", "결과"]
-    alternative_1: str
-    alternative_2: str
-    label: Literal[0, 1]
-
-    def ask(self) -> Question:
-        connector = {"원인": " 왜냐하면", "결과": " 그래서"}[self.question]
-        return Question(f"{self.premise} {connector}", (self.alternative_1, self.alternative_2), self.label)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class _WiC:
-    word: str
-    context_1: str
-    context_2: str
-    label: Literal[0, 1]
-
-    def ask(self) -> Question:
-        question = f"두 문장에서 {self.word}가 같은 뜻으로 쓰였나?"
-        return Question(f"문장1: {self.context_1} 문장2: {self.context_2} {question}", ("아니오", "예"), self.label)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class _HellaSwag:
-    context: str
-    ending_1: str
-    ending_2: str
-    ending_3: str
-    ending_4: str
-    label: Literal[0, 1, 2, 3]
-
-    def ask(self) -> Question:
-        endings = (self.ending_1, self.ending_2, self.ending_3, self.ending_4)
-        return Question(f"문장: {self.context}", endings, self.label)
-
-
-@dataclass(frozen=True, config=_STRICT)
-class _SentiNeg:
-    sentence: str
-    label: Literal[0, 1]
-
-    def ask(self) -> Question:
-        return Question(f"문장: {self.sentence} 긍부정:", ("부정", "긍정"), self.label)
-
-
-_Row = _MultipleChoice | _BoolQ | _Copa | _WiC | _HellaSwag | _SentiNeg
-_KINDS: tuple[type[_Row], ...] = (_MultipleChoice, _BoolQ, _Copa, _WiC, _HellaSwag, _SentiNeg)
+def _check_texts(texts: dict[str, Any]) -> None:
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"{name} is not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{name} contains a lone surrogate") from None
 
 
 def make_embedded() -> Task:
-    """Which line comes next, in modules held out of the embedded base's training: the true one, or one of three others
-    of the same module; 200 questions, spread over the modules. Another Python's library gives other questions."""
-    draw, found = random.Random(0), []
-    for text in tokens.held_out_modules():
+    """Make the task ``next_line``: which of four lines of a module comes next?
+
+    Its 200 questions are spread over the standard-library modules that were held out of the embedded base's training.
+    Each offers the true line and three others of the same module. Another version of Python gives other questions.
+    """
+    rng, candidates = random.Random(0), []
+    for text in held_out_modules():
         lines = text.splitlines()
-        # Within a block, so that a space stands in front of the line.
-        inside = [i for i, line in enumerate(lines) if i >= _LINES_BEFORE and line.startswith(" ") and line.strip()]
-        for i in inside:
-            others = sorted({lines[j].strip() for j in inside} - {lines[i].strip()})
+        # Indented lines only, because a space precedes every choice.
+        indented = [i for i, line in enumerate(lines) if i >= _CONTEXT_LINES and line.startswith(" ") and line.strip()]
+        for i in indented:
+            others = sorted({lines[j].strip() for j in indented} - {lines[i].strip()})
             if len(others) >= _CHOICES - 1:
-                found.append((lines, i, others))
+                candidates.append((lines, i, others))
     questions = []
-    for lines, i, others in draw.sample(found, _QUESTIONS):
+    for lines, i, others in rng.sample(candidates, _QUESTIONS):
         line = lines[i].strip()
-        choices = draw.sample([line, *draw.sample(others, _CHOICES - 1)], _CHOICES)
+        choices = rng.sample([line, *rng.sample(others, _CHOICES - 1)], _CHOICES)
         indent = lines[i][: len(lines[i]) - len(lines[i].lstrip()) - 1]
-        context = "\n".join([*lines[i - _LINES_BEFORE : i], indent])
+        context = "\n".join([*lines[i - _CONTEXT_LINES : i], indent])
         questions.append(Question(context, tuple(choices), choices.index(line)))
     return Task("next_line", tuple(questions))

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tli_jax.errors import DataError, UsageError
-from tli_jax.hf.encoding import quiet, refusing
+from tli_jax.hf.encoding import as_data_error, silence_stderr
 from tli_jax.hf.headers import inside, read_json
 
 
@@ -37,7 +37,7 @@ def render_chat(folder: Path, prompt: str) -> str:
 
     if not has_chat_template(folder):
         raise DataError(f"{folder}: the model has no chat template: use --no-chat")
-    with refusing(f"{folder}: the chat template cannot be rendered", "use --no-chat"), quiet():
+    with as_data_error(f"{folder}: the chat template cannot be rendered", "use --no-chat"), silence_stderr():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         messages = [{"role": "user", "content": prompt}]
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -1,4 +1,4 @@
-"""A tokenizer that is loaded: texts to ids and back, whichever library does it."""
+"""Loaded tokenizers: text to token ids and back, through tokenizers or transformers."""
 
 import abc
 import contextlib
@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tli_jax.errors import DataError
 
@@ -15,35 +15,16 @@ if TYPE_CHECKING:
     import tokenizers
 
 
-class Tokenizer(Protocol):
-    """Text to ids and back. No special tokens are added; special tokens in the ids do not appear in decoded text.
+class Tokenizer(abc.ABC):
+    """Converts text to token ids and back. Encoding adds no special tokens; decoding skips them.
 
     Attributes:
-        size: one more than the largest id.
-        prefix: ids that the tokenizer puts in front of a text by default: BOS, or nothing.
-        special_as_text: special tokens that are text like any other in a text; none if they are parsed.
-    """
-
-    @property
-    def size(self) -> int: ...
-    @property
-    def prefix(self) -> list[int]: ...
-    @property
-    def special_as_text(self) -> list[str]: ...
-    def encode(self, text: str) -> list[int]: ...
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
-class Loaded(abc.ABC):
-    """What both kinds of tokenizers have in common: no id outside the model's vocabulary gets out.
-
-    Attributes:
-        vocab: ids of all tokens.
-        added: ids of tokens that are found in a text before it is split into tokens.
-        named: special tokens by their key, such as ``bos_token``.
-        prefix, suffix: ids that are put around a text by default.
-        special_as_text: see ``Tokenizer``.
+        size: largest id plus one.
+        vocab: id of every token.
+        added: ids of the added tokens, which are matched before the text is split.
+        named: special tokens by key, such as ``bos_token``.
+        prefix, suffix: ids that the tokenizer puts before and after a text by default.
+        special_as_text: special tokens that are encoded as ordinary text; empty if they are parsed.
     """
 
     def __init__(
@@ -61,7 +42,7 @@ class Loaded(abc.ABC):
         self.named: dict[str, str] = {}
         self.prefix: list[int] = []
         self.suffix: list[int] = []
-        # Not every tokenizer can encode an "a".
+        # Some tokenizers cannot encode an "a", so try until a text works.
         for text in itertools.islice(itertools.chain("aA0", vocab), 1000):
             with contextlib.suppress(DataError):
                 ids = self.encode(text)
@@ -73,17 +54,18 @@ class Loaded(abc.ABC):
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        with refusing(f"{self.folder}: the tokenizer cannot encode the text", "use another text or tokenizer"):
-            found = self._encode(texts)
+        """Raises DataError: a text cannot be encoded, or its ids are outside the model's vocabulary."""
+        with as_data_error(f"{self.folder}: the tokenizer cannot encode the text", "use another text or tokenizer"):
+            batch = self._encode(texts)
         if self.size > self.vocab_size:
-            for text, ids in zip(texts, found, strict=True):
+            for text, ids in zip(texts, batch, strict=True):
                 if (largest := max(ids, default=0)) >= self.vocab_size:
                     token = next(token for token, index in self.vocab.items() if index == largest)
                     raise DataError(
-                        f"{self.folder}: the text {text[:40]!r} holds {token!r}, id {largest:,}, which the model's"
-                        f" vocabulary of {self.vocab_size:,} does not have: remove it from the text"
+                        f"{self.folder}: the text {text[:40]!r} contains {token!r} with id {largest:,}, outside the"
+                        f" model's vocabulary of {self.vocab_size:,}: remove it from the text"
                     )
-        return found
+        return batch
 
     @abc.abstractmethod
     def decode(self, ids: list[int]) -> str: ...
@@ -93,14 +75,14 @@ class Loaded(abc.ABC):
 
     @abc.abstractmethod
     def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        """What stands before and after the ids of a text; None if this text does not tell."""
+        """Ids added before and after the ids of a text; None if this text does not show them."""
 
 
-class RustTokenizer(Loaded):
-    """A tokenizer of the tokenizers library, read by it or built by transformers."""
+class RustTokenizer(Tokenizer):
+    """A tokenizer of the tokenizers library, whether it or transformers built it."""
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer: "tokenizers.Tokenizer", parse_special: bool):
-        # transformers, too, drops what another tool left in the file.
+        # The file may keep settings of whoever saved it. transformers resets these too.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = not parse_special
@@ -112,17 +94,20 @@ class RustTokenizer(Loaded):
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        whole = self._tokenizer.encode(text, add_special_tokens=True)
-        if 0 not in whole.special_tokens_mask:
+        encoding = self._tokenizer.encode(text, add_special_tokens=True)
+        if 0 not in encoding.special_tokens_mask:
             return None
-        first = whole.special_tokens_mask.index(0)
-        return whole.ids[:first], whole.ids[first + len(ids) :]
+        first = encoding.special_tokens_mask.index(0)
+        return encoding.ids[:first], encoding.ids[first + len(ids) :]
 
-    def parsed_anyway(self) -> list[str]:
-        """Special tokens that the vocabulary itself finds in a text, but for the one that stands for unknown text."""
+    def always_parsed(self) -> list[str]:
+        """Special tokens that are parsed in any text because the vocabulary itself contains them.
+
+        The unknown token is not one of them: other text maps to it as well.
+        """
 
         def encode(text: str) -> list[int]:
             with contextlib.suppress(DataError):
@@ -134,15 +119,14 @@ class RustTokenizer(Loaded):
         return [token for token in special if (i := self.vocab[token]) not in unknown and i in encode(token)]
 
 
-class PythonTokenizer(Loaded):
-    """One of the few tokenizers that transformers has in Python alone, such as bytes."""
+class PythonTokenizer(Tokenizer):
+    """A tokenizer that transformers implements in Python alone, such as one for bytes."""
 
     def __init__(self, folder: Path, vocab_size: int, tokenizer: Any, parse_special: bool):
         if not parse_special:
             tokenizer.split_special_tokens = True
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder
-        super().__init__(folder, vocab_size, tokenizer.get_vocab(), added, parse_special)
+        super().__init__(folder, vocab_size, tokenizer.get_vocab(), tokenizer.added_tokens_decoder, parse_special)
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -151,39 +135,35 @@ class PythonTokenizer(Loaded):
         return [self._tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
 
     def _affixes(self, text: str, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        whole = self._tokenizer.encode(text, verbose=False)
-        for first in range(len(whole)):
-            if whole[first : first + len(ids)] == ids:
-                return whole[:first], whole[first + len(ids) :]
+        full = self._tokenizer.encode(text, verbose=False)
+        for first in range(len(full)):
+            if full[first : first + len(ids)] == ids:
+                return full[:first], full[first + len(ids) :]
         return None
 
 
 @contextlib.contextmanager
-def refusing(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever the libraries raise into a DataError: bare exceptions, and panics of Rust, which are no Exception.
-
-    Raises:
-        DataError: always, in place of what was raised.
-    """
+def as_data_error(problem: str, advice: str) -> Iterator[None]:
+    """Raise DataError in place of any error of the libraries, which raise bare exceptions and Rust panics."""
     try:
         yield
     except (DataError, MemoryError):
         raise
-    except BaseException as error:
+    except BaseException as error:  # a Rust panic is not an Exception
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         message = " ".join(str(error).split())[:160]
-        raise DataError(f"{what} ({message}): {advice}") from error
+        raise DataError(f"{problem} ({message}): {advice}") from error
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep off stderr what Rust writes there about a panic, and what transformers logs while it loads."""
+def silence_stderr() -> Iterator[None]:
+    """Discard what Rust prints about a panic and what transformers logs while it loads."""
     sys.stderr.flush()
     saved = os.dup(2)
     try:
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), 2)
+        with open(os.devnull, "w") as devnull:  # noqa: PTH123
+            os.dup2(devnull.fileno(), 2)
         yield
     finally:
         sys.stderr.flush()

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 from tli_jax.cli.config import Recipe, TrainConfig
 from tli_jax.cli.console import say
 from tli_jax.cli.values import Source
+from tli_jax.data.embedded import topics
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
-from tli_jax.hf import hub, tokens
+from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.headers import read_json
 from tli_jax.hf.tokenizer import tokenizer_digest
 from tli_jax.models.config import LlamaConfig
@@ -70,7 +72,7 @@ def open_text(
     config: Recipe,
     model: LlamaConfig,
     folder: Path,
-    tokenizer: tokens.Tokenizer | None,
+    tokenizer: Tokenizer | None,
     T: int,
     cache: Path,
     known: Sequence[str] = (),
@@ -92,8 +94,7 @@ def open_text(
 
     file = cache / "topics.jsonl"
     text, validation_text = (
-        replace_embedded(sources, config.field, file, tokens.topics)
-        for sources in (config.text, config.validation_text)
+        replace_embedded(sources, config.field, file, topics) for sources in (config.text, config.validation_text)
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
     return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known)

@@ -12,8 +12,9 @@ from tli_jax.cli.console import say
 from tli_jax.cli.progress import Advance, progress
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
-from tli_jax.hf import sidecar, tokens
+from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
 from tli_jax.training.run_directory import RunDirectory, model_digest
@@ -60,7 +61,7 @@ def train(config: TrainConfig, cache: Path | None = None, advance: Advance | Non
 def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance | None) -> Trained:
     has_begun = run.is_begun  # asked once: the first process may begin it before another one asks again
     start = _open_model(config, run)
-    tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
+    tokenizer, warnings = open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
     for warning in (*(start.weights.warnings if start.weights else ()), *warnings):
         _say(f"warning: {warning}")
 

@@ -11,11 +11,13 @@ from tli_jax.cli.config import UpscaleConfig
 from tli_jax.cli.console import warn
 from tli_jax.cli.progress import progress
 from tli_jax.data.documents import read_plain
+from tli_jax.data.embedded import embedded_text
 from tli_jax.errors import DataError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, sidecar, tokens
 from tli_jax.hf.card import grown_card
 from tli_jax.hf.checkpoint import Checkpoint, check_unchanged, open_checkpoint
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.grown_config import grow_config, grown_config
 from tli_jax.hf.headers import INDEX, SINGLE
 from tli_jax.hf.output import check_output, staged
@@ -27,6 +29,7 @@ from tli_jax.hf.stream import (
     split_shards,
     write_safetensors,
 )
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.hf.training_record import read_trainings
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape
@@ -45,7 +48,7 @@ class Job:
 
     config: UpscaleConfig
     base: Checkpoint
-    tokenizer: tokens.Tokenizer | None
+    tokenizer: Tokenizer | None
     plan: Plan
     shards: dict[str, list[Piece]]
     description: dict[str, Any]
@@ -71,7 +74,7 @@ def prepare(config: UpscaleConfig) -> Job:
     runs_it = config.proof or config.sample is not None or needs_importance(config) or config.train is not None
     if runs_it and not config.plan_only:
         base.config.check_runnable(str(folder))
-    tokenizer, warnings = tokens.open_tokenizer(folder, base.config)
+    tokenizer, warnings = open_tokenizer(folder, base.config)
     if config.plan_only and tokenizer is None:
         # Of a hub id only headers and configuration have been fetched: that says nothing of a tokenizer.
         warnings = []
@@ -162,7 +165,7 @@ def _check(job: Job, seconds: dict[str, float]) -> tuple[dict[str, str], dict[st
     return digests, nonfinite
 
 
-def _read_ids(config: UpscaleConfig, base: Checkpoint, tokenizer: tokens.Tokenizer | None) -> list[int] | None:
+def _read_ids(config: UpscaleConfig, base: Checkpoint, tokenizer: Tokenizer | None) -> list[int] | None:
     """Token ids of the text for the proof; None where there is no tokenizer."""
     if tokenizer is None:
         if config.text is not None or config.sample is not None or needs_importance(config):
@@ -170,13 +173,13 @@ def _read_ids(config: UpscaleConfig, base: Checkpoint, tokenizer: tokens.Tokeniz
                 f"{base.folder}: no tokenizer, which --text, --sample and --method adept need: leave them out"
             )
         return None
-    text = tokens.embedded_text() if config.text is None else read_plain(Path(config.text))
+    text = embedded_text() if config.text is None else read_plain(Path(config.text))
     ids = tokenizer.encode(text)
-    tokens.windows(ids, base.config, tokens.FEWEST, tokens.FEWEST)  # refuses what is too short
+    tokens.windows(ids, base.config, tokens.MIN_TOKENS, tokens.MIN_TOKENS)  # refuses what is too short
     return ids
 
 
-def _measure_importance(config: UpscaleConfig, base: Checkpoint, tokenizer: tokens.Tokenizer | None) -> list[float]:
+def _measure_importance(config: UpscaleConfig, base: Checkpoint, tokenizer: Tokenizer | None) -> list[float]:
     from tli_jax.verify.importance import TOKENS, measure_importance
 
     ids = _read_ids(config, base, tokenizer)

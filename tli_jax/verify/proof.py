@@ -18,7 +18,7 @@ from tli_jax.cli.console import finite
 from tli_jax.errors import ProofError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.checkpoint import Checkpoint, read_chunks, read_tensor
-from tli_jax.hf.tokens import FEWEST
+from tli_jax.hf.tokens import MIN_TOKENS
 from tli_jax.models.tree import pick
 from tli_jax.verify.layers import embed, head_name, normalise, read_layer, run_layer
 
@@ -65,17 +65,17 @@ class Proof:
 def choose_tokens(base: Checkpoint, plan: Plan, seconds: float = SECONDS) -> int:
     """Number of tokens with which the proof takes about ``seconds``, measured on the first layer; 128 to 4096."""
     params = read_layer(base, 0)
-    x = jnp.zeros((1, FEWEST, base.config.hidden_size), params["input_layernorm"]["weight"].dtype)
+    x = jnp.zeros((1, MIN_TOKENS, base.config.hidden_size), params["input_layernorm"]["weight"].dtype)
     run_layer(base.config, params, x).block_until_ready()
     started = time.perf_counter()
     run_layer(base.config, params, x).block_until_ready()
-    per_token = (time.perf_counter() - started) / FEWEST
+    per_token = (time.perf_counter() - started) / MIN_TOKENS
     # Every expert runs on every token here.
     layers = layers_to_run(plan) * (plan.experts.count if plan.experts else 1)
     # The head costs as much as its parameters are layers; both models need it.
     layers += 2 * base.config.vocab_size * base.config.hidden_size / base.config.layer_params
     affordable = int(seconds / (per_token * layers))
-    return max(FEWEST, min(MAX_TOKENS, affordable // WINDOW * WINDOW or affordable))
+    return max(MIN_TOKENS, min(MAX_TOKENS, affordable // WINDOW * WINDOW or affordable))
 
 
 def layers_to_run(plan: Plan) -> int:
