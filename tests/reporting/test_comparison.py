@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tli_jax.comparison.statistics import FAILS, HOLDS, UNKNOWN, analyse, reached
+from tli_jax.comparison.statistics import analyse, reached
 from tli_jax.reporting import comparison
 from tli_jax.reporting.page import write_report
+from tli_jax.reporting.results import FAILS, HOLDS, UNKNOWN
 
 
 def row(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -112,7 +113,7 @@ def test_written(results, tmp_path) -> None:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
-    assert "stack is left out: too large" in page
+    assert "stack was left out: too large" in page
     assert "<td>75.0 → 75.0</td>" in page
     for outside in ("src=", "href=", "@import"):
         assert outside not in page.split("</style>")[0] + page.split("</script>")[-1]

@@ -34,7 +34,7 @@ from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import read_json
 from tli_jax.models.config import LlamaConfig
-from tli_jax.reporting.page import need_libraries, write_report
+from tli_jax.reporting.page import require_libraries, write_report
 from tli_jax.training.metrics import read_metrics, validation
 from tli_jax.training.run_directory import RunDirectory, model_digest, replacing
 from tli_jax.training.setup import make_trainer, open_text, replace_embedded, sequence_length
@@ -66,7 +66,7 @@ def compare(config: CompareConfig, call: str) -> dict[str, Any]:
     for key in ("model", "output", "text", "methods"):
         if not getattr(config, key):
             raise UsageError(f"{key} is not set, see --help")
-    need_libraries()
+    require_libraries()
     output = Path(config.output)
     try:
         output.mkdir(parents=True, exist_ok=True)

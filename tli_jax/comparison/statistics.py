@@ -11,7 +11,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tli_jax.reporting.results import FAILS, HOLDS, UNKNOWN, final_loss, first_of_each, number, plus, select, signed
+from tli_jax.reporting.results import (
+    FAILS,
+    HOLDS,
+    UNKNOWN,
+    final_loss,
+    first_of_each,
+    mean_and_spread,
+    select,
+    signed,
+    signed_with_error,
+)
 
 
 def analyse(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +246,9 @@ def _compare_starts(results: Mapping[str, Any], name: str, rival: str | None, te
     if found["mean"] is None:
         return {"verdict": UNKNOWN, "numbers": "", "difference": None}
     means = [_spread(values) for values in (a, b)]
-    numbers = f"{number(means[0])} against {number(means[1])} on the {domain}, {signed(found)}"
+    numbers = (
+        f"{mean_and_spread(means[0])} against {mean_and_spread(means[1])} on the {domain}, {signed_with_error(found)}"
+    )
     return {"verdict": _verdict(found), "numbers": numbers, "difference": found}
 
 
@@ -256,7 +268,7 @@ def _compare_tasks(results: Mapping[str, Any], name: str, rival: str | None) -> 
         errors.append(statistics.variance(pairs) / len(pairs) if len(pairs) > 1 else 0.0)
     mean, error = statistics.fmean(means), 2 * math.sqrt(sum(errors)) / len(errors)
     known = [statistics.fmean(start["accuracy"] for start in starts) for starts in (ours, theirs)]
-    numbers = f"{known[0]:.4f} against {known[1]:.4f} right, {plus(mean)} ± {error:.4f} over questions"
+    numbers = f"{known[0]:.4f} against {known[1]:.4f} right, {signed(mean)} ± {error:.4f} over questions"
     verdict = HOLDS if mean > error else FAILS
     return {"verdict": verdict, "numbers": numbers, "difference": {"mean": mean, "error": error}}
 
