@@ -1,4 +1,4 @@
-"""``python -m tli_jax.compare``: grow one base by several methods to one size, train each alike, and compare."""
+"""``tli-jax compare``: grow one base by several methods to one size, train each alike, and compare."""
 
 import shlex
 import sys
@@ -12,11 +12,16 @@ from tli_jax.comparison.run import compare
 from tli_jax.distributed import processes
 from tli_jax.reporting.comparison import describe, make_tables
 
-PROGRAM = "python -m tli_jax.compare"
+PROGRAM = "tli-jax compare"
+DESCRIPTION = "Grow a base by several methods to one size, train each model alike, and compare them."
+EXAMPLES = (
+    "--model embedded --text new.jsonl --output comparison",
+    "--model base --text new.jsonl --old-text old.jsonl --methods tli:identity,dus --every 2 --output comparison",
+)
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = parse(CompareConfig, PROGRAM, "Grow a base by several methods, train each alike, and compare.", arguments)
+    config = parse(CompareConfig, PROGRAM, DESCRIPTION, arguments, EXAMPLES)
     results = compare(config, shlex.join([*PROGRAM.split(), *arguments]))
     screen = console()
     for table in make_tables(results):

@@ -1,4 +1,4 @@
-"""``python -m tli_jax.report FOLDER…``: show runs, models and comparisons from their records."""
+"""``tli-jax report FOLDER…``: show runs, models and comparisons from their records."""
 
 import sys
 from collections.abc import Sequence
@@ -17,7 +17,11 @@ from tli_jax.reporting.records import read_records
 
 
 def main(arguments: Sequence[str]) -> None:
-    parser = Parser(prog="python -m tli_jax.report", description="Show runs, models and comparisons.")
+    parser = Parser(
+        prog="tli-jax report",
+        description="Show runs, grown models, trained models and comparisons, each kind in its own table.",
+        epilog="examples:\n  tli-jax report grown run comparison\n  tli-jax report run --curves losses.png",
+    )
     parser.add_argument(
         "folders", nargs="+", metavar="FOLDER", help="run directories, grown models, trained models, comparisons"
     )

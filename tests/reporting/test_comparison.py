@@ -62,7 +62,7 @@ def test_claims(results) -> None:
     on_tasks = {rival: said[f"better on tasks without any training than {rival}"] for rival in ("base", "dus", "moe")}
     assert [claim["verdict"] for claim in on_tasks.values()] == [HOLDS, HOLDS, FAILS]
     assert on_tasks["base"]["difference"] == pytest.approx({"mean": 0.25, "error": 2 * math.sqrt(3 / 16 / 19)})
-    assert on_tasks["moe"]["numbers"].startswith("0.7500 against 0.7500 right, +0.0000 ± 0.3")
+    assert on_tasks["moe"]["numbers"].startswith("accuracy 0.7500 against 0.7500, +0.0000 ± 0.3")
     assert len(results["claims"]) == 10
 
 

@@ -75,8 +75,8 @@ def test_each_kind_has_its_own_table(tmp_path, results, capsys):
     shown = report(capsys, grown, run, trained, compared, alone)
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
     assert rows["a_run"][1:6] == ["2", "16", "2.5000", "4.0000", "2.5000"]
-    assert rows["a_growth"][1:7] == ["tli", "identity", "4", "→", "6", "123,456,789"]
-    assert rows["a_growth"][7:] == ["bit", "1.5394", "1.5394", "+0.0000", "0.0000", "100.0", "%"]
+    assert rows["a_growth"][1:8] == ["tli", "identity", "4", "→", "6", "bit", "123,456,789"]
+    assert rows["a_growth"][8:] == ["1.5394", "1.5394", "+0.0000", "0.0000", "100.0", "%"]
     assert rows["a_model"][6:] == ["bit,", "KL", "0.0000", "injected", "40", "81,920", "2.2500", "3.2500", "2.1250"]
     assert rows["never_grown"][1:5] == ["–", "–", "–", "all"]
     assert "proof before training" in shown and "comparison a_comparison" in shown and "tli:identity" in shown

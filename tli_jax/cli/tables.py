@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import rich.box
@@ -30,6 +30,12 @@ class Column:
     heading: str
     justify: Literal["left", "right"] = "left"
     priority: int = 0
+
+
+def make_columns(text: Mapping[str, int], numbers: Mapping[str, int]) -> list[Column]:
+    """Columns from their headings and priorities: text to the left, then numbers to the right."""
+    left = [Column(heading, "left", priority) for heading, priority in text.items()]
+    return left + [Column(heading, "right", priority) for heading, priority in numbers.items()]
 
 
 @dataclasses.dataclass

@@ -125,10 +125,8 @@ def describe(results: Mapping[str, Any]) -> list[str]:
         " deviation over seeds"
     ]
     for claim, rows in claims_by_kind(results).items():
-        names = {
-            verdict: [row["tli"] for row in rows if row["verdict"] == verdict] for verdict in (HOLDS, FAILS, UNKNOWN)
-        }
-        lines.append(f"{claim}: " + "; ".join(f"{verdict}: {', '.join(who)}" for verdict, who in names.items() if who))
+        names = {kind: [row["tli"] for row in rows if row["verdict"] == kind] for kind in (HOLDS, FAILS, UNKNOWN)}
+        lines.append(f"{claim}: " + "; ".join(f"{kind}: {', '.join(some)}" for kind, some in names.items() if some))
     lines += [f"{name} was left out: {why}" for name, why in results["left_out"].items()]
     return [*lines, f"wrote results.json, results.csv, report.html and plots to {results['config']['output']}"]
 

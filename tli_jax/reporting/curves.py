@@ -51,7 +51,7 @@ def styles(results: Mapping[str, Any]) -> dict[str, Style]:
     ranked = dict.fromkeys(name for names in itertools.zip_longest(*groups) for name in names if name is not None)
     methods = [name for name in ranked if name not in BASELINES]
     looks = {name: Style(dash=_BASELINE_DASHES[name]) for name in ranked if name in BASELINES}
-    return looks | dict(itertools.zip_longest(methods, _STYLES[: len(methods)], fillvalue=Style()))
+    return looks | dict(zip(methods, itertools.chain(_STYLES, itertools.repeat(Style())), strict=False))
 
 
 def loss_curves(results: Mapping[str, Any], only: str) -> list[Curve]:

@@ -7,7 +7,7 @@ import rich.console
 import rich.text
 
 from tli_jax.cli.console import printable
-from tli_jax.cli.tables import Column, Table, show_number
+from tli_jax.cli.tables import Table, make_columns, show_number
 from tli_jax.growth.plan import Plan, draw_layer_map
 from tli_jax.hf.card import GUARANTEES
 from tli_jax.hf.card import options as options_of
@@ -37,7 +37,7 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
     }
     if all(sizes["active_parameters"] == sizes["parameters"] for sizes in (before, after)):
         del labels["active_parameters"]
-    columns = [Column(""), *(Column(heading, "right") for heading in ("before", "after", "×"))]
+    columns = make_columns({"": 0}, {"before": 0, "after": 0, "×": 0})
     rows = [
         [label, f"{before[key]:,.0f}", f"{after[key]:,.0f}", f"{after[key] / before[key]:.3f}"]
         for key, label in labels.items()
@@ -72,12 +72,12 @@ def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:
         return
     screen.print(f"  hidden states differ from layer {proof['parted_at']} of the grown model on")
     if proof["changes"]:
-        headings = ("injected layer", "relative change of the hidden state", "cosine")
+        columns = make_columns({}, {"injected layer": 0, "relative change of the hidden state": 0, "cosine": 0})
         rows = [
             [str(change["layer"]), show_number(change["relative_change"]), show_number(change["cosine"])]
             for change in proof["changes"]
         ]
-        Table([Column(heading, "right") for heading in headings], rows).render(screen)
+        Table(columns, rows).render(screen)
 
 
 def summarise_grown(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,18 +130,10 @@ def _summarise_plan(name: str, record: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_grown_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per grown model."""
-    columns = [
-        Column("folder"),
-        Column("method"),
-        Column("layers"),
-        Column("parameters", "right", 2),
-        Column("guarantee", priority=1),
-        Column("base loss", "right", 3),
-        Column("grown loss", "right", 3),
-        Column("Δ loss", "right"),
-        Column("KL", "right", 1),
-        Column("same top-1", "right", 4),
-    ]
+    columns = make_columns(
+        {"folder": 0, "method": 0, "layers": 0, "guarantee": 1},
+        {"parameters": 2, "base loss": 3, "grown loss": 3, "Δ loss": 0, "KL": 1, "same top-1": 4},
+    )
     rows = []
     for name, model in models.items():
         numbers, proof = ["not proved", *[""] * 4], model["proof"]
@@ -149,24 +141,16 @@ def make_grown_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
             losses = (show_number(proof["loss_base"]), show_number(proof["loss_grown"]))
             change = show_number(model["loss_change"], "+.4f")
             numbers = [*losses, change, show_number(proof["kl"]), _percent(proof["top1"], 1)]
-        rows.append([name, *_growth_cells(model), show_number(model["parameters"], ","), model["guarantee"], *numbers])
+        rows.append([name, *_growth_cells(model), model["guarantee"], show_number(model["parameters"], ","), *numbers])
     return Table(columns, rows, "grown models")
 
 
 def make_trained_table(models: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per trained model."""
-    columns = [
-        Column("folder"),
-        Column("method", priority=1),
-        Column("layers", priority=1),
-        Column("proof before training", priority=3),
-        Column("trained layers", priority=2),
-        Column("steps", "right", 2),
-        Column("tokens", "right"),
-        Column("loss", "right", 3),
-        Column("validation before", "right"),
-        Column("validation after", "right"),
-    ]
+    columns = make_columns(
+        {"folder": 0, "method": 1, "layers": 1, "proof before training": 3, "trained layers": 2},
+        {"steps": 2, "tokens": 0, "loss": 3, "validation before": 0, "validation after": 0},
+    )
     rows = []
     for name, model in models.items():
         growth, grown = model["growth"], ["–", "–", "–"]

@@ -60,11 +60,9 @@ def _draw_loss_curves(results: Mapping[str, Any]) -> Figure:
         curves, handles = loss_curves(results, str(only)), {}
         for order, curve in enumerate(reversed(curves)):
             style, lw = curve.style, 1.8 if curve.style.colour != GREY else 1.1
-            (handles[f"{curve.name}, {curve.means[-1]:.3f}"],) = axes.plot(
-                *(curve.tokens, curve.means),
-                **{"color": style.colour, "lw": lw, "ls": style.dash[0], "marker": style.marker[0], "ms": 5},
-                zorder=2 + order / 100 + (style.colour != GREY),
-            )
+            options: Any = {"color": style.colour, "lw": lw, "ls": style.dash[0], "marker": style.marker[0], "ms": 5}
+            options["zorder"] = 2 + order / 100 + (style.colour != GREY)
+            (handles[f"{curve.name}, {curve.means[-1]:.3f}"],) = axes.plot(curve.tokens, curve.means, **options)
             low, high = ([m + sign * s for m, s in zip(curve.means, curve.spreads, strict=True)] for sign in (-1, 1))
             axes.fill_between(curve.tokens, low, high, color=style.colour, alpha=0.1 * (style.colour != GREY), lw=0)
         axes.set_ylim(*loss_range(results, curves))
@@ -86,16 +84,15 @@ def _draw_forgetting(results: Mapping[str, Any]) -> Figure:
     for row in rows:
         is_injected, style = row["only"] == "injected", look[row["name"]]
         final, old = row["final"], row["old_after"]
-        handle = axes.errorbar(
-            *(final["mean"], old["mean"]),
-            **{"xerr": final["sd"] or 0.0, "yerr": old["sd"] or 0.0, "ecolor": GREY, "elinewidth": 0.8, "ls": ""},
-            **{"color": style.colour, "marker": style.marker[0] or "x", "mfc": "none" if is_injected else style.colour},
-        )
+        options: Any = {"color": style.colour, "ecolor": GREY, "elinewidth": 0.8, "ls": ""}
+        options |= {"marker": style.marker[0] or "x", "mfc": "none" if is_injected else style.colour}
+        spreads = {"xerr": final["sd"] or 0.0, "yerr": old["sd"] or 0.0}
+        handle = axes.errorbar(final["mean"], old["mean"], **spreads, **options)
         if style.colour != GREY:
             handles[row["name"] + " (injected)" * is_injected] = handle
         else:
-            options = {"textcoords": "offset points", "fontsize": 6, "color": GREY, "parse_math": False}
-            axes.annotate(row["name"], (final["mean"], old["mean"]), (4, 4), **options)
+            text: Any = {"textcoords": "offset points", "fontsize": 6, "color": GREY, "parse_math": False}
+            axes.annotate(row["name"], (final["mean"], old["mean"]), (4, 4), **text)
     # A few contenders that end far above the rest may leave the view.
     for limit, key in ((axes.set_xlim, "final"), (axes.set_ylim, "old_after")):
         losses = sorted(row[key]["mean"] for row in rows)
@@ -107,7 +104,7 @@ def _draw_forgetting(results: Mapping[str, Any]) -> Figure:
     axes.set_xlabel("final loss on the new text, nats per token")
     axes.set_ylabel("final loss on the old text, nats per token")
     axes.set_title(
-        "learning against forgetting (lower left is better; hollow: injected layers only)", fontsize="medium"
+        "learning against forgetting (lower left is better; hollow: only injected layers)", fontsize="medium"
     )
     axes.grid(alpha=0.25)
     add_legend(axes, handles, fontsize="x-small", ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))

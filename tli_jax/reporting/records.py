@@ -47,9 +47,7 @@ def read_records(folders: Sequence[str]) -> Records:
             file = path / "results.json"
             records.comparisons[name] = parse_json(file.read_bytes(), str(file))
         elif (path / "measured").is_dir() and not (path / "run.json").is_file():
-            raise MissingInputError(
-                f"{folder}: a comparison that is not finished: run tli_jax.compare again to finish it"
-            )
+            raise MissingInputError(f"{folder}: a comparison without results: run tli-jax compare again to finish it")
         elif RunDirectory(folder).is_begun:
             records.runs[name] = read_run(folder)
         elif (path / RECORD).is_file():
@@ -59,8 +57,8 @@ def read_records(folders: Sequence[str]) -> Records:
             records.grown[name] = read_growth_record(path / "growth.json")
         else:
             raise MissingInputError(
-                f"{folder}: nothing to report on: expected a run directory, a grown model (growth.json), a trained model"
-                " (training.json) or a comparison (results.json)"
+                f"{folder}: nothing to report on: expected a run directory, a grown model (growth.json), a trained"
+                " model (training.json) or a comparison (results.json)"
             )
     return records
 

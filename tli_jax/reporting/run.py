@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.tables import Column, Table, show_number
+from tli_jax.cli.tables import Table, make_columns, show_number
 from tli_jax.errors import DataError, OutputError, UsageError
 from tli_jax.training.metrics import losses, read_metrics, validation
 from tli_jax.training.run_directory import RunDirectory
@@ -45,18 +45,8 @@ def summarise(lines: Lines) -> dict[str, Any]:
 
 def make_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per run."""
-    columns = [
-        Column("run"),
-        Column("steps", "right"),
-        Column("tokens", "right", 1),
-        Column("loss", "right"),
-        Column("validation before", "right", 1),
-        Column("validation after", "right"),
-        Column("best validation", "right", 2),
-        Column("tokens/s", "right", 3),
-        Column("MFU", "right", 4),
-        Column("skipped", "right", 2),
-    ]
+    numbers = {"steps": 0, "tokens": 1, "loss": 0, "validation before": 1, "validation after": 0, "best validation": 2}
+    columns = make_columns({"run": 0}, numbers | {"tokens/s": 3, "MFU": 4, "skipped": 2})
     rows = [
         [
             name,
