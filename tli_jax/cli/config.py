@@ -310,8 +310,8 @@ class GenerateConfig:
     json: bool = option(False, _JSON, OUTPUT)
 
 
-# The paper's method with the two initialisers that it may mean (zero outputs, plain copies), the initialiser that trains
-# fastest, and the paper's two rivals. llama_pro is missing: at the size of tli it makes the same layers as tli:identity.
+# The paper's method with two readings of its initialiser (zero outputs, plain copies) and with the one that trains
+# fastest, and the paper's two rivals. llama_pro would make the same layers as tli:identity at this size.
 DEFAULT_CONTENDERS: tuple[dict[str, Any], ...] = (
     *({"method": "tli", "init": init} for init in ("identity", "half", "copy")),
     {"method": "dus"},
