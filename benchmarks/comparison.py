@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tli_jax.reporting import comparison
+from tli_jax.reporting.results import TRAINED
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "accuracy")
@@ -46,7 +47,7 @@ def tables(results: dict[str, Any]) -> str:
         rows = [comparison.cells(row) for row in results["summary"] if row["only"] == only]
         keys = [key for key in COLUMNS if key in rows[0]]
         rows = [[re.sub(r"(.*) \*$", r"**\1**", row[key]) for key in keys] for row in rows]
-        title = "Before any training" if only is None else comparison.ONLY[only].capitalize()
+        title = TRAINED[only].capitalize()
         found.append(f"{title}:\n\n{table([comparison.HEADINGS[key] for key in keys], rows)}")
     return "\n\n".join(found)
 

@@ -1,4 +1,4 @@
-"""The command that grows one base in several ways and trains each alike."""
+"""The comparison: growth, training and measurement of every contender, resumed and refused."""
 
 import json
 import os
@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tli_jax import upscale
 from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.parse import growth_config, parse
@@ -23,6 +22,7 @@ from tli_jax.comparison.contenders import make_contenders
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
 from tli_jax.models.shapes import SHAPES
+from tli_jax.upscaling.options import make_plan
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -55,14 +55,14 @@ def read(output: Path) -> dict[str, Any]:
 
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
-    """All of a run that does not depend on the clock, or on where it lies."""
+    """Everything that does not depend on the clock or on the output folder."""
     starts = [{k: v for k, v in start.items() if k not in ("seconds", "proof")} for start in results["starts"]]
     runs = [{key: value for key, value in run.items() if key != "seconds"} for run in results["runs"]]
     return {"starts": starts, "runs": runs, "claims": results["claims"], "reach": results["reach"]}
 
 
-def begin(arguments: list[str], compiled: dict[str, str]) -> subprocess.Popen:
-    """The command as a process with one device."""
+def start_process(arguments: list[str], compiled: dict[str, str]) -> subprocess.Popen:
+    """Start the command as a process with one device."""
     line = [sys.executable, "-m", "tli_jax.compare", *arguments]
     environment = os.environ | compiled | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
@@ -73,15 +73,15 @@ def done(start, once, compiled) -> Path:
     """A comparison of everything."""
 
     def make(folder: Path) -> None:
-        assert begin(call(start, folder / "out", "--old-text", str(start / "ids.npy")), compiled).wait() == 0
+        assert start_process(call(start, folder / "out", "--old-text", str(start / "ids.npy")), compiled).wait() == 0
 
     return once("compared", make) / "out"
 
 
-def test_everything_is_compared(done) -> None:
+def test_every_contender_is_trained_and_measured(done) -> None:
     results = read(done)
     assert results["left_out"].keys() == {"stack", "llama_pro"}
-    assert "tli:identity" in results["left_out"]["llama_pro"]  # with K = 2 it is that
+    assert "tli:identity" in results["left_out"]["llama_pro"]  # the same layers if K is 2
     trained = {(run["name"], run["only"]) for run in results["runs"]}
     both = {(name, only) for name in ("tli:identity", "tli:half", "dus") for only in ("all", "injected")}
     assert trained == both | {("base", "all"), ("random", "all"), ("moe", "all"), ("old_layers", "injected")}
@@ -95,20 +95,20 @@ def test_everything_is_compared(done) -> None:
         assert (done / name).stat().st_size > 0
 
 
-def test_models_begin_where_their_promise_says(done) -> None:
+def test_initial_losses_are_those_of_the_guarantees(done) -> None:
     results = read(done)
     new = {(start["name"], start["seed"]): start["new"] for start in results["starts"]}
     assert new["tli:identity", 0] == new["base", 0] == results["base"]["new"]
     assert new["moe", 0] == pytest.approx(new["base", 0], abs=1e-5)
     assert new["random", 0] != new["random", 1]
-    # The first point of a curve is that of the model before training, by another program.
+    # The first point of a curve is the same loss, computed by another program.
     for run in results["runs"]:
         found = new.get((run["name"], run["seed"]), new[run["name"], 0])
         assert run["curve"][0][1] == pytest.approx(found, abs=1e-5)
 
 
-def test_contribution_is_what_skipping_costs(done) -> None:
-    """By hand: the trained model, exported, with the residual outputs of one layer set to zero."""
+def test_contribution_is_the_loss_without_the_layer(done) -> None:
+    """Checked on the exported model, with the residual outputs of one layer set to zero."""
     import jax.numpy as jnp
 
     import tli_jax
@@ -125,7 +125,7 @@ def test_contribution_is_what_skipping_costs(done) -> None:
     windows = (len(ids) - 1) // 16
     held_out = round(windows * 0.05)
     rows = np.stack([ids[i * 16 : i * 16 + 17] for i in range(windows - held_out, windows)]).astype(np.int32)
-    count = min(held_out, 8)  # a batch: a quarter of the four that a validation has
+    count = min(held_out, 8)  # one batch: a quarter of the four validation batches
     rows = rows[[i * held_out // count for i in range(count)]]
 
     def loss(skipped: int | None) -> float:
@@ -135,13 +135,13 @@ def test_contribution_is_what_skipping_costs(done) -> None:
             weight = weight if skipped is None else weight.at[skipped].set(0)
             layers[part][name] = {"weight": weight}
         losses = tli_jax.losses(config, params | {"layers": layers}, jnp.asarray(rows))
-        return float(losses[rows[:, 1:] != config.bos_token_id].mean())  # the first token of a document is no target
+        return float(losses[rows[:, 1:] != config.bos_token_id].mean())  # the first token of a document is not a target
 
     for layer in (2, 5):
         assert found["contributions"][str(layer)] == pytest.approx(loss(layer) - loss(None), abs=2e-5)
 
 
-def test_what_is_there_is_not_done_again(done, start) -> None:
+def test_measurements_are_reused(done, start) -> None:
     before, stamps = read(done), {file: file.stat().st_mtime_ns for file in (done / "measured").iterdir()}
     assert run_command(main, call(start, done, "--old-text", str(start / "ids.npy"))) == 0
     assert numbers(read(done)) == numbers(before)
@@ -168,7 +168,14 @@ def test_other_data_is_refused(start, tmp_path, capsys) -> None:
     assert run_command(main, flags) == 0
     np.save(tmp_path / "ids.npy", np.load(start / "ids.npy")[::-1])
     assert run_command(main, flags) == 2
-    assert "the text is not what it was started with" in capsys.readouterr().err
+    assert "the text has changed since the comparison started" in capsys.readouterr().err
+
+
+def test_default_methods() -> None:
+    """A base of 12 layers and K = 4: every default method takes part."""
+    contenders, left_out = make_contenders(parse(CompareConfig, "", "", []), open_checkpoint(hub.resolve("embedded")))
+    names = ["base", "old_layers", "random", "tli:identity", "tli:half", "tli:copy", "dus", "moe"]
+    assert [contender.name for contender in contenders] == names and not left_out
 
 
 @pytest.mark.parametrize("name", ["demo", "embedded"])
@@ -177,12 +184,12 @@ def test_shipped_configurations(name: str) -> None:
     base = open_checkpoint(hub.resolve("embedded"))
     contenders, left_out = make_contenders(config, base)
     assert len(contenders) + len(left_out) == len(config.methods) + 3
-    plans = {one.name: upscale.make_plan(growth_config(one.growth, ""), base, [0.0] * 12) for one in contenders[3:]}
+    plans = {one.name: make_plan(growth_config(one.growth, ""), base, [0.0] * 12) for one in contenders[3:]}
     assert {len(plan) for name, plan in plans.items() if not name.startswith("moe")} == {18}
 
 
 def test_at_the_size_of_llama_8b() -> None:
-    """SOLAR's drop of 8 is tli's K = 2: 48 layers; a token meets two experts, 19 % more parameters than in it."""
+    """SOLAR's drop of 8 gives 48 layers, as tli with K = 2. Two experts per token have 19 % more active parameters."""
     base = Checkpoint(Path("nowhere"), SHAPES["llama3.1-8b"], {})
     methods = "tli:identity,tli:copy,dus,slayer,opt_deus,midas,adept,stack,moe"
     config = parse(CompareConfig, "", "", ["--methods", methods, "--every", "2"])
@@ -198,12 +205,12 @@ def test_at_the_size_of_llama_8b() -> None:
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (["--methods", "tli:identity,tli:identity"], 2, "a name of its own"),
+        (["--methods", "tli:identity,tli:identity"], 2, "names must be unique"),
         (["--methods", "tly"], 2, "tly"),
         (["--methods", "tli:identity", "--every", "9"], 2, "must be 1…4"),
         (["--only", "some"], 2, "only"),
         (["--text", ""], 2, "text is not set"),
-        (["--validation-fraction", "0"], 2, "nothing is kept out"),
+        (["--validation-fraction", "0"], 2, "no held-out text"),
         (["--model", "nowhere/at/all"], 66, "nowhere"),
     ],
 )
@@ -232,7 +239,7 @@ def test_growth_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
     at = flags.index("--methods")
     assert run_command(main, [*flags[:at], *flags[at + 2 :]]) == 65
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: loud (")
-    # Its proof had nothing finite to say, which JSON cannot hold.
+    # Its proof is not finite, which JSON cannot represent.
     record = (tmp_path / "out" / "grown" / "loud-0" / "growth.json").read_text(encoding="utf-8")
     assert json.loads(record, parse_constant=pytest.fail)["proof"]["kl"] is None
 
@@ -259,24 +266,24 @@ def test_without_training(start, tmp_path, capsys) -> None:
     assert "before any training" in capsys.readouterr().out
 
 
-def test_killed_and_started_again(start, tmp_path, compiled, done) -> None:
-    """kill -9 at three moments, then to the end: the numbers of one that nothing happened to."""
+def test_killed_comparison_is_resumed(start, tmp_path, compiled, done) -> None:
+    """Kill it at three moments, then let it finish: the numbers are those of an undisturbed comparison."""
     flags = ["--methods", "tli:half,dus", "--no-baselines", "--only", "injected", "--seeds", "1"]
     arguments = call(start, tmp_path / "out", "--old-text", str(start / "ids.npy"), *flags)
-    # After so many are measured; with none, within the first growth.
+    # Kill it as soon as the path exists.
     moments = [
         tmp_path / "out" / "grown",
         tmp_path / "out" / "runs" / "tli-half-injected-0" / "metrics.jsonl",
         tmp_path / "out" / "runs" / "dus-injected-0",
     ]
-    for there in moments:
-        process = begin(arguments, compiled)
-        while process.poll() is None and not there.exists():
+    for path in moments:
+        process = start_process(arguments, compiled)
+        while process.poll() is None and not path.exists():
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it was done before it was killed"
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
         assert not (tmp_path / "out" / "results.json").exists()
-    assert begin(arguments, compiled).wait() == 0
+    assert start_process(arguments, compiled).wait() == 0
     found, expected = numbers(read(tmp_path / "out")), numbers(read(done))
     assert len(found["runs"]) == 2 and all(run in expected["runs"] for run in found["runs"])
     assert len(found["starts"]) == 3 and all(one in expected["starts"] for one in found["starts"])

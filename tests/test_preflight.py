@@ -1,4 +1,4 @@
-"""The checks before a run: each on something that really is so, and the programs really compiled."""
+"""The checks before a run, on real faults and with real compilation."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from tli_jax import preflight
+from tli_jax.checks import files
+from tli_jax.checks import preflight as checks
+from tli_jax.checks.context import Context
 from tli_jax.cli.config import PreflightConfig, UpscaleConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.parse import parse
@@ -25,10 +28,19 @@ needs_libtpu = pytest.mark.skipif(not topology.has_compiler(), reason="the TPU c
 
 
 @pytest.fixture
-def check(capsys, tmp_path, start):
-    """What each check found, and what was said, of one preflight on a small model."""
+def check(capsys, tmp_path, start, monkeypatch):
+    """Run the command on a small model. Returns its findings by name, and its stderr."""
+    select_checks = checks.select_checks
 
-    def check(*flags, code=0, config=None, **keys):
+    def check(*flags, code=0, config=None, until=None, **keys):
+        """With ``until``, the checks after that one are left out, as the last two compile."""
+
+        def select(context):
+            selected = select_checks(context)
+            names = list(selected)
+            return {name: selected[name] for name in names[: names.index(until) + 1 if until else None]}
+
+        monkeypatch.setattr(checks, "select_checks", select)
         usual = {"model": start / "base", "output": tmp_path / "grown", "every": 2, "train.run": tmp_path / "run"}
         usual |= {"train.text": start / "ids.npy", "train.sequence-length": 16, "train.only": "injected"}
         usual = {} if config else usual
@@ -36,14 +48,13 @@ def check(capsys, tmp_path, start):
         words += [f"--config={config}"] if config else []
         assert run_command(preflight.main, ["--json", *words, *flags]) == code
         out, err = capsys.readouterr()
-        found = {one["name"]: one for one in json.loads(out)["checks"]} if out else {}
-        return found, err
+        return {finding["name"]: finding for finding in json.loads(out)["checks"]} if out else {}, err
 
     return check
 
 
 def statuses(found):
-    return {name: one["status"] for name, one in found.items()}
+    return {name: finding["status"] for name, finding in found.items()}
 
 
 def test_everything_is_checked_and_nothing_is_written(check, start, tmp_path):
@@ -59,13 +70,13 @@ def test_everything_is_checked_and_nothing_is_written(check, start, tmp_path):
     base = open_checkpoint(start / "base").config
     grown = base.with_layers(6)
     assert (found["growth"]["parameters"], found["growth"]["bytes"]) == (grown.num_params, 4 * grown.num_params)
-    # fp32 parameters and two moments of what trains, and five numbers; what is frozen as it is stored.
+    # Parameters and two moments of the trainable layers in fp32, and five scalars; frozen layers as stored.
     assert found["run"]["step_bytes"] == 3 * 4 * (grown.num_params - base.num_params) + 4 * 5
     assert found["run"]["frozen_bytes"] == 4 * base.num_params
     assert next(line.split()[0] for line in err.splitlines() if "  ok  " in line) == "model"
 
 
-def test_what_is_not_here_is_not_checked_and_fails_only_with_strict(check, tmp_path):
+def test_missing_inputs_fail_only_with_strict(check, tmp_path):
     inline = tmp_path / "shape.yaml"
     inline.write_text(
         "shape: {vocab_size: 128, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 8,"
@@ -77,12 +88,12 @@ def test_what_is_not_here_is_not_checked_and_fails_only_with_strict(check, tmp_p
     expected = {"model": "not checked", "growth": "ok", "data": "not checked", "step compiles": "ok"}
     assert statuses(found) | expected == statuses(found)
     assert "8 layers" in found["model"]["text"]
-    _, err = check("--strict", config=inline, code=2)
+    _, err = check("--strict", config=inline, code=2, until="data")
     assert err.splitlines()[-1].startswith("error: strict: not checked: model, data")
 
 
 @pytest.mark.parametrize(
-    ("keys", "code", "name", "says"),
+    ("keys", "code", "name", "message"),
     [
         ({"model": "/nowhere"}, 66, "model", "/nowhere"),
         ({"shape": "llama3.1-8b"}, 65, "model", "hidden_size is 32, not 4096"),
@@ -92,27 +103,28 @@ def test_what_is_not_here_is_not_checked_and_fails_only_with_strict(check, tmp_p
         ({"train.mesh": "data=3"}, 2, "mesh", "does not give the 8 devices"),
         ({"train.keep": 10**9}, 2, "disk", "keep fewer checkpoints"),
         ({"train.text": ""}, 2, "data", "text is not set"),
-        (LARGE, 2, "step compiles", "does not fit: needs"),
     ],
 )
-def test_what_is_wrong_has_its_code_and_names_itself(check, keys, code, name, says):
-    found, err = check(**keys, code=code)
-    assert found[name]["status"] == "fails" and says in found[name]["text"]
+def test_failed_check_sets_the_exit_code_and_the_error(check, keys, code, name, message):
+    found, err = check(**keys, code=code, until=name)
+    assert found[name]["status"] == "fails" and message in found[name]["text"]
     assert err.splitlines()[-1] == f"error: {found[name]['text']}"
 
 
-def test_what_does_not_fit_says_what_to_try(check):
-    found, _ = check(code=2, **LARGE, **{"train.only": "all"})
+def test_step_that_does_not_fit_suggests_flags(check):
+    found, err = check(code=2, **LARGE, **{"train.only": "all"})
     text = found["step compiles"]["text"]
+    assert found["step compiles"]["status"] == "fails" and text.startswith("does not fit: needs")
+    assert err.splitlines()[-1] == f"error: {text}"
     for flag in ("--train.remat full", "--train.grad-accum-steps 0", "--train.only injected", "a larger slice"):
         assert flag in text
     assert found["step compiles"]["peak"] > found["step compiles"]["limit"]
 
 
-def test_an_output_that_is_there_is_refused(check, tmp_path):
+def test_existing_output_is_refused(check, tmp_path):
     (tmp_path / "grown").mkdir()
     (tmp_path / "grown" / "config.json").write_text("{}")
-    found, _ = check(code=73)
+    found, _ = check(code=73, until="growth")
     assert "not empty" in found["growth"]["text"]
 
 
@@ -122,30 +134,30 @@ def test_training_without_growth(check, start, tmp_path):
     found, _ = check(config=file)
     assert "growth" not in found and set(statuses(found).values()) == {"ok"}
     assert found["data"]["tokens"] == 4001
-    found, _ = check(config=file, code=2, **{"train.sequence_length": 5000})
+    found, _ = check(config=file, code=2, until="data", **{"train.sequence_length": 5000})
     assert "fewer tokens than one window" in found["data"]["text"]
 
 
-def test_tokens_are_guessed_from_a_sample(check, tmp_path, monkeypatch):
+def test_tokens_are_estimated_from_a_sample(check, tmp_path, monkeypatch):
     text = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(5000))
     (tmp_path / "corpus.txt").write_text(text)
     flags = {"model": "embedded", "train.text": tmp_path / "corpus.txt"}
-    whole, _ = check(**flags)
-    monkeypatch.setattr(preflight, "_SAMPLE", 20_000)
-    sampled, _ = check(**flags)
-    assert abs(sampled["data"]["tokens"] / whole["data"]["tokens"] - 1) < 0.1
+    complete, _ = check(until="data", **flags)
+    monkeypatch.setattr(files, "_SAMPLE", 20_000)
+    sampled, _ = check(until="data", **flags)
+    assert abs(sampled["data"]["tokens"] / complete["data"]["tokens"] - 1) < 0.1
 
 
-def test_a_run_that_was_started_otherwise_is_refused(check, start, tmp_path):
+def test_run_with_other_settings_is_refused(check, start, tmp_path):
     from tli_jax import train
 
     flags = {"model": start / "base", "run": tmp_path / "run", "text": start / "ids.npy", "sequence_length": 16}
     file = tmp_path / "train.yaml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in flags.items()) + "steps: 1\n")
     assert run_command(train.main, [f"--config={file}"]) == 0
-    found, _ = check(config=file)
-    assert "has begun, and goes on" in found["run"]["text"]
-    found, _ = check(config=file, code=2, **{"train.learning-rate": 1})
+    found, _ = check(config=file, until="run")
+    assert "exists and would be resumed" in found["run"]["text"]
+    found, _ = check(config=file, code=2, until="run", **{"train.learning-rate": 1})
     assert "learning_rate was" in found["run"]["text"]
 
 
@@ -153,21 +165,21 @@ def test_a_run_that_was_started_otherwise_is_refused(check, start, tmp_path):
 def test_search_finds_the_largest_batch(check):
     found, err = check("--search", **{"train.batch-size": 16})
     largest = found["step compiles"]["largest"]
-    assert largest == {"none": 2, "dots": 2, "full": 2}  # all 16 over eight devices
+    assert largest == {"none": 2, "dots": 2, "full": 2}  # 16 sequences over eight devices
     assert found["step compiles"]["flags"] == "--train.remat none --train.grad-accum-steps 1"
     assert "remat none, 2 sequences a device at a time: fits" in err
 
 
-def test_two_processes_tell_their_versions_and_devices(start, tmp_path):
+def test_two_processes_report_their_versions_and_devices(start, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = f"127.0.0.1:{free.getsockname()[1]}"
+        address = f"127.0.0.1:{free.getsockname()[1]}"
     words = [f"--model={start}/grown", f"--train.run={tmp_path}/run", f"--train.text={start}/ids.npy", "--json"]
     words += ["--train.sequence-length=16", "--train.only=injected"]
     devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
-    started = [
+    processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tli_jax.preflight", *words, f"--train.process={index}/2@{where}"],
+            [sys.executable, "-m", "tli_jax.preflight", *words, f"--train.process={index}/2@{address}"],
             env=os.environ | devices,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -175,13 +187,13 @@ def test_two_processes_tell_their_versions_and_devices(start, tmp_path):
         )
         for index in range(2)
     ]
-    said = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    out = said[0][0]
-    found = {one["name"]: one for one in json.loads(out[out.index("{\n") :])["checks"]}
+    outputs = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    out = outputs[0][0]
+    found = {finding["name"]: finding for finding in json.loads(out[out.index("{\n") :])["checks"]}
     assert (found["processes"]["processes"], found["processes"]["devices"]) == (2, 4)
     assert found["mesh"]["mesh"] == {"data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
-    assert '"checks"' not in said[1][0]
+    assert '"checks"' not in outputs[1][0]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -190,18 +202,18 @@ def test_shipped_configurations_name_a_shape_and_grow_it(name, monkeypatch, tmp_
     config = parse(PreflightConfig, "", "", [f"--config={CONFIGS / name}"])
     assert parse(UpscaleConfig, "", "", [f"--config={CONFIGS / name}"]).train == config.train
     assert name.startswith(f"{config.shape}-") and config.train is not None and config.train.only == "injected"
-    checks = preflight.Preflight(config)
-    assert checks._run_one("model", checks.model).status == "not checked"
-    assert checks._run_one("growth", checks.growth).status == "ok"
+    context = Context(config)
+    assert checks.run_check("model", files.check_model, context).status == "not checked"
+    assert checks.run_check("growth", files.check_growth, context).status == "ok"
     layers = SHAPES[str(config.shape)].num_hidden_layers
-    assert checks.plan is not None
+    assert context.plan is not None
     expected = {"dus": 2 * (layers - 8), "llama_pro": layers + 8, "tli": layers + layers // 4}
-    assert len(checks.plan) == expected[config.method]
+    assert len(context.plan) == expected[config.method]
 
 
 @needs_libtpu
 class TestTopologies:
-    """Compiled for slices that are not here."""
+    """Compiled for slices that this machine does not have."""
 
     def test_a_small_model_on_a_small_slice(self, check):
         found, _ = check(**{"topology": "v5e-4", "train.batch-size": 4, "train.sequence-length": 128})
@@ -210,13 +222,13 @@ class TestTopologies:
         assert step["status"] == "ok" and step["limit"] == 15.75 * 2**30
         assert step["collectives"]["all-gather"] > 0
 
-    def test_two_slices_have_data_between_them(self, check):
+    def test_two_slices_are_data_parallel(self, check):
         found, _ = check(**{"topology": "v5e-4", "slices": 2, "train.attention": "xla"})
         assert found["mesh"]["mesh"] == {"data": 2, "fsdp": 4, "expert": 1, "tensor": 1}
         assert found["step compiles"]["status"] == "ok"
 
-    def test_8b_does_not_fit_eight_chips_when_all_of_it_trains(self, check):
-        """At its real size."""
+    def test_full_training_of_8b_does_not_fit_eight_chips(self, check):
+        """At the real size of the model."""
         config = CONFIGS / "llama3.1-8b-tli.yaml"
         found, _ = check(config=config, topology="v5e-8", code=2, **{"train.only": "all"})
         assert found["step compiles"]["text"].startswith("does not fit: needs")
@@ -238,7 +250,7 @@ class TestTopologies:
         ("llama3.1-405b-tli", "v5p-1024", {"train.only": "all"}),
     ],
 )
-def test_what_is_said_to_fit_does_and_is_what_it_is_on_paper(check, name, slice_, keys):
+def test_estimates_agree_with_the_compiler(check, name, slice_, keys):
     found, _ = check(config=CONFIGS / f"{name}.yaml", topology=slice_, **keys)
     step = found["step compiles"]
     assert step["status"] == "ok" and step["peak"] < step["limit"]
@@ -247,11 +259,11 @@ def test_what_is_said_to_fit_does_and_is_what_it_is_on_paper(check, name, slice_
 
 @pytest.mark.skipif(topology.has_compiler(), reason="the TPU compiler is installed")
 def test_without_the_compiler_a_slice_is_not_checked(check):
-    found, _ = check(topology="v5e-4")
+    found, _ = check(topology="v5e-4", until="mesh")
     assert found["mesh"]["status"] == "not checked" and "tli_jax[tpu]" in found["mesh"]["text"]
 
 
-def test_a_batch_is_cut_for_the_mesh(check):
-    """grad_accum_steps 0 leaves a device one sequence at a time."""
-    found, _ = check(**{"train.batch-size": 64, "train.grad-accum-steps": 0})
-    assert found["mesh"]["sequences_a_device"] == 1 and "8 times a step" in found["mesh"]["text"]
+def test_batch_is_split_for_the_mesh(check):
+    """grad_accum_steps 0 means microbatches of one sequence per device."""
+    found, _ = check(until="mesh", **{"train.batch-size": 64, "train.grad-accum-steps": 0})
+    assert found["mesh"]["sequences_a_device"] == 1 and "8 per step" in found["mesh"]["text"]

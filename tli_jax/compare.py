@@ -1,26 +1,33 @@
-"""``python -m tli_jax.compare``: one base grown in several ways to one size, trained alike, and put side by side."""
+"""``tli-jax compare``: grow one base by several methods to one size, train each alike, and compare."""
 
 import shlex
 import sys
 from collections.abc import Sequence
 
 from tli_jax.cli.config import CompareConfig
-from tli_jax.cli.console import console
+from tli_jax.cli.console import console, printable
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.parse import parse
 from tli_jax.comparison.run import compare
 from tli_jax.distributed import processes
-from tli_jax.reporting.comparison import describe, tabulate
+from tli_jax.reporting.comparison import describe, make_tables
 
-PROGRAM = "python -m tli_jax.compare"
+PROGRAM = "tli-jax compare"
+DESCRIPTION = "Grow a base by several methods to one size, train each model alike, and compare them."
+EXAMPLES = (
+    "--model embedded --text new.jsonl --output comparison",
+    "--model base --text new.jsonl --old-text old.jsonl --methods tli:identity,dus --every 2 --output comparison",
+)
 
 
 def main(arguments: Sequence[str]) -> None:
-    config = parse(CompareConfig, PROGRAM, "Grow a base in several ways, train each alike, and compare.", arguments)
+    config = parse(CompareConfig, PROGRAM, DESCRIPTION, arguments, EXAMPLES)
     results = compare(config, shlex.join([*PROGRAM.split(), *arguments]))
-    console().show(tabulate(results))
+    screen = console()
+    for table in make_tables(results):
+        table.render(screen)
     for line in describe(results):
-        console().print(line, soft_wrap=True)
+        screen.print(printable(line), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What follows from runs: spreads, who is better, tokens to a loss, claims; and the page and pictures of it."""
+"""Statistics of a comparison (spreads, marks, tokens to a loss, claims), its page and its plots."""
 
 import csv
 import math
@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from tli_jax.comparison.statistics import FAILS, HOLDS, UNKNOWN, analyse, reached
+from tli_jax.comparison.statistics import analyse, reached
 from tli_jax.reporting import comparison
 from tli_jax.reporting.page import write_report
+from tli_jax.reporting.results import FAILS, HOLDS, UNKNOWN
 
 
 def row(results: dict[str, Any], name: str) -> dict[str, Any]:
@@ -30,18 +31,18 @@ def test_means_and_spreads(results) -> None:
     assert ours["final"] == {"mean": pytest.approx(2.41), "sd": pytest.approx(0.01)}
     assert (ours["initial"], ours["change"]) == ({"mean": 3.0, "sd": 0.0}, 0.0)
     assert row(results, "dus")["change"] == pytest.approx(0.5)
-    # To the loss at which the base ends, 2.51: all of the way to 2.5 after the first thousand but a hundredth.
+    # The base ends at 2.50, 2.51 and 2.52. The first segment, from 3.0 to 2.5, reaches them after 980 tokens in the mean.
     assert ours["to_rival"]["mean"] == pytest.approx(980)
     assert row(results, "dus")["to_base"]["mean"] == pytest.approx(714.3, abs=0.1)
     assert ours["contributions"] == pytest.approx({"2": 0.1, "5": -0.1})
     assert ours["flops"] == 3e6 * 2 * 1000  # FLOPs of a token, for two thousand tokens
 
 
-def test_best_is_marked_and_what_cannot_be_told_from_it(results) -> None:
+def test_best_and_indistinguishable_are_marked(results) -> None:
     marks = {name: row(results, name)["marks"] for name in ("base", "tli:identity", "dus")}
     assert [marks[name]["final"] for name in marks] == ["", "best", ""]
     assert [marks[name]["initial"] for name in marks] == ["best", "alike", ""]
-    # Lower by more than twice the standard error in the mean, but not in every seed.
+    # The mean is lower by more than twice the standard error, but not every seed is.
     for one, loss in zip([r for r in results["runs"] if r["name"] == "dus"], (2.39, 2.42, 2.43), strict=True):
         one["curve"][-1][1] = loss
     results |= analyse(results)
@@ -49,19 +50,21 @@ def test_best_is_marked_and_what_cannot_be_told_from_it(results) -> None:
 
 
 def test_claims(results) -> None:
-    said = {claim["claim"]: claim for claim in results["claims"]}
-    assert said["lower initial loss than dus"]["verdict"] == HOLDS
-    assert said["lower initial loss than moe"]["verdict"] == FAILS  # its seeds spread to both sides
-    assert said["fewer steps than dus"]["verdict"] == HOLDS
-    assert said["fewer steps than moe"]["verdict"] == UNKNOWN  # was not trained
-    assert said["better without any training than base"]["verdict"] == FAILS  # equal is not better
-    assert said["better without any training than dus"]["verdict"] == HOLDS
-    assert "3.0000 against 3.5000" in said["lower initial loss than dus"]["numbers"]
-    # Of twenty questions, five more are right than the base has, ten more than dus, and others than moe.
-    on_tasks = {rival: said[f"better on tasks without any training than {rival}"] for rival in ("base", "dus", "moe")}
+    verdicts = {claim["claim"]: claim for claim in results["claims"]}
+    assert verdicts["lower initial loss than dus"]["verdict"] == HOLDS
+    assert verdicts["lower initial loss than moe"]["verdict"] == FAILS  # its seeds lie on both sides
+    assert verdicts["fewer steps than dus"]["verdict"] == HOLDS
+    assert verdicts["fewer steps than moe"]["verdict"] == UNKNOWN  # was not trained
+    assert verdicts["better without any training than base"]["verdict"] == FAILS  # equal is not better
+    assert verdicts["better without any training than dus"]["verdict"] == HOLDS
+    assert "3.0000 against 3.5000" in verdicts["lower initial loss than dus"]["numbers"]
+    # Of 20 answers, tli has five more right than the base, ten more than dus, and others than moe.
+    on_tasks = {
+        rival: verdicts[f"better on tasks without any training than {rival}"] for rival in ("base", "dus", "moe")
+    }
     assert [claim["verdict"] for claim in on_tasks.values()] == [HOLDS, HOLDS, FAILS]
     assert on_tasks["base"]["difference"] == pytest.approx({"mean": 0.25, "error": 2 * math.sqrt(3 / 16 / 19)})
-    assert on_tasks["moe"]["numbers"].startswith("0.7500 against 0.7500 right, +0.0000 ± 0.3")
+    assert on_tasks["moe"]["numbers"].startswith("accuracy 0.7500 against 0.7500, +0.0000 ± 0.3")
     assert len(results["claims"]) == 10
 
 
@@ -75,34 +78,34 @@ def test_tasks(results) -> None:
         one |= {"tasks": {}, "accuracy": None}
     results |= analyse(results)
     assert "accuracy" not in comparison.cells(row(results, "dus"))
-    said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
-    assert said["better on tasks without any training than dus"] == UNKNOWN
+    verdicts = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
+    assert verdicts["better on tasks without any training than dus"] == UNKNOWN
 
 
-def test_one_seed_says_nothing_of_training(results) -> None:
+def test_one_seed_gives_no_verdict_on_training(results) -> None:
     results["runs"] = [one for one in results["runs"] if one["seed"] == 0]
     results["config"]["seeds"] = 1
     results |= analyse(results)
-    said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
-    assert said["fewer steps than dus"] == UNKNOWN
-    assert said["lower initial loss than dus"] == HOLDS  # neither model is drawn
-    assert said["lower initial loss than moe"] == UNKNOWN  # whose routers are
+    verdicts = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
+    assert verdicts["fewer steps than dus"] == UNKNOWN
+    assert verdicts["lower initial loss than dus"] == HOLDS  # neither model is random
+    assert verdicts["lower initial loss than moe"] == UNKNOWN  # its routers are
     assert row(results, "dus")["final"]["sd"] is None
 
 
-def test_diverged_is_not_averaged(results) -> None:
+def test_diverged_run_is_not_averaged(results) -> None:
     bad = next(one for one in results["runs"] if one["name"] == "dus")
     bad["diverged"] = "step 3"
     results |= analyse(results)
     assert row(results, "dus")["final"] is None and row(results, "dus")["diverged"] == 1
     assert comparison.cells(row(results, "dus"))["final"] == "diverged"
-    said = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
-    assert said["fewer steps than dus"] == UNKNOWN
+    verdicts = {claim["claim"]: claim["verdict"] for claim in results["claims"]}
+    assert verdicts["fewer steps than dus"] == UNKNOWN
 
 
-def test_written(results, tmp_path) -> None:
+def test_report_is_written(results, tmp_path) -> None:
     for one in (*results["starts"], *results["runs"]):
-        one["tasks"]["others"] = one["tasks"]["lines"]  # with one alone the column of the table says it all
+        one["tasks"]["others"] = one["tasks"]["lines"]  # a single task is a column of the main table
     results |= analyse(results)
     write_report(results, "model: embedded\n", tmp_path)
     with (tmp_path / "results.csv").open(encoding="utf-8") as file:
@@ -112,14 +115,17 @@ def test_written(results, tmp_path) -> None:
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
-    assert "stack is left out: too large" in page
+    assert "stack was left out: too large" in page
+    assert "<h1>embedded: 3 ways to grow it</h1>" in page
+    # Claims without a measurement are collapsed.
+    assert page.count("<summary>not measured: 1</summary>") == 1 and ">not measured</td>" not in page
     assert "<td>75.0 → 75.0</td>" in page
     for outside in ("src=", "href=", "@import"):
         assert outside not in page.split("</style>")[0] + page.split("</script>")[-1]
 
 
 def test_names_in_the_page_are_text(results, tmp_path) -> None:
-    """Names come from a configuration, paths and task files; the page must not run them."""
+    """Names from configurations, paths and task files must not run in the page."""
     name = "<img src=x onerror=alert(1)>$a_b$[red]\x1b\u202e\udcff"
     for one in (*results["starts"], *results["runs"]):
         one["tasks"] = {name: one["tasks"]["lines"], "other": one["tasks"]["lines"]}
@@ -145,9 +151,9 @@ def test_page_in_a_browser(results, tmp_path, browser) -> None:
 
     write_report(results, "model: embedded\n", tmp_path)
     page = tmp_path / "report.html"
-    # What the browser made of it, and how wide it then is.
-    told = "<script>addEventListener('load', () => document.title = document.documentElement.scrollWidth)</script>"
-    page.write_text(page.read_text(encoding="utf-8").replace("</body>", told + "</body>"), encoding="utf-8")
+    # The title tells the width of the page.
+    script = "<script>addEventListener('load', () => document.title = document.documentElement.scrollWidth)</script>"
+    page.write_text(page.read_text(encoding="utf-8").replace("</body>", script + "</body>"), encoding="utf-8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"]
     flags += ["--hide-scrollbars", "--virtual-time-budget=4000"]
@@ -158,7 +164,7 @@ def test_page_in_a_browser(results, tmp_path, browser) -> None:
 
     for width in (500, 1500):
         seen = call("--dump-dom", f"--window-size={width},900")
-        assert f"<title>{width}</title>" in seen  # wide tables scroll by themselves, the page does not
+        assert f"<title>{width}</title>" in seen  # tables scroll, the page does not
         assert seen.count('class="main-svg"') >= 4 and seen.count("<tr>") > 15  # two figures, drawn
     shades = []
     for name, scheme in (("light", 1), ("dark", 0)):

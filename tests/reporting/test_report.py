@@ -1,4 +1,4 @@
-"""The command that shows what folders hold: each kind as what it is, none left out, and damage named."""
+"""The report command: every kind of folder in its own table, as JSON too, and damaged files named."""
 
 import copy
 import json
@@ -66,7 +66,7 @@ def report(capsys, *arguments: Any, code: int = 0) -> str:
     return shown.err if code else shown.out
 
 
-def test_every_kind_is_shown_as_what_it_is(tmp_path, results, capsys):
+def test_each_kind_has_its_own_table(tmp_path, results, capsys):
     run = write_run(tmp_path / "a_run", 3.0, 2.5)
     grown = write(tmp_path / "a_growth", growth=GROWTH)
     trained = write(tmp_path / "a_model", growth=TRAINED, training=TRAINING)
@@ -75,24 +75,48 @@ def test_every_kind_is_shown_as_what_it_is(tmp_path, results, capsys):
     shown = report(capsys, grown, run, trained, compared, alone)
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if line.strip()}
     assert rows["a_run"][1:6] == ["2", "16", "2.5000", "4.0000", "2.5000"]
-    assert rows["a_growth"][1:7] == ["tli", "identity", "4", "→", "6", "123,456,789"]
-    assert rows["a_growth"][7:] == ["bit", "1.5394", "1.5394", "+0.0000", "0.0000", "100.0", "%"]
+    assert rows["a_growth"][1:8] == ["tli", "identity", "4", "→", "6", "bit", "123,456,789"]
+    assert rows["a_growth"][8:] == ["1.5394", "1.5394", "+0.0000", "0.0000", "100.0", "%"]
     assert rows["a_model"][6:] == ["bit,", "KL", "0.0000", "injected", "40", "81,920", "2.2500", "3.2500", "2.1250"]
     assert rows["never_grown"][1:5] == ["–", "–", "–", "all"]
-    assert "proof, before training" in shown and "comparison a_comparison" in shown and "tli:identity" in shown
+    assert "proof before training" in shown and "comparison a_comparison" in shown and "tli:identity" in shown
 
 
-def test_trained_model_is_not_reported_as_its_growth(tmp_path, capsys):
+def test_json_has_every_kind(tmp_path, results, capsys):
+    run = write_run(tmp_path / "a_run", 3.0, None)
+    grown = write(tmp_path / "a_growth", growth=GROWTH)
+    trained = write(tmp_path / "a_model", growth=TRAINED, training=TRAINING)
+    compared = write(tmp_path / "a_comparison", results=results)
+    found = json.loads(report(capsys, run, grown, trained, compared, "--json"))
+    numbers = found["runs"]["a_run"]
+    assert (numbers["steps"], numbers["tokens"], numbers["validation_after"]) == (2, 16, None)
+    growth = {"method": "tli", "init": "identity", "base_layers": 4, "layers": 6, "guarantee": "bit"}
+    model = found["grown_models"]["a_growth"]
+    assert growth.items() <= model.items() and model["proof"] == PROOF and model["loss_change"] == 0.0
+    model = found["trained_models"]["a_model"]
+    assert (model["tokens"], model["losses"]) == ([81_920], TRAINING["losses"])
+    assert model["growth"] == growth | {"proof_before_training": PROOF}
+    assert found["comparisons"]["a_comparison"]["summary"] == json.loads(json.dumps(results["summary"]))
+
+
+def test_narrow_terminal_loses_columns_not_digits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    shown = report(capsys, write(tmp_path / "a_growth", growth=GROWTH))
+    assert "no room for: " in shown and "+0.0000" in shown and "…" not in shown
+    assert max(map(len, (line for line in shown.splitlines() if "no room" not in line))) <= 50
+
+
+def test_trained_model_is_not_listed_as_grown(tmp_path, capsys):
     shown = report(capsys, write(tmp_path / "model", growth=TRAINED, training=TRAINING))
     assert "grown models" not in shown and "Δ loss" not in shown and "1.5394" not in shown
 
 
-def test_trainings_one_after_the_other(tmp_path, capsys):
+def test_consecutive_trainings_are_added(tmp_path, capsys):
     later = TRAINING | {"earlier": [TRAINING], "step": 7, "tokens": 1_000}
     assert "40 + 7" in report(capsys, write(tmp_path / "model", training=later))
 
 
-def test_folders_of_one_name_are_both_shown(tmp_path, capsys, monkeypatch):
+def test_folders_with_the_same_name_get_their_parents(tmp_path, capsys, monkeypatch):
     for folder in ("a/x/model", "b/x/model", "b/y/model", "other"):
         write(tmp_path / folder, growth=GROWTH)
     monkeypatch.chdir(tmp_path / "b")
@@ -107,23 +131,23 @@ def test_diverged_run_is_shown(tmp_path, capsys):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_numbers_are_never_cut(tmp_path, capsys):
+def test_numbers_are_never_truncated(tmp_path, capsys):
     folder = write(tmp_path / ("long" * 50), growth=TRAINED, training=TRAINING | {"tokens": 10**15})
     shown = report(capsys, folder, write(tmp_path / ("name" * 50), growth=GROWTH | {"parameters": 10**12}))
     assert "…" not in shown and f"{10**15:,}" in shown and f"{10**12:,}" in shown and "long" * 50 in shown
 
 
-def test_names_are_shown_as_they_are(tmp_path, capsys):
+def test_names_are_printed_verbatim(tmp_path, capsys):
     run, grown = write_run(tmp_path / NAME, 3.0, 2.5), write(tmp_path / ("_" + NAME), growth=GROWTH)
     shown = report(capsys, run, grown, "--curves", tmp_path / "curves.svg", "--layer-maps", tmp_path / "maps.svg")
     assert shown.count(SHOWN) == 2
-    # Matplotlib draws glyphs, of which the comment before them says what they are.
+    # Matplotlib draws glyphs, and puts their text into a comment.
     for file in ("curves.svg", "maps.svg"):
         drawing = (tmp_path / file).read_text(encoding="utf-8")
         assert r"$a_b$[red]\x1b\udcff" in drawing and "<img" not in drawing
 
 
-def test_options_without_anything_to_draw(tmp_path, capsys):
+def test_plots_need_something_to_draw(tmp_path, capsys):
     run, grown = write_run(tmp_path / "run", 3.0), write(tmp_path / "grown", growth=GROWTH)
     assert "--curves" in report(capsys, grown, "--curves", tmp_path / "curves.png", code=2)
     assert "--layer-maps" in report(capsys, run, "--layer-maps", tmp_path / "maps.svg", code=2)
@@ -137,14 +161,14 @@ def test_nothing_to_report_on(tmp_path, capsys):
     assert "loop" in report(capsys, tmp_path / "loop", code=66)
     report(capsys, tmp_path / ("n" * 300), code=66)
     (tmp_path / "measured").mkdir()
-    assert "to its end" in report(capsys, tmp_path, code=66)
+    assert "to finish it" in report(capsys, tmp_path, code=66)
 
 
 OTHERS = (None, True, -1, 0.5, 10**400, "x", "\ud800", [], [None], {}, {"x": None})
 
 
 def damaged(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """A record with each key left out, or of another type; keys of its objects too."""
+    """Copies of a record in which one key is missing or has another type, in nested objects too."""
     found = []
     for key, value in record.items():
         left = copy.deepcopy(record)
@@ -157,7 +181,7 @@ def damaged(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", ["growth", "training", "trained", "results"])
 def test_damaged_records(tmp_path, capsys, results, kind):
-    """What the report does not look at may be anything; else the file is named."""
+    """Keys that the report does not read may be anything. For all others the error names the file."""
     config = {key: results["config"][key] for key in ("tasks", "output")}
     results |= {"starts": [], "runs": [], "summary": results["summary"][:1], "config": config}
     whole = {"growth": GROWTH, "training": TRAINING, "trained": TRAINED, "results": results}[kind]
@@ -166,15 +190,17 @@ def test_damaged_records(tmp_path, capsys, results, kind):
     codes = set()
     for record in [whole, *damaged(whole)]:
         file.write_text(json.dumps(record))
-        code = run_command(main, [str(folder)])
-        said = capsys.readouterr().err
-        assert code == 0 or (code == 65 and file.name in said and len(said.splitlines()) == 1), (code, said, record)
-        codes.add(code)
+        for flags in ([], ["--json"]):
+            code = run_command(main, [str(folder), *flags])
+            error = capsys.readouterr().err
+            is_named = file.name in error and len(error.splitlines()) == 1
+            assert code == 0 or (code == 65 and is_named), (code, error, record)
+            codes.add(code)
     assert codes == {0, 65}
 
 
 def test_damaged_metrics(tmp_path, capsys):
-    """What a damaged line says is not shown."""
+    """Damaged lines are ignored."""
     run = write_run(tmp_path / "run", 3.0, 2.5)
     first, second = (run / "metrics.jsonl").read_text().splitlines()
     for line in damaged(json.loads(second)):

@@ -1,1 +1,1 @@
-"""."""
+"""Checks of a growth or a training before it starts."""

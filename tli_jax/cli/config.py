@@ -313,6 +313,15 @@ class GenerateConfig:
     json: bool = option(False, _JSON, OUTPUT)
 
 
+# The paper's method with two readings of its initialiser (zero outputs, plain copies) and with the one that trains
+# fastest, and the paper's two rivals. llama_pro would make the same layers as tli:identity at this size.
+DEFAULT_CONTENDERS: tuple[dict[str, Any], ...] = (
+    *({"method": "tli", "init": init} for init in ("identity", "half", "copy")),
+    {"method": "dus"},
+    {"method": "moe"},
+)
+
+
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
 class CompareConfig(Recipe):
     """Configuration of ``tli-jax compare``: grow a base with several methods and train each in the same way."""
@@ -321,10 +330,11 @@ class CompareConfig(Recipe):
     revision: str | None = option(None, _REVISION, IO)
     output: PathText = option("", "folder for results, models and runs; resumed if it exists", IO, shown="required")
     methods: Contenders = option(
-        (),
+        DEFAULT_CONTENDERS,
         "growth methods, METHOD or METHOD:INIT (moe:UPCYCLE), separated by commas; in YAML also {method, name, …} with"
         " any option of the method",
         COMPARISON,
+        shown="tli:identity,tli:half,tli:copy,dus,moe",
     )
     every: Positive = option(
         4, "K: every method grows to the size of tli with this K, or the next smaller size it can reach", COMPARISON

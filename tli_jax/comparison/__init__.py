@@ -1,1 +1,1 @@
-"""One base grown in several ways to one size, trained alike, and put side by side."""
+"""Grow one base by several methods to one size, train each model alike, and compare them."""

@@ -1,4 +1,4 @@
-"""What takes part in a comparison: the baselines, and the methods brought to one size."""
+"""The contenders of a comparison: the baselines, and each method with the options that bring it to the common size."""
 
 import dataclasses
 import re
@@ -11,11 +11,11 @@ from tli_jax.errors import UsageError
 from tli_jax.growth.sizes import fit
 from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.models.config import LlamaConfig
+from tli_jax.reporting.results import BASE, OLD_LAYERS, RANDOM
 from tli_jax.upscaling.options import make_plan
 
-BASE, OLD_LAYERS, RANDOM = "base", "old_layers", "random"
-# Of a growth, what is not the comparison's to say.
-_NOT_A_METHOD = {
+# Options of a growth that the comparison sets itself.
+_RESERVED = {
     *("model", "revision", "output", "train", "shape", "sample", "plan_only", "json", "overwrite", "proof"),
     *("max_shard_size", "seed"),
 }
@@ -23,87 +23,82 @@ _NOT_A_METHOD = {
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One way to a model that is trained.
+    """One way to obtain a model, which is then trained.
 
     Args:
-        method: of growth; None for the baselines.
-        growth: the options of the method, by which the model is made from the base.
-        is_drawn: whether the model is another one for each seed.
-        only: for each kind of run that there is, ``all`` and ``injected``, what trains in it.
+        method: the growth method. None for a baseline.
+        growth: options of the growth.
+        is_random: whether each seed gives another model.
+        only: the ``only`` of its training runs, under the names ``all`` and ``injected``.
     """
 
     name: str
     method: str | None
     growth: dict[str, Any]
-    is_drawn: bool
+    is_random: bool
     only: dict[str, str]
 
     @property
     def file_name(self) -> str:
-        return file_name(self.name)
+        return _file_name(self.name)
 
 
 def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Contender], dict[str, str]]:
-    """The baselines and the methods, each with the options that bring it to the common size; and, by name, why some
-    are left out.
+    """All contenders, and the reason for each method that is left out.
 
     Raises:
-        UsageError: an option is wrong, or two are called the same.
+        UsageError: an option is invalid, or two contenders have the same name.
     """
-    layers = base.config.num_hidden_layers
-    every = config.every
+    layers, every = base.config.num_hidden_layers, config.every
     if every > layers:
         raise UsageError(f"every is {every}, must be 1…{layers}")
-    found = [Contender(BASE, None, {}, False, {"all": "all"} if config.baselines else {})]
+    contenders = [Contender(BASE, None, {}, False, {"all": "all"} if config.baselines else {})]
     if config.baselines:
         old = ",".join(str(layer) for layer in range(every - 1, layers, every))
-        found.append(Contender(OLD_LAYERS, None, {}, False, {"injected": f"layers({old})"}))
-        found.append(Contender(RANDOM, None, {}, True, {"all": "all"}))
+        contenders.append(Contender(OLD_LAYERS, None, {}, False, {"injected": f"layers({old})"}))
+        contenders.append(Contender(RANDOM, None, {}, True, {"all": "all"}))
     left_out, plans = {}, {}
-    for given in config.methods:
-        growth = {key: value for key, value in given.items() if key != "name"}
+    for options in config.methods:
+        growth = {key: value for key, value in options.items() if key != "name"}
         start = growth.get("init") or growth.get("upcycle")
-        name = str(given.get("name") or f"{growth.get('method')}" + (f":{start}" if start else ""))
+        name = str(options.get("name") or f"{growth.get('method')}" + (f":{start}" if start else ""))
         where = f"methods: {name}"
-        if not re.fullmatch(r"[\w.:+-]+", name) or any(file_name(name) == one.file_name for one in found):
-            raise UsageError(f"{where}: must be a name of its own, of letters, digits and . : + - _")
-        if foreign := sorted(_NOT_A_METHOD & growth.keys()):
-            raise UsageError(f"{where}: {', '.join(foreign)} is not for a method to say: leave it out")
-        read = dataclasses.asdict(growth_config(growth, where))
-        growth = {key: read[key] for key in growth}
+        if not re.fullmatch(r"[\w.:+-]+", name) or any(_file_name(name) == other.file_name for other in contenders):
+            raise UsageError(f"{where}: names must be unique, of letters, digits and . : + - _: choose another name")
+        if reserved := sorted(_RESERVED & growth.keys()):
+            raise UsageError(f"{where}: {', '.join(reserved)} cannot be set for one method: remove it")
+        validated = dataclasses.asdict(growth_config(growth, where))
+        growth = {key: validated[key] for key in growth}
         method = growth["method"]
-        options = fit(method, layers, every, growth)
-        if options is None:
-            left_out[name] = f"the smallest that {method} makes has more than {layers + layers // every} layers"
+        size_options = fit(method, layers, every, growth)
+        if size_options is None:
+            left_out[name] = f"the smallest model that {method} makes has more than {layers + layers // every} layers"
             continue
-        growth |= options
-        if "experts" in growth or method == "moe":
-            growth |= _fit_experts(growth, base.config, every)
+        growth |= size_options
+        if method == "moe" and not growth.get("top_k"):
+            growth["top_k"] = _fit_top_k(base.config, every) * growth.get("granularity", 1)
         plan = make_plan(growth_config(growth, where), base, [0.0] * layers)
-        twin = next((one for one, rows in plans.items() if rows == (plan.rows, plan.experts)), None)
+        twin = next((other for other, rows in plans.items() if rows == (plan.rows, plan.experts)), None)
         if twin is not None:
-            left_out[name] = f"it is {twin}, layer by layer"
+            left_out[name] = f"it makes the same layers as {twin}"
             continue
         plans[name] = plan.rows, plan.experts
-        is_drawn = "seed" in plan.options or plan.experts is not None
+        is_random = "seed" in plan.options or plan.experts is not None
         only = {"all": "all"} | ({"injected": "injected"} if any(plan.injected) else {})
-        found.append(Contender(name, method, plain(growth), is_drawn, only))
-    return found, left_out
+        contenders.append(Contender(name, method, plain(growth), is_random, only))
+    return contenders, left_out
 
 
-def _fit_experts(growth: dict[str, Any], base: LlamaConfig, every: int) -> dict[str, Any]:
-    """How many experts a token goes through, so that it meets about as many parameters as in the deeper model.
+def _fit_top_k(base: LlamaConfig, every: int) -> int:
+    """Experts per token for about as many active parameters as the deeper models have.
 
-    Two at least: the weight of a single one is always 1, and the router would have no gradient.
+    At least two: the weight of a single expert is always 1, so the router would have no gradient.
     """
-    if growth.get("top_k") or growth["method"] != "moe":
-        return {}
     layers = base.num_hidden_layers
-    in_feed_forward = 3 * base.hidden_size * base.intermediate_size
-    more = layers // every * base.layer_params / (layers * in_feed_forward)
-    return {"top_k": max(2, round(1 + more)) * growth.get("granularity", 1)}
+    feed_forward = 3 * base.hidden_size * base.intermediate_size
+    extra = layers // every * base.layer_params / (layers * feed_forward)
+    return max(2, round(1 + extra))
 
 
-def file_name(name: str) -> str:
-    """Of a contender."""
-    return name.replace(":", "-")
+def _file_name(contender: str) -> str:
+    return contender.replace(":", "-")

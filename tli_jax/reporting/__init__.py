@@ -1,1 +1,1 @@
-"""What was planned and found, as tables and text for people and as JSON for programs."""
+"""Runs, models and comparisons as tables, plots and an HTML page."""

@@ -1,144 +1,154 @@
-"""A comparison as text: tables for a terminal, a line for each claim, a file for a spreadsheet."""
+"""A comparison as text: tables for the terminal, the verdict on each claim, and a CSV file."""
 
 import csv
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
-
-from tli_jax.reporting.results import FAILS, HOLDS, UNKNOWN, final_loss, number, plus, select
-
-ONLY = {"all": "everything trains", "injected": "injected layers alone train"}
-
-
-def _tokens(value: Mapping[str, Any] | None) -> str:
-    if value is None or not 0 < value["mean"] < 500:
-        return "–" if value is None else f"{value['mean'] / 1000:,.0f}k" if value["mean"] else "0"
-    return "<1k"
-
+from tli_jax.cli.console import printable
+from tli_jax.cli.tables import Column, Table
+from tli_jax.reporting.results import (
+    FAILS,
+    HOLDS,
+    TRAINED,
+    UNKNOWN,
+    by_only,
+    final_loss,
+    mean_and_spread,
+    select,
+    signed,
+)
 
 HEADINGS = {
     "name": "contender",
+    "final": "final loss",
+    "initial": "initial loss",
+    "change": "Δ base",
+    "to_rival": "tokens to base's final loss",
+    "to_base": "tokens to base's initial loss",
+    "old": "loss on old text",
+    "accuracy": "task accuracy",
     "layers": "layers",
     "parameters": "parameters",
     "size": "± size",
-    "flops": "FLOPs",
-    "initial": "initial loss",
-    "change": "Δ base",
-    "final": "final loss",
-    "to_base": "to base's start",
-    "to_rival": "to base's end",
-    "old": "loss on old text",
-    "accuracy": "right on tasks",
-    "seconds": "s",
-    "memory": "MB",
+    "flops": "FLOPs per token",
+    "seconds": "seconds",
+    "memory": "memory, MB",
 }
-# What a heading is short for.
 LEGEND = (
-    "parameters: in brackets those that a token goes through; ± size: these, against the common size; FLOPs: of a"
-    " token, forward, in millions; to base's start, end: tokens, in thousands, after which the loss is that of the base"
-    " before, and that of the base trained likewise, seed by seed; s and MB: of a run, memory by the compiler"
+    "± is the standard deviation over seeds, and losses are in nats per token",
+    "parameters: total, and in brackets the active ones per token; ± size: active parameters against the common size",
+    "FLOPs per token: of the forward pass; Δ base: initial loss minus the base's",
+    "tokens to base's loss: training tokens until the loss equals that of the untrained base (initial) or of the base"
+    " trained in the same way (final), seed by seed",
+    "seconds and memory: per run; memory is the compiler's figure for the train step",
 )
+# The columns of a terminal, and the order in which a narrow one drops them: the highest number first.
+_PRIORITIES = {"name": 0, "layers": 4, "size": 5, "initial": 1, "change": 3, "final": 0, "to_rival": 3, "accuracy": 2}
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of the summary as text, by the keys of ``HEADINGS``; without what only training gives, where there was
-    none."""
+    """A row of the summary as text, under the keys of ``HEADINGS``. Rows without training lack the keys of a run."""
     marks = {"best": " *", "alike": " ≈"}
-    tail = {key: marks.get(mark, "") for key, mark in row.get("marks", {}).items()}
-    old = number(row["old_before"])
+    mark = {key: marks.get(mark, "") for key, mark in row.get("marks", {}).items()}
+    old = mean_and_spread(row["old_before"])
     active = f" ({row['active_parameters'] / 1e6:,.2f}M)" * (row["active_parameters"] != row["parameters"])
-    found = {
-        "name": row["name"],
+    text = {
+        "name": printable(row["name"]),
         "layers": str(row["layers"]),
         "parameters": f"{row['parameters'] / 1e6:,.2f}M{active}",
         "size": f"{row['size_difference']:+.1%}" if round(row["size_difference"], 3) else "=",
         "flops": f"{row['forward_flops_per_token'] / 1e6:,.2f}M",
-        "initial": number(row["initial"]) + tail.get("initial", ""),
-        "change": "–" if row["change"] is None else plus(row["change"]),
+        "initial": mean_and_spread(row["initial"]) + mark.get("initial", ""),
+        "change": "–" if row["change"] is None else signed(row["change"]),
     }
-    before, after = (share(row.get(f"accuracy_{when}")) for when in ("before", "after"))
+    before, after = (percent(row.get(f"accuracy_{when}")) for when in ("before", "after"))
     has_tasks = row.get("accuracy_before") is not None
     if row["only"] is None:
-        return found | {"old": old} | ({"accuracy": before} if has_tasks else {})
-    final = "diverged" if row["final"] is None else number(row["final"]) + tail.get("final", "")
-    return found | {
-        "final": final,
-        "to_base": _tokens(row["to_base"]),
-        "to_rival": _tokens(row["to_rival"]),
-        "old": "–" if row["old_after"] is None else f"{old} → {number(row['old_after'])}{tail.get('old_after', '')}",
-        **({"accuracy": f"{before} → {after}{tail.get('accuracy_after', '')}"} if has_tasks else {}),
+        return text | {"old": old} | ({"accuracy": before} if has_tasks else {})
+    new = row["old_after"]
+    return text | {
+        "final": "diverged" if row["final"] is None else mean_and_spread(row["final"]) + mark.get("final", ""),
+        "to_base": _thousands(row["to_base"]),
+        "to_rival": _thousands(row["to_rival"]),
+        "old": "–" if new is None else f"{old} → {mean_and_spread(new)}{mark.get('old_after', '')}",
+        **({"accuracy": f"{before} → {after}{mark.get('accuracy_after', '')}"} if has_tasks else {}),
         "seconds": "–" if row["seconds"] is None else f"{row['seconds']:,.0f}",
         "memory": "–" if row["memory"] is None else f"{row['memory'] / 1e6:,.0f}",
     }
 
 
-def share(value: Mapping[str, Any] | None) -> str:
-    """A mean, and its spread, in percent."""
-    return "–" if value is None else number({k: None if v is None else 100 * v for k, v in value.items()}, 1) + " %"
+def _thousands(tokens: Mapping[str, Any] | None) -> str:
+    if tokens is None:
+        return "–"
+    if 0 < tokens["mean"] < 500:
+        return "<1k"
+    return f"{tokens['mean'] / 1000:,.0f}k" if tokens["mean"] else "0"
 
 
-def tabulate(results: Mapping[str, Any]) -> rich.console.Group:
-    """The summary for a terminal, a table for each kind of run; no more columns than fit, the rest is in the report."""
+def percent(value: Mapping[str, Any] | None) -> str:
+    """The mean and standard deviation of a fraction, in percent."""
+    if value is None:
+        return "–"
+    return mean_and_spread({key: None if part is None else 100 * part for key, part in value.items()}, 1) + " %"
+
+
+def make_tables(results: Mapping[str, Any]) -> list[Table]:
+    """The summary for a terminal, one table for each choice of trained layers."""
     tables = []
-    for only in dict.fromkeys(row["only"] for row in results["summary"]):
-        title = "before any training" if only is None else ONLY[only]
-        table = rich.table.Table(box=rich.box.SIMPLE, padding=(0, 1, 0, 0), title=title, title_justify="left")
+    for only, rows in by_only(results).items():
         keys = ["name", "layers", "size", "initial", "change", *(["final", "to_rival"] if only else [])]
         keys += ["accuracy"] if results["config"]["tasks"] else []
-        for heading in [*(HEADINGS[key] for key in keys), "Δ old text"]:
-            table.add_column(heading, justify="left" if heading == "contender" else "right", no_wrap=True)
-        for row in results["summary"]:
-            if row["only"] == only:
-                text, old = cells(row), row["old_after"] if only else row["old_before"]
-                forgot = "–" if old is None else plus(old["mean"] - results["base"]["old"])
-                table.add_row(*(text[key] for key in keys), forgot)
-        tables.append(table)
-    return rich.console.Group(*tables)
+        columns = [Column(HEADINGS[key], "left" if key == "name" else "right", _PRIORITIES[key]) for key in keys]
+        lines = []
+        for row in rows:
+            text, old = cells(row), row["old_after"] if only else row["old_before"]
+            change = "–" if old is None else signed(old["mean"] - results["base"]["old"])
+            lines.append([*(text[key] for key in keys), change])
+        tables.append(Table([*columns, Column("Δ old text", "right", 2)], lines, TRAINED[only]))
+    return tables
 
 
 def claims_by_kind(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """The claims, of all contenders together."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    """Each claim of the paper with its verdicts on all ``tli`` contenders."""
+    kinds: dict[str, list[Mapping[str, Any]]] = {}
     for claim in results["claims"]:
-        kind = f", {ONLY[claim['only']]}" if claim["only"] else ""
-        found.setdefault(claim["claim"] + kind, []).append(claim)
-    return found
+        kind = f" ({TRAINED[claim['only']]})" if claim["only"] else ""
+        kinds.setdefault(claim["claim"] + kind, []).append(claim)
+    return kinds
 
 
 def describe(results: Mapping[str, Any]) -> list[str]:
-    """What stands below the table: its signs, the claims, who was left out."""
-    lines = ["* lowest, ≈ not to be told from it by these seeds; losses in nats a token, ± over seeds"]
+    """The lines below the tables: how to read them, the claims, and which methods were left out."""
+    lines = [
+        "* best of its column; ≈ indistinguishable from the best with these seeds; losses in nats per token, ± standard"
+        " deviation over seeds"
+    ]
     for claim, rows in claims_by_kind(results).items():
-        said = {
-            verdict: [row["tli"] for row in rows if row["verdict"] == verdict] for verdict in (HOLDS, FAILS, UNKNOWN)
-        }
-        lines.append(f"{claim}: " + "; ".join(f"{v}: {', '.join(names)}" for v, names in said.items() if names))
-    lines += [f"{name} is left out: {why}" for name, why in results["left_out"].items()]
-    return [*lines, f"written to {results['config']['output']}: results.json, results.csv, report.html and pictures"]
+        names = {kind: [row["tli"] for row in rows if row["verdict"] == kind] for kind in (HOLDS, FAILS, UNKNOWN)}
+        lines.append(f"{claim}: " + "; ".join(f"{kind}: {', '.join(some)}" for kind, some in names.items() if some))
+    lines += [f"{name} was left out: {why}" for name, why in results["left_out"].items()]
+    return [*lines, f"wrote results.json, results.csv, report.html and plots to {results['config']['output']}"]
 
 
 def write_csv(results: Mapping[str, Any], file: Path) -> None:
-    """A row a run, or before any training a row a model."""
+    """One row per run, or one per model if nothing was trained."""
     sizes = ("layers", "parameters", "active_parameters", "forward_flops_per_token")
     measured = ("seconds", "memory", "trained_parameters", "flops_per_token")
     starts = {(start["name"], start["seed"]): start for start in results["starts"]}
     rows = []
-    for run in results["runs"] or [{**s, "only": None} for s in results["starts"]]:
+    for run in results["runs"] or [{**start, "only": None} for start in results["starts"]]:
         start = starts.get((run["name"], run["seed"])) or select(results["starts"], name=run["name"])[0]
         row = {"name": run["name"], "only": run["only"], "seed": run["seed"], **{key: start[key] for key in sizes}}
         row |= {"initial_loss": start["new"], "old_loss_before": start["old"], "accuracy_before": start["accuracy"]}
         if run["only"] is not None:
-            is_done = not run["diverged"]
+            has_ended = not run["diverged"]
             row |= {
-                "final_loss": final_loss(run) if is_done else None,
-                "old_loss_after": run["old"] if is_done else None,
-                "accuracy_after": run["accuracy"] if is_done else None,
+                "final_loss": final_loss(run) if has_ended else None,
+                "old_loss_after": run["old"] if has_ended else None,
+                "accuracy_after": run["accuracy"] if has_ended else None,
             }
-            row |= {key: run[key] if is_done else None for key in measured}
+            row |= {key: run[key] if has_ended else None for key in measured}
         rows.append(row)
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""The report of a comparison: one page that needs nothing but itself, a table of all runs, and pictures."""
+"""The report of a comparison: one self-contained HTML page, a CSV file, and plots."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -10,20 +10,21 @@ from tli_jax.cli.console import printable
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.reporting import comparison
+from tli_jax.reporting.curves import GREY, Curve, loss_curves, loss_range
 from tli_jax.reporting.layer_map import draw_svg
-from tli_jax.reporting.results import first_of_each, mean_curve
+from tli_jax.reporting.results import RANDOM, TRAINED, UNKNOWN, by_only, first_of_each
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-_GREY, _GRID = "#8a8f98", "rgba(138,143,152,0.25)"
+_GRID = "rgba(138,143,152,0.25)"
 
 
-def need_libraries() -> None:
-    """Refuse, before hours of training, what could not be reported on.
+def require_libraries() -> None:
+    """Check that the libraries of the report are installed, before hours of training.
 
     Raises:
-        UsageError: a library is not installed.
+        UsageError: one is missing.
     """
     for name in ("matplotlib", "plotly", "jinja2"):
         if importlib.util.find_spec(name) is None:
@@ -31,11 +32,11 @@ def need_libraries() -> None:
 
 
 def write_report(results: Mapping[str, Any], config: str, folder: Path) -> None:
-    """``results.csv``, the pictures and ``report.html``.
+    """Write ``results.csv``, ``report.html`` and the plots.
 
     Args:
-        results: what ``results.json`` says.
-        config: the configuration, as YAML.
+        results: the content of ``results.json``.
+        config: the configuration as YAML.
     """
     from tli_jax.reporting.plots import draw
 
@@ -45,52 +46,52 @@ def write_report(results: Mapping[str, Any], config: str, folder: Path) -> None:
 
 
 def make_page(results: Mapping[str, Any], config: str) -> str:
-    """The page."""
+    """The HTML of the page."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
-    template = (resources.files("tli_jax.report") / "page.html.jinja").read_text(encoding="utf-8")
+    template = (resources.files("tli_jax.reporting") / "page.html.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_show_all
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_escape_unprintable
     )
-    kinds = list(dict.fromkeys(row["only"] for row in results["summary"]))
-    figures = []
-    for only in kinds:
-        if only is not None:
-            figures.append((f"Loss on what was kept out: {comparison.ONLY[only]}", _html(_curves(results, only))))
-            if any(row["contributions"] for row in results["summary"] if row["only"] == only):
-                figures.append(
-                    (f"What each injected layer gives: {comparison.ONLY[only]}", _html(_layers(results, only)))
-                )
-    tables, tasks = [], []
-    for only in kinds:
-        rows = [row for row in results["summary"] if row["only"] == only]
+    tables, tasks, charts, contributions = [], [], [], []
+    for only, rows in by_only(results).items():
         filled = [comparison.cells(row) for row in rows]
         keys = [key for key in comparison.HEADINGS if key in filled[0]]
-        title = "before any training" if only is None else comparison.ONLY[only]
-        tables.append((title, keys, list(zip(rows, filled, strict=True))))
-        tasks.append((title, rows))
+        tables.append((TRAINED[only], keys, list(zip(rows, filled, strict=True))))
+        if len(rows[0]["tasks"]) > 1:  # a single one is a column of the main table
+            tasks.append((TRAINED[only], rows))
+        if only is not None:
+            curves = loss_curves(results, only)
+            charts.append((TRAINED[only], curves, _html(_plot_curves(curves, loss_range(results, curves)))))
+            if measured := [row for row in rows if row["contributions"]]:
+                width = 140 + 64 * max(len(row["contributions"]) for row in measured)
+                contributions.append((TRAINED[only], _html(_plot_contributions(measured)), width))
     grown = [start for start in first_of_each(results["starts"]) if start["plan"]]
     plans = {start["name"]: Plan.from_json(start["plan"]) for start in grown}
-    proofs = {start["name"]: start["proof"] for start in grown}
     return environment.from_string(template).render(
         results=results,
+        model=Path(results["config"]["model"]).name,
         headings=comparison.HEADINGS,
         legend=comparison.LEGEND,
         claims=comparison.claims_by_kind(results),
+        not_measured=UNKNOWN,
+        titles=TRAINED,
         tables=tables,
         tasks=tasks,
-        figures=figures,
-        proofs=proofs,
+        charts=charts,
+        random=RANDOM,
+        contributions=contributions,
+        proofs={start["name"]: start["proof"] for start in grown},
         plans=plans,
         layer_maps=draw_svg(plans) if plans else "",
         config=config,
-        script=get_plotlyjs() if figures else "",
+        script=get_plotlyjs() if charts else "",
     )
 
 
-def _show_all(value: Any) -> Any:
-    """Text of a record with what does not print escaped; HTML of our own stays as it is."""
+def _escape_unprintable(value: Any) -> Any:
+    """Escape unprintable characters in the text of a record. HTML that this package made stays as it is."""
     if not isinstance(value, str) or hasattr(value, "__html__"):
         return value
     return "\n".join(map(printable, value.split("\n")))
@@ -98,73 +99,67 @@ def _show_all(value: Any) -> Any:
 
 def _html(figure: "Figure") -> str:
     figure.update_layout(
-        # Grey on nothing reads on a light page and on a dark one.
+        # Grey on a transparent background is readable on light and dark pages.
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": _GREY, "size": 12},
-        margin={"l": 60, "r": 20, "t": 34, "b": 50},
-        height=460,
+        font={"color": GREY, "size": 12},
+        margin={"l": 60, "r": 10, "t": 10, "b": 50},
+        showlegend=False,
     )
     figure.update_xaxes(gridcolor=_GRID, zeroline=False)
     figure.update_yaxes(gridcolor=_GRID, zeroline=False)
-    return figure.to_html(
-        full_html=False, include_plotlyjs=False, config={"responsive": True, "displaylogo": False}, default_width="100%"
-    )
+    config = {"responsive": True, "displayModeBar": False}
+    return figure.to_html(full_html=False, include_plotlyjs=False, config=config, default_width="100%")
 
 
-def _curves(results: Mapping[str, Any], only: str) -> "Figure":
+def _plot_curves(curves: list[Curve], limits: tuple[float, float]) -> "Figure":
     from plotly import graph_objects
 
-    from tli_jax.reporting.plots import colours
-
     figure = graph_objects.Figure()
-    colour = colours([row["name"] for row in results["summary"]])
-    for row in results["summary"]:
-        curve = mean_curve(results, row["name"], only) if row["only"] == only else []
-        if curve:
-            tokens, means, spreads = (list(column) for column in zip(*curve, strict=True))
-            figure.add_scatter(
-                x=tokens,
-                y=means,
-                error_y={"array": spreads, "thickness": 1, "width": 2},
-                name=row["name"],
-                mode="lines+markers",
-                line={"color": colour[row["name"]], "dash": "solid" if row["method"] else "dash"},
-                marker={"size": 5},
-                # From random weights a model begins so high that nothing else could be told apart.
-                visible="legendonly" if row["name"] == "random" else True,
-            )
-    figure.update_layout(xaxis_title="tokens", yaxis_title="nats a token", hovermode="x unified")
+    for curve in curves:
+        is_grey = curve.style.colour == GREY
+        figure.add_scatter(
+            x=curve.tokens,
+            y=curve.means,
+            error_y={"array": curve.spreads, "thickness": 0.4 if is_grey else 1, "width": 2},
+            name=curve.name,
+            mode="lines" if is_grey else "lines+markers",
+            line={"color": curve.style.colour, "dash": curve.style.dash[1], "width": 1.2 if is_grey else 2},
+            marker={"size": 7, "symbol": curve.style.marker[1]},
+            visible=curve.name != RANDOM,
+            zorder=0 if is_grey else 1,
+        )
+    figure.update_layout(xaxis_title="tokens", yaxis_title="nats per token", yaxis_range=limits, height=480)
     return figure
 
 
-def _layers(results: Mapping[str, Any], only: str) -> "Figure":
+def _plot_contributions(rows: list[dict[str, Any]]) -> "Figure":
+    """How much the loss rises without each injected layer, one line of boxes per contender."""
     from plotly import graph_objects
 
-    rows = [row for row in results["summary"] if row["only"] == only and row["contributions"]][::-1]
-    wide = max(len(row["contributions"]) for row in rows)
-    values = [[*row["contributions"].values(), *[None] * (wide - len(row["contributions"]))] for row in rows]
-    names = [[f"layer {n}" for n in row["contributions"]] for row in rows]
+    rows = rows[::-1]
+    width = max(len(row["contributions"]) for row in rows)
+    padding = [[None] * (width - len(row["contributions"])) for row in rows]
+    values = [[*row["contributions"].values(), *pad] for row, pad in zip(rows, padding, strict=True)]
     texts = [
-        [f"{name}<br>{value:+.3f}" for name, value in zip(line, known, strict=False)] + [""] * (wide - len(line))
-        for line, known in zip(names, values, strict=True)
+        [*(f"layer {layer}<br>{value:+.3f}" for layer, value in row["contributions"].items()), *("" for _ in pad)]
+        for row, pad in zip(rows, padding, strict=True)
     ]
     largest = max(abs(value) for line in values for value in line if value is not None)
-    figure = graph_objects.Figure(
-        graph_objects.Heatmap(
-            z=values,
-            y=[row["name"] for row in rows],
-            x=[f"{i + 1}." for i in range(wide)],
-            text=texts,
-            texttemplate="%{text}",
-            colorscale="RdBu_r",
-            zmin=-largest,
-            zmax=largest,
-            xgap=2,
-            ygap=2,
-            colorbar={"title": "nats"},
-            hovertemplate="%{y}, %{text}<extra></extra>",
-        )
+    heatmap = graph_objects.Heatmap(
+        z=values,
+        y=[row["name"] for row in rows],
+        x=[f"{i + 1}." for i in range(width)],
+        text=texts,
+        texttemplate="%{text}",
+        colorscale="RdBu_r",
+        zmin=-largest,
+        zmax=largest,
+        xgap=2,
+        ygap=2,
+        showscale=False,
+        hovertemplate="%{y}, %{text}<extra></extra>",
     )
-    figure.update_layout(xaxis_title="injected layer: by how much the loss rises when it is skipped")
+    figure = graph_objects.Figure(heatmap)
+    figure.update_layout(xaxis_title="injected layer", height=90 + 40 * len(rows))
     return figure

@@ -1,133 +1,111 @@
-"""The pictures of a comparison, as PNG."""
+"""The plots of a comparison, as PNG files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import matplotlib.colors
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tli_jax.reporting.comparison import ONLY
-from tli_jax.reporting.results import mean_curve
+from tli_jax.reporting.curves import COLOURS, GREY, loss_curves, loss_range, styles
+from tli_jax.reporting.results import OLD_LAYERS, RANDOM, TRAINED, by_only
 
-_NEW, _OLD, _GREY = "#4c6a92", "#e0913d", "#888888"
 _DPI = 130
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> None:
-    """``initial_loss.png`` and, where there were runs, ``loss_curves.png`` and, where there was an old text,
-    ``forgetting.png``."""
-    figures = {"initial_loss.png": _initial(results)}
+    """Write ``initial_loss.png``, after training also ``loss_curves.png``, and ``forgetting.png`` if an old text was
+    measured."""
+    figures = {"initial_loss.png": _draw_initial_losses(results)}
     if results["runs"]:
-        figures["loss_curves.png"] = _curves(results)
+        figures["loss_curves.png"] = _draw_loss_curves(results)
         if any(row.get("old_after") for row in results["summary"]):
-            figures["forgetting.png"] = _forgetting(results)
+            figures["forgetting.png"] = _draw_forgetting(results)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=_DPI)
 
 
 def add_legend(axes: Axes, handles: Mapping[str, Any], **options: Any) -> None:
-    """A legend with the labels as they are: nothing between dollar signs is mathematics, and no label is left out
-    because it begins with an underscore."""
+    """A legend with verbatim labels: no mathematics between dollar signs, and labels may begin with an underscore."""
     legend = axes.legend(list(handles.values()), list(handles), frameon=False, **options)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
 
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for each contender, as far as there are any."""
-    table = [matplotlib.colors.to_hex(colour) for colour in matplotlib.color_sequences["tab20"]]
-    table = table[::2] + table[1::2]  # the strong ones first
-    return {name: table[i % len(table)] for i, name in enumerate(dict.fromkeys(names))}
-
-
-def _rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The first row of each contender."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in results["summary"]:
-        found.setdefault(row["name"], row)
-    return list(found.values())
-
-
-def _initial(results: Mapping[str, Any]) -> Figure:
-    rows = [row for row in _rows(results) if row["name"] not in ("random", "old_layers")][::-1]
+def _draw_initial_losses(results: Mapping[str, Any]) -> Figure:
+    first_rows = {row["name"]: row for row in reversed(results["summary"])}
+    rows = [row for name, row in first_rows.items() if name not in (RANDOM, OLD_LAYERS)]
     figure = Figure(figsize=(8, 1.4 + 0.32 * len(rows)), layout="constrained")
     axes: Any = figure.add_subplot()
-    kinds = [("initial", "new", "new text", _NEW), ("old_before", "old", "old text", _OLD)]
-    kinds = [kind for kind in kinds if results["base"][kind[1]] is not None]
-    high = 0.8 / len(kinds)
-    for i, (key, base, label, colour) in enumerate(kinds):
-        places = [y + (len(kinds) - 1 - i) * high for y in range(len(rows))]
+    texts = [("initial", "new", "new text"), ("old_before", "old", "old text")]
+    texts = [text for text in texts if results["base"][text[1]] is not None]
+    height = 0.8 / len(texts)
+    for i, (key, base, label) in enumerate(texts):
+        bottoms = [y + (len(texts) - 1 - i) * height for y in range(len(rows))]
         means = [row[key]["mean"] - results["base"][base] for row in rows]
         spreads = [row[key]["sd"] or 0.0 for row in rows]
-        axes.barh(places, means, high * 0.9, xerr=spreads, color=colour, label=label, ecolor=_GREY)
-    axes.set_yticks([y + 0.4 - high / 2 for y in range(len(rows))], [row["name"] for row in rows])
-    axes.axvline(0, color=_GREY, lw=1)
-    axes.set_xlabel("loss before any training, above that of the base, nats a token")
+        axes.barh(bottoms, means, height * 0.9, xerr=spreads, color=COLOURS[i], label=label, ecolor=GREY)
+    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], [row["name"] for row in rows], parse_math=False)
+    axes.axvline(0, color=GREY, lw=1)
+    axes.set_xlabel("loss before training minus the loss of the base, nats per token")
     axes.grid(alpha=0.25, axis="x")
     axes.legend(frameon=False)
     return figure
 
 
-def _curves(results: Mapping[str, Any]) -> Figure:
-    kinds = list(dict.fromkeys(row["only"] for row in results["summary"]))
-    colour = colours([row["name"] for row in results["summary"]])
-    figure = Figure(figsize=(7 * len(kinds), 5.5), layout="constrained")
+def _draw_loss_curves(results: Mapping[str, Any]) -> Figure:
+    kinds = list(by_only(results))
+    figure = Figure(figsize=(7 * len(kinds), 6.5), layout="constrained")
     for axes, only in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
-        shown = [row["name"] for row in results["summary"] if row["only"] == only]
-        _draw_curves(axes, results, only, shown, colour)
+        curves, handles = loss_curves(results, str(only)), {}
+        for order, curve in enumerate(reversed(curves)):
+            style, lw = curve.style, 1.8 if curve.style.colour != GREY else 1.1
+            options: Any = {"color": style.colour, "lw": lw, "ls": style.dash[0], "marker": style.marker[0], "ms": 5}
+            options["zorder"] = 2 + order / 100 + (style.colour != GREY)
+            (handles[f"{curve.name}, {curve.means[-1]:.3f}"],) = axes.plot(curve.tokens, curve.means, **options)
+            low, high = ([m + sign * s for m, s in zip(curve.means, curve.spreads, strict=True)] for sign in (-1, 1))
+            axes.fill_between(curve.tokens, low, high, color=style.colour, alpha=0.1 * (style.colour != GREY), lw=0)
+        axes.set_ylim(*loss_range(results, curves))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("loss on held-out new text, nats per token")
+        axes.set_title(TRAINED[only], fontsize="medium")
+        axes.grid(alpha=0.25)
+        in_order = dict(reversed(handles.items()))
+        add_legend(axes, in_order, fontsize="x-small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure
 
 
-def _draw_curves(axes: Axes, results: Mapping[str, Any], only: str, names: Sequence[str], colour: Mapping) -> None:
-    handles = {}
-    for name in names:
-        curve = mean_curve(results, name, only)
-        if not curve:
-            continue
-        tokens, means, spreads = (list(column) for column in zip(*curve, strict=True))
-        style = "--" if name in ("base", "old_layers", "random") else "-"
-        (handles[f"{name}, {means[-1]:.3f}"],) = axes.plot(tokens, means, color=colour[name], lw=1.5, ls=style)
-        low, high = ([m + sign * s for m, s in zip(means, spreads, strict=True)] for sign in (-1, 1))
-        axes.fill_between(tokens, low, high, color=colour[name], alpha=0.15, lw=0)
-    # What begins far above the base leaves no room for the others: it comes into view from above.
-    lowest = min((point[1] for name in names for point in mean_curve(results, name, only)), default=0.0)
-    start = results["base"]["new"]
-    axes.set_ylim(lowest - 0.05 * (start - lowest), start + 0.8 * (start - lowest))
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss on what was kept out of the new text, nats a token")
-    axes.set_title(ONLY[only], fontsize="medium")
-    axes.grid(alpha=0.25)
-    add_legend(axes, handles, fontsize="x-small", ncols=2)
-
-
-def _forgetting(results: Mapping[str, Any]) -> Figure:
-    rows = [row for row in results["summary"] if row.get("final") and row.get("old_after") and row["name"] != "random"]
-    colour = colours([row["name"] for row in results["summary"]])
+def _draw_forgetting(results: Mapping[str, Any]) -> Figure:
+    rows = [row for row in results["summary"] if row.get("final") and row.get("old_after") and row["name"] != RANDOM]
+    look = styles(results)
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
     handles = {}
     for row in rows:
-        marker = {"all": "o", "injected": "^"}[row["only"]]
-        x, y = row["final"]["mean"], row["old_after"]["mean"]
-        handles[row["name"] + (" (injected)" if row["only"] == "injected" else "")] = axes.errorbar(
-            x,
-            y,
-            xerr=row["final"]["sd"] or 0.0,
-            yerr=row["old_after"]["sd"] or 0.0,
-            marker=marker,
-            ls="",
-            color=colour[row["name"]],
-            ecolor=_GREY,
-            elinewidth=0.8,
-        )
-    axes.axhline(results["base"]["old"], color=_GREY, lw=1, ls="--")
-    axes.annotate("the base before", (0.99, results["base"]["old"]), xycoords=("axes fraction", "data"), ha="right")
-    axes.set_xlabel("final loss on the new text, nats a token")
-    axes.set_ylabel("final loss on the old text, nats a token")
-    axes.set_title("what was learnt against what was forgotten: lower left is better", fontsize="medium")
+        is_injected, style = row["only"] == "injected", look[row["name"]]
+        final, old = row["final"], row["old_after"]
+        options: Any = {"color": style.colour, "ecolor": GREY, "elinewidth": 0.8, "ls": ""}
+        options |= {"marker": style.marker[0] or "x", "mfc": "none" if is_injected else style.colour}
+        spreads = {"xerr": final["sd"] or 0.0, "yerr": old["sd"] or 0.0}
+        handle = axes.errorbar(final["mean"], old["mean"], **spreads, **options)
+        if style.colour != GREY:
+            handles[row["name"] + " (injected)" * is_injected] = handle
+        else:
+            text: Any = {"textcoords": "offset points", "fontsize": 6, "color": GREY, "parse_math": False}
+            axes.annotate(row["name"], (final["mean"], old["mean"]), (4, 4), **text)
+    # A few contenders that end far above the rest may leave the view.
+    for limit, key in ((axes.set_xlim, "final"), (axes.set_ylim, "old_after")):
+        losses = sorted(row[key]["mean"] for row in rows)
+        low, high = losses[0], losses[9 * len(losses) // 10]
+        limit(low - 0.1 * (high - low), high + 0.2 * (high - low))
+    base = results["base"]["old"]
+    axes.axhline(base, color=GREY, lw=1, ls="--")
+    axes.annotate("base before training", (0.99, base), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    axes.set_xlabel("final loss on the new text, nats per token")
+    axes.set_ylabel("final loss on the old text, nats per token")
+    axes.set_title(
+        "learning against forgetting (lower left is better; hollow: only injected layers)", fontsize="medium"
+    )
     axes.grid(alpha=0.25)
     add_legend(axes, handles, fontsize="x-small", ncols=1, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

@@ -1,4 +1,4 @@
-"""What a folder holds that the report can show, recognised by its records."""
+"""Recognise what folders contain by their records, and read these."""
 
 import dataclasses
 import os
@@ -16,15 +16,15 @@ from tli_jax.training.run_directory import RunDirectory
 
 
 class Trained(NamedTuple):
-    """A trained model: its ``training.json`` and, where it was grown, its ``growth.json``."""
+    """A trained model: its ``training.json``, and its ``growth.json`` if it was grown."""
 
     facts: Mapping[str, Any]
     growth: Mapping[str, Any] | None
 
 
 @dataclasses.dataclass
-class Found:
-    """The folders of a report by kind, each under a name of its own."""
+class Records:
+    """The records of all folders by kind, each under a unique name."""
 
     runs: dict[str, Lines] = dataclasses.field(default_factory=dict)
     grown: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -32,50 +32,50 @@ class Found:
     comparisons: dict[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
 
-def find(folders: Sequence[str]) -> Found:
+def read_records(folders: Sequence[str]) -> Records:
     """Read the records of all folders.
 
     Raises:
-        MissingInputError: a folder holds nothing to report on.
-        DataError: a record is not JSON, or a run has no metrics yet.
+        MissingInputError: a folder has none.
+        DataError: a record is damaged, or a run has no metrics yet.
     """
-    found = Found()
-    for folder, name in label(folders).items():
+    records = Records()
+    for folder, name in unique_names(folders).items():
         path = Path(folder)
         if (path / "results.json").is_file():
-            # A comparison has more to tell than a model: no limit on the size of its record.
+            # Not read_json: a comparison may exceed the size that it allows.
             file = path / "results.json"
-            found.comparisons[name] = parse_json(file.read_bytes(), str(file))
+            records.comparisons[name] = parse_json(file.read_bytes(), str(file))
         elif (path / "measured").is_dir() and not (path / "run.json").is_file():
-            raise MissingInputError(f"{folder}: a comparison without results yet: run tli_jax.compare to its end")
+            raise MissingInputError(f"{folder}: a comparison without results: run tli-jax compare again to finish it")
         elif RunDirectory(folder).is_begun:
-            found.runs[name] = read_run(folder)
+            records.runs[name] = read_run(folder)
         elif (path / RECORD).is_file():
             growth = read_growth_record(path / "growth.json") if (path / "growth.json").is_file() else None
-            found.trained[name] = Trained(read_training(path / RECORD), growth)
+            records.trained[name] = Trained(read_training(path / RECORD), growth)
         elif (path / "growth.json").is_file():
-            found.grown[name] = read_growth_record(path / "growth.json")
+            records.grown[name] = read_growth_record(path / "growth.json")
         else:
             raise MissingInputError(
-                f"{folder}: nothing to report on: neither a run, nor a grown or trained model (growth.json,"
-                " training.json), nor a comparison (results.json)"
+                f"{folder}: nothing to report on: expected a run directory, a grown model (growth.json), a trained"
+                " model (training.json) or a comparison (results.json)"
             )
-    return found
+    return records
 
 
-def label(folders: Sequence[str]) -> dict[str, str]:
-    """Each folder under its name, with as many of its parents as it takes to tell it from the others."""
+def unique_names(folders: Sequence[str]) -> dict[str, str]:
+    """The last component of each folder's path, with as many parents as make it unique."""
 
     def parts(folder: str) -> tuple[str, ...]:
-        # Not resolved: two links are two names, and where links go in circles nothing else would work.
+        # Not resolved: two links are two names, and a loop of links must not fail here.
         return tuple((folder.rstrip("/") if "://" in folder else os.path.abspath(folder)).split("/"))  # noqa: PTH100
 
-    different: dict[tuple[str, ...], str] = {}
+    distinct: dict[tuple[str, ...], str] = {}
     for folder in folders:
-        different.setdefault(parts(folder), folder)
+        distinct.setdefault(parts(folder), folder)
     names = {}
-    for mine, folder in different.items():
-        others = [other for other in different if other != mine]
-        depth = next(n for n in range(1, len(mine) + 2) if all(other[-n:] != mine[-n:] for other in others))
-        names[folder] = printable("/".join(mine[-depth:]))
+    for path, folder in distinct.items():
+        others = [other for other in distinct if other != path]
+        depth = next(n for n in range(1, len(path) + 2) if all(other[-n:] != path[-n:] for other in others))
+        names[folder] = printable("/".join(path[-depth:]))
     return names

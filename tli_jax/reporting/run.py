@@ -1,4 +1,4 @@
-"""A training run, or some side by side: the figures, and the curves of loss against tokens."""
+"""Training runs: their numbers side by side, and their losses against tokens."""
 
 import itertools
 import statistics
@@ -6,10 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import rich.box
-import rich.table
-
-from tli_jax.cli.tables import show_number
+from tli_jax.cli.tables import Table, make_columns, show_number
 from tli_jax.errors import DataError, OutputError, UsageError
 from tli_jax.training.metrics import losses, read_metrics, validation
 from tli_jax.training.run_directory import RunDirectory
@@ -18,10 +15,10 @@ Lines = list[dict[str, Any]]
 
 
 def read_run(folder: Path | str) -> Lines:
-    """The metrics of a run, a dict a step.
+    """The metrics of a run, one dict per step.
 
     Raises:
-        DataError: it has done no step yet.
+        DataError: the run has not finished a step yet.
     """
     lines = read_metrics(RunDirectory(folder))
     if not lines:
@@ -29,55 +26,68 @@ def read_run(folder: Path | str) -> Lines:
     return lines
 
 
-def tabulate(runs: Mapping[str, Lines]) -> rich.table.Table:
+def summarise(lines: Lines) -> dict[str, Any]:
+    """The numbers of a run. Losses are in nats per token; a number that was not measured is None."""
+    loss = losses(lines)
+    mfu = [line["mfu"] for line in lines if line["mfu"] is not None]
+    return {
+        "steps": lines[-1]["step"],
+        "tokens": lines[-1]["tokens"],
+        "loss": loss["training"],
+        "validation_before": loss["validation_before"],
+        "validation_after": loss["validation_after"],
+        "validation_best": min((value for _, value in validation(lines) if value is not None), default=None),
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines),
+        "mfu": statistics.median(mfu) if mfu else None,
+        "skipped_steps": sum(line["skipped"] > 0 for line in lines),
+    }
+
+
+def make_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
     """One row per run."""
-    table = rich.table.Table(box=rich.box.SIMPLE, title="runs", title_justify="left")
-    headings = ("run", "steps", "tokens", "loss", "validation before", "after", "best", "tokens/s", "MFU", "skipped")
-    for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
-    for name, lines in runs.items():
-        found = losses(lines)
-        best = min((value for _, value in validation(lines) if value is not None), default=None)
-        mfu = [line["mfu"] for line in lines if line["mfu"] is not None]
-        table.add_row(
+    numbers = {"steps": 0, "tokens": 1, "loss": 0, "validation before": 1, "validation after": 0, "best validation": 2}
+    columns = make_columns({"run": 0}, numbers | {"tokens/s": 3, "MFU": 4, "skipped": 2})
+    rows = [
+        [
             name,
-            f"{lines[-1]['step']:,}",
-            f"{lines[-1]['tokens']:,}",
-            *map(show_number, (found["training"], found["validation_before"], found["validation_after"], best)),
-            f"{statistics.median(line['tokens_per_second'] for line in lines):,.0f}",
-            f"{statistics.median(mfu):.1%}" if mfu else "–",
-            str(sum(line["skipped"] > 0 for line in lines)),
-        )
-    return table
+            f"{run['steps']:,}",
+            f"{run['tokens']:,}",
+            *(show_number(run[key]) for key in ("loss", "validation_before", "validation_after", "validation_best")),
+            f"{run['tokens_per_second']:,.0f}",
+            show_number(run["mfu"], ".1%"),
+            str(run["skipped_steps"]),
+        ]
+        for name, run in runs.items()
+    ]
+    return Table(columns, rows, "training runs")
 
 
 def draw_curves(runs: Mapping[str, Lines], file: Path) -> None:
-    """Loss of every step, thin, and validation loss, thick with dots, against tokens; one colour a run.
+    """Plot the losses of runs against tokens: training loss as a thin line, validation loss as a thick one with dots.
 
     Raises:
-        UsageError: matplotlib is not installed, or it does not know the kind of file.
+        UsageError: matplotlib is not installed, or cannot write this kind of file.
         OutputError: the file cannot be written.
     """
     try:
-        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("curves need pip install 'tli_jax[plot]'") from None
+        raise UsageError("--curves needs matplotlib: pip install 'tli_jax[plot]'") from None
+    from tli_jax.reporting.curves import COLOURS, GREY
     from tli_jax.reporting.plots import add_legend
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    colours = itertools.cycle(matplotlib.color_sequences["tab10"])
     handles = {}
-    for (name, lines), colour in zip(runs.items(), colours, strict=False):
+    for (name, lines), colour in zip(runs.items(), itertools.chain(COLOURS, itertools.repeat(GREY)), strict=False):
         steps = [line for line in lines if line["loss"] is not None]
         axes.plot([s["tokens"] for s in steps], [s["loss"] for s in steps], color=colour, lw=0.7, alpha=0.35)
-        points = [(x, y) for x, y in validation(lines) if y is not None]
+        points = [(tokens, loss) for tokens, loss in validation(lines) if loss is not None]
         points = list(zip(*points, strict=True)) or [(), ()]
         (handles[name],) = axes.plot(*points, color=colour, lw=2, marker="o", ms=4)
     axes.set_xlabel("tokens")
-    axes.set_ylabel("loss, nats a token")
-    axes.set_title("training (thin) and what was kept out (thick)", fontsize="medium")
+    axes.set_ylabel("loss, nats per token")
+    axes.set_title("training loss (thin) and validation loss (thick)", fontsize="medium")
     axes.grid(alpha=0.25)
     add_legend(axes, handles)
     try:
@@ -85,4 +95,4 @@ def draw_curves(runs: Mapping[str, Lines], file: Path) -> None:
     except ValueError as error:
         raise UsageError(f"{file}: {' '.join(str(error).split())[:160]}") from None
     except OSError as error:
-        raise OutputError(f"{file}: cannot be written ({error.strerror}): choose another") from None
+        raise OutputError(f"{file}: cannot be written ({error.strerror}): choose another file") from None
