@@ -13,7 +13,7 @@ from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Params, init_params
 from tli_jax.training.freezing import Arrays, group, make_layout
-from tli_jax.training.step import Trainer
+from tli_jax.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")

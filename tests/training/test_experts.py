@@ -14,7 +14,7 @@ from tli_jax.models.llama import init_params
 from tli_jax.models.moe import every_expert
 from tli_jax.training.freezing import as_model, group, make_layout
 from tli_jax.training.optimizer import make_optimizer
-from tli_jax.training.step import Trainer
+from tli_jax.training.trainer import Trainer
 
 MODEL = LlamaConfig(64, 32, 48, 4, 4, 2, 8, initializer_range=0.2, num_experts=4, experts_per_token=2)
 MESHES = {

@@ -30,11 +30,10 @@ from tli_jax.hf.output import check_output
 from tli_jax.hf.stream import grown_pieces
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.training.run_directory import RunDirectory
-from tli_jax.training.setup import make_trainer
 from tli_jax.upscaling.options import make_plan
 
 if TYPE_CHECKING:
-    from tli_jax.training.step import Trainer
+    from tli_jax.training.trainer import Trainer
 
 PROGRAM = "python -m tli_jax.preflight"
 _SAMPLE = 2**20  # characters of each source that are tokenised, to guess at the rest
@@ -181,6 +180,8 @@ class Preflight:
             raise _NotCheckedError("needs a plan")
         elif base.growth is not None:
             plan = Plan.from_json(base.growth)
+        from tli_jax.training.trainer import make_trainer
+
         self.trainer, self.T, notes = make_trainer(self.train, model, plan, self._devices())
         trainer, mesh = self.trainer, self.trainer.mesh
         sizes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -198,7 +199,7 @@ class Preflight:
         from tli_jax.training import memory as fit
 
         trainer = self._needs(self.trainer, "a mesh")
-        params, whole = trainer.abstract_params(self._dtypes()), fit.whole_bytes
+        params, whole = trainer.abstract_params(self._dtypes()), fit.total_bytes
         frozen = sum(whole(params[leaf.name]) for leaf in trainer.param_specs if not leaf.trains)
         step = sum(map(whole, jax.tree.leaves(trainer.abstract_state())))
         nbytes = frozen + (self.train.keep + 1) * step
@@ -276,7 +277,7 @@ class Preflight:
 
         trainer = self._needs(self.trainer, "a mesh")
         found = fit.compile_step(trainer, self.T, self._dtypes())
-        paper = fit.on_paper(trainer, self.T, self._dtypes())
+        paper = fit.estimate(trainer, self.T, self._dtypes())
         return self._judge(found, trainer.mesh, fit.hints(trainer, self.T), {"on_paper": paper})
 
     def search(self) -> tuple[str, dict[str, Any]]:
@@ -301,7 +302,8 @@ class Preflight:
         facts = dataclasses.asdict(found) | {"limit": limit} | more
         if not found.fits or found.peak > limit:
             raise _DoesNotFitError(
-                f"does not fit: needs {fit.gib(found.peak)} of {fit.gib(limit)}; {hints}", facts | {"fits": False}
+                f"does not fit: needs {fit.gib(found.peak)} of {fit.gib(limit)}; {hints}",
+                facts | {"fits": False},
             )
         text = f"peak {fit.gib(found.peak)} of {fit.gib(limit)} a device (arguments {fit.gib(found.arguments)},"
         text += f" temporaries {fit.gib(found.temporaries)}), {_list(found.collectives) or 'no collectives'},"

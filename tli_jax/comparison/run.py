@@ -37,13 +37,13 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.page import need_libraries, write_report
 from tli_jax.training.metrics import read_metrics, validation
 from tli_jax.training.run_directory import RunDirectory, model_digest, replacing
-from tli_jax.training.setup import make_trainer, open_text, replace_embedded, sequence_length
+from tli_jax.training.text import open_text, replace_embedded, sequence_length
 from tli_jax.training.train import Trained, train
 from tli_jax.upscaling.job import grow, prepare
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
-    from tli_jax.training.step import Trainer
+    from tli_jax.training.trainer import Trainer
 
 _PACKAGES = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 # What may be another when a comparison is gone on with: what was measured stays what it is.
@@ -263,7 +263,9 @@ class _Comparison:
 
     def _measure_start(self, folder: Path) -> dict[str, Any]:
         """Of a model as it is: its loss on the new text and on the old one, and its tasks."""
-        from tli_jax.training.loop import Feed, load
+        from tli_jax.training.feed import Feed
+        from tli_jax.training.state import load
+        from tli_jax.training.trainer import make_trainer
 
         weights = open_checkpoint(folder)
         trainer, _, _ = make_trainer(self.recipe, weights.config, None)
@@ -314,7 +316,7 @@ class _Comparison:
         """
         import jax
 
-        from tli_jax.training.loop import Feed, contributions
+        from tli_jax.training.feed import Feed, contributions
         from tli_jax.training.memory import compile_step
 
         trainer, trained, frozen, data = run

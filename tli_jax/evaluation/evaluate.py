@@ -13,11 +13,11 @@ from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import hub, sidecar, tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.training.run_directory import RunDirectory
-from tli_jax.training.setup import make_trainer, open_text
+from tli_jax.training.text import open_text
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
-    from tli_jax.training.loop import Measured
+    from tli_jax.training.feed import Measured
 
 PROGRAM = "python -m tli_jax.evaluate"
 
@@ -41,7 +41,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UsageError("neither text nor tasks is set, so there is nothing to measure: --text FILE, --tasks FILE")
     from tli_jax.evaluation import scoring
     from tli_jax.evaluation.tasks import open_tasks
-    from tli_jax.training.loop import Feed, load
+    from tli_jax.training.feed import Feed
+    from tli_jax.training.state import load
+    from tli_jax.training.trainer import make_trainer
 
     weights = open_checkpoint(hub.resolve(config.model, config.revision))
     parse_special = config.special_tokens == "parse"
