@@ -95,14 +95,16 @@ class Trainer(Programs):
             params: layer-stacked params as from ``load_hf`` or ``inject``, on any device or mesh. They are copied.
                 Trainable parameters are cast to ``param_dtype``, frozen ones keep their dtype.
         """
-        parts = group(params, self.param_specs)
-        shardings = {spec.name: param_sharding(self.mesh, spec.dims) for spec in self.param_specs}
-        # Copied because the first step donates them.
-        trained = {name: jnp.array(x, self.config.param_dtype, copy=True) for name, x in parts[0].items()}
-        trained, frozen = (
-            {name: jax.device_put(x, shardings[name]) for name, x in part.items()} for part in (trained, parts[1])
-        )
+        trained, frozen = self.shard(params)
         return TrainerState(self.init(trained), frozen)
+
+    def shard(self, params: dict[str, Any]) -> tuple[Arrays, Arrays]:
+        """Layer-stacked params as the ``(trained, frozen)`` arrays of ``Programs``; ``trained`` is a copy."""
+        shardings = {spec.name: param_sharding(self.mesh, spec.dims) for spec in self.param_specs}
+        trained, frozen = group(params, self.param_specs)
+        trained = {name: jnp.array(x, self.config.param_dtype, copy=True) for name, x in trained.items()}
+        trained, frozen = (jax.device_put(part, {name: shardings[name] for name in part}) for part in (trained, frozen))
+        return trained, frozen
 
     def train_step(
         self, state: TrainerState, tokens_BT: Any, segments_BT: Any = None
