@@ -43,7 +43,7 @@ def injected() -> tuple[bool, ...]:
 
 
 @pytest.fixture(scope="session")
-def start(model: LlamaConfig, params: Params, injected: Sequence[bool]) -> Any:
+def build(model: LlamaConfig, params: Params, injected: Sequence[bool]) -> Any:
     """Makes ``(trainer, trained, frozen)`` for a mesh (one device by default) and training options."""
 
     def make(mesh: dict[str, int] | None = None, **options: Any) -> tuple[Trainer, Arrays, Arrays]:

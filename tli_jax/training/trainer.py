@@ -124,7 +124,7 @@ class Trainer(Programs):
             ``balance`` if the model has experts.
 
         Raises:
-            ValueError: a wrong shape.
+            ValueError: a shape is wrong, or an id is not in the vocabulary.
         """
         shape = (self.config.batch_size, sequence_length(self.config, self.model) + 1)
         if np.shape(tokens_BT) != shape:
@@ -132,7 +132,7 @@ class Trainer(Programs):
                 f"tokens_BT has shape {np.shape(tokens_BT)}, not [batch_size, sequence_length + 1], {shape}"
             )
         microbatches = (self.config.grad_accum_steps, -1, shape[1])
-        batch = (x.reshape(microbatches) for x in _as_batch(tokens_BT, segments_BT))
+        batch = (x.reshape(microbatches) for x in self._batch(tokens_BT, segments_BT))
         tokens, segments = (jax.make_array_from_callback(x.shape, self.batch_sharding, x.__getitem__) for x in batch)
         train, metrics = self.step(state.train, state.frozen, tokens, segments, flag_array(self.mesh, False))
         del metrics["stop"]
@@ -143,7 +143,7 @@ class Trainer(Programs):
 
         Returns NaN if there are no targets.
         """
-        tokens, segments = _as_batch(tokens_BT, segments_BT)
+        tokens, segments = self._batch(tokens_BT, segments_BT)
         pad = ((0, -len(tokens) % batch_degree(self.mesh)), (0, 0))
         batch = np.pad(tokens, pad, constant_values=-1), np.pad(segments, pad)
         sharding = batch_sharding(self.mesh, ("B", "T"))
@@ -161,17 +161,19 @@ class Trainer(Programs):
         # Copied because the next step donates the state.
         return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
 
+    def _batch(self, tokens_BT: Any, segments_BT: Any) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.asarray(tokens_BT, np.int32)
+        segments = np.zeros_like(tokens) if segments_BT is None else np.asarray(segments_BT, np.int32)
+        if tokens.ndim != 2 or tokens.shape != segments.shape:
+            raise ValueError(f"tokens_BT has shape {tokens.shape}, segments_BT {segments.shape}: both must be [B, T+1]")
+        low, high, V = tokens.min(), tokens.max(), self.model.vocab_size
+        if low < -1 or high >= V:
+            raise ValueError(f"tokens_BT has ids from {low} to {high}, the vocabulary has {V}")
+        return tokens, segments
+
 
 def _size(config: LlamaConfig, plan: Plan) -> tuple[int, int]:
     return len(plan), config.num_experts if plan.experts is None else plan.experts.total
-
-
-def _as_batch(tokens_BT: Any, segments_BT: Any) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.asarray(tokens_BT, np.int32)
-    segments = np.zeros_like(tokens) if segments_BT is None else np.asarray(segments_BT, np.int32)
-    if tokens.ndim != 2 or tokens.shape != segments.shape:
-        raise ValueError(f"tokens_BT has shape {tokens.shape}, segments_BT {segments.shape}: both must be [B, T+1]")
-    return tokens, segments
 
 
 def make_trainer(
