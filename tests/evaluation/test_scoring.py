@@ -25,7 +25,7 @@ from tli_jax.evaluation.tasks import Question, Task, open_tasks
 from tli_jax.hf import tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.hub import resolve
-from tli_jax.training.loop import load
+from tli_jax.training.state import load
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
 
@@ -40,7 +40,7 @@ def opened(folder: Path | str, **options):
     """Programs, arrays and tokenizer of a model."""
     weights = open_checkpoint(Path(folder))
     config = TrainConfig(**{"dtypes": {"compute": "float32"}, "mesh": {"fsdp": 1, "data": -1}} | options)
-    trainer, _, _ = train.make_trainer(config, weights.config, None)
+    trainer, _, _ = make_trainer(config, weights.config, None)
     return trainer, load(trainer, weights), tokens.open_tokenizer(weights.folder, weights.config)[0]
 
 

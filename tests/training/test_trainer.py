@@ -108,8 +108,8 @@ def test_padding_and_documents(base, tokens):
 def test_wrong_options_and_shapes_are_refused(base, tokens):
     config, params, trainer = base
     for options, message in [
-        ({"lerning_rate": 1}, "Trainer.create: lerning_rate: not an option of the training recipe"),
-        ({"run": "x"}, "run: not an option"),
+        ({"lerning_rate": 1}, "Trainer.create: key 'lerning_rate' is not known, .*learning_rate"),
+        ({"run": "x"}, "Trainer.create: run: for tli-jax train only"),
         ({"steps": "many"}, "Trainer.create: steps is 'many'"),
         ({"only": "injected"}, "injected needs a grown model"),
         ({"mesh": {"tensor": 3}}, "mesh"),

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tli_jax.cli.config import Recipe, TrainConfig
-from tli_jax.cli.parse import train_config
+from tli_jax.cli.parse import from_values
 from tli_jax.distributed.kernels import choose_attention, choose_dispatch
 from tli_jax.distributed.mesh import batch_degree, batch_sharding, check_fits, make_mesh, param_sharding
 from tli_jax.distributed.processes import flag_array
@@ -21,6 +21,8 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.training.freezing import Arrays, group, make_layout, ungroup
 from tli_jax.training.step import Programs, TrainState
 from tli_jax.training.text import sequence_length
+
+_RECIPE = {field.name for field in dataclasses.fields(Recipe)} | {"only"}
 
 
 class TrainerState(NamedTuple):
@@ -77,12 +79,12 @@ class Trainer(Programs):
         Warns:
             UserWarning: ``sequence_length`` is larger than the model's context.
         """
-        known = {field.name for field in dataclasses.fields(Recipe)} | {"only"}
-        if unknown := sorted(options.keys() - known):
-            raise UsageError(f"Trainer.create: {', '.join(unknown)}: not an option of the training recipe")
+        of_commands = {field.name for field in dataclasses.fields(TrainConfig)} - _RECIPE
+        if wrong := sorted(of_commands & options.keys()):
+            raise UsageError(f"Trainer.create: {', '.join(wrong)}: for tli-jax train only, remove it")
         if plan is not None and (config.num_hidden_layers, config.num_experts) != _size(config, plan):
             config = grown_config(config, plan)
-        trainer, _, notes = make_trainer(train_config(options, "Trainer.create"), config, plan, devices)
+        trainer, _, notes = make_trainer(from_values(TrainConfig, options, "Trainer.create"), config, plan, devices)
         for note in notes:
             if note.startswith("warning: "):
                 warnings.warn(note.removeprefix("warning: "), stacklevel=2)
