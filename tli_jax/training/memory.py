@@ -113,15 +113,9 @@ def _compile(program: Any, *inputs: Any) -> CompiledMemory:
     if platform != "tpu":  # other compilers do not report when temporaries are freed
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    collectives = collections.Counter(_COLLECTIVES.findall(compiled.as_text()))
-    return CompiledMemory(
-        fits=True,
-        peak=peak,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        collectives=dict(sorted(collectives.items())),
-        seconds=time.perf_counter() - started,
-    )
+    collectives = dict(sorted(collections.Counter(_COLLECTIVES.findall(compiled.as_text())).items()))
+    seconds = time.perf_counter() - started
+    return CompiledMemory(True, peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, collectives, seconds)
 
 
 def _device_bytes(array: Any) -> int:

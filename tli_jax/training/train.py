@@ -16,12 +16,11 @@ from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
 from tli_jax.training.run_directory import RunDirectory, model_digest
-from tli_jax.training.start import Start, open_start
+from tli_jax.training.start import open_start
 from tli_jax.training.text import open_text
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
-    from tli_jax.training.step import TrainState
     from tli_jax.training.trainer import Trainer
 
 
@@ -71,6 +70,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
 
     from tli_jax.training.checkpoints import Checkpoints
     from tli_jax.training.export import check_export, export
+    from tli_jax.training.loop import Loop
     from tli_jax.training.state import load, restore
     from tli_jax.training.trainer import make_trainer
 
@@ -92,8 +92,14 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
     if config.export:
         check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
     if not is_resumed:
-        assert data is not None
-        _begin(config, run, start, trainer, data)
+        assert start.weights is not None and data is not None
+        for warning in sidecar.left_behind(start.folder):
+            _report(f"warning: {warning}")
+        with processes.first("begin"):
+            if processes.is_first():
+                run.begin(config, start.weights, _facts(trainer, start.weights, data))
+            else:
+                run.fetch()
         facts = run.read_facts()
     for line in [*_describe(trainer), *notes, *((*data.notes, *data.repeated) if data else ())]:
         _report(line)
@@ -114,7 +120,21 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
         if data is None:
             raise missing or AssertionError("the text was opened")
         _report(f"resuming from step {step:,}" if step else "starting at step 0")
-        state = _run_loop(config, run, trainer, checkpoints, data, state, frozen, advance)
+        metrics, shown = None, contextlib.nullcontext(advance or (lambda amount, note="", /: None))
+        if processes.is_first():
+            run.write_config(config)
+            metrics = Metrics(run, config, step, facts["id"])
+            if advance is None:
+                shown = progress("train", config.steps, "steps", step)
+        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report)
+        try:
+            with shown as show_step:
+                state = loop.train(state, frozen, show_step)
+        finally:
+            if metrics is not None:
+                metrics.close()
+        if processes.is_first():  # other machines have no metrics
+            _report(summary(run))
     else:
         _report(f"run {run}: {step} steps are done")
     checkpoints.close()
@@ -123,18 +143,6 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
         export(trainer, state.trained | frozen, facts["dtypes"], run, Path(config.export), record)
         _report(f"exported to {config.export}")
     return Trained(trainer, state.trained, frozen, data)
-
-
-def _begin(config: TrainConfig, run: RunDirectory, start: Start, trainer: "Trainer", data: "Data") -> None:
-    """Record what the run starts with."""
-    assert start.weights is not None
-    for warning in sidecar.left_behind(start.folder):
-        _report(f"warning: {warning}")
-    with processes.first("begin"):
-        if processes.is_first():
-            run.begin(config, start.weights, _facts(trainer, start.weights, data))
-        else:
-            run.fetch()
 
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
@@ -167,37 +175,6 @@ def _describe(trainer: "Trainer") -> list[str]:
         " layer up, 2 for weight gradients of trainable weights; causal attention counts half; the head counts,"
         " embedding lookups and rematerialization do not",
     ]
-
-
-def _run_loop(
-    config: TrainConfig,
-    run: RunDirectory,
-    trainer: "Trainer",
-    checkpoints: Any,
-    data: "Data",
-    state: "TrainState",
-    frozen: dict[str, Any],
-    advance: Advance | None,
-) -> "TrainState":
-    from tli_jax.training.loop import Loop
-
-    step, metrics = int(state.step), None
-    shown = contextlib.nullcontext(advance or (lambda amount, note="", /: None))
-    if processes.is_first():
-        run.write_config(config)
-        metrics = Metrics(run, config, step, run.read_facts()["id"])
-        if advance is None:
-            shown = progress("train", config.steps, "steps", step)
-    loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report)
-    try:
-        with shown as advance_bar:
-            state = loop.train(state, frozen, advance_bar)
-    finally:
-        if metrics is not None:
-            metrics.close()
-    if processes.is_first():  # other machines have no metrics
-        _report(summary(run))
-    return state
 
 
 def summary(run: RunDirectory) -> str:
