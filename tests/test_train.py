@@ -892,7 +892,7 @@ def test_upscale_continues_with_training(small, start, tmp_path, capsys):
     at = (tmp_path / "grown" / "growth.json").stat().st_mtime_ns
     # The second time it does not grow again, and resumes the run.
     code, stderr = both("--train.steps", 5)
-    assert code == 0 and "growth is not repeated" in stderr
+    assert code == 0 and "skipping growth" in stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert (tmp_path / "grown" / "growth.json").stat().st_mtime_ns == at
     # The same file works for the training alone.
@@ -973,7 +973,7 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
     assert run_command(train.main, ["--config", str(tmp_path / "run.yaml")]) == 2
     stderr = read_stderr(capsys)
     assert "'lerning_rate' is not known, is learning_rate meant?" in stderr
-    assert "steps is True: " in stderr and "must be a number" in stderr
+    assert "steps is True, must be a number" in stderr
 
 
 def test_tokenizer_larger_than_the_vocabulary(start, tmp_path, capsys):

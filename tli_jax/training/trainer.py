@@ -42,6 +42,7 @@ class Trainer(Programs):
 
     It runs the programs of ``tli-jax train``, so the same batches give the same losses bit for bit::
 
+        import numpy as np
         import tli_jax
 
         config, params = tli_jax.load_hf("embedded")
@@ -49,11 +50,11 @@ class Trainer(Programs):
         params = tli_jax.inject(params, plan)
 
         trainer = tli_jax.Trainer.create(
-            config, plan=plan, only="injected", learning_rate=1e-3, steps=100, batch_size=8, sequence_length=128
+            config, plan=plan, only="injected", learning_rate=1e-3, steps=10, batch_size=8, sequence_length=128
         )
         state = trainer.init_from(params)
-        for _ in range(100):
-            tokens_BT = ...  # int ids, [8, 129]: inputs and targets overlap
+        batches = np.random.default_rng(0).integers(0, config.vocab_size, (10, 8, 129))  # inputs and targets overlap
+        for tokens_BT in batches:
             state, metrics = trainer.train_step(state, tokens_BT)
         print(float(metrics["loss"]), trainer.evaluate(state, tokens_BT))
         tli_jax.save_hf("trained", config, trainer.params(state, config.dtype), plan=plan)
