@@ -140,7 +140,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
     from tli_jax.distributed.mesh import make_mesh, param_sharding
     from tli_jax.hf.checkpoint import hf_name, load_array, open_checkpoint
     from tli_jax.training.freezing import make_layout
-    from tli_jax.training.step import Trainer
+    from tli_jax.training.trainer import Trainer
 
     class NaiveTrainer(Trainer):
         """All parameters have gradients and moments; a mask over the layers of each stack freezes some of them."""

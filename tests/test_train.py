@@ -1,6 +1,6 @@
-"""Continued pretraining as its user meets it: what a run writes, how it is gone on with, and what it refuses.
+"""``tli-jax train``: what a run writes, how it resumes, and what it refuses.
 
-Where the end of a process matters, real processes with one device; elsewhere within this one, which has eight.
+Tests that kill or stop a run start real processes with one device. All others run in this process, with eight.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
@@ -32,16 +31,22 @@ from tli_jax.cli.frame import run_command
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
 from tli_jax.training.checkpoints import Checkpoints
+from tli_jax.training.run_directory import RunDirectory
+from tli_jax.training.start import open_start
+from tli_jax.training.trainer import make_trainer
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
-B, T, STEPS, SAVE, VALIDATE = 8, 16, 40, 10, 20
+B, T, STEPS, SAVE, VALIDATE = 8, 16, 20, 5, 10
+HALF = STEPS // 2
 BASIC = {"batch-size": B, "sequence-length": T, "dtypes": "compute=float32", "learning-rate": 0.01, "warmup": 5}
+# With this schedule the program does not depend on the number of steps, so most tests share one compilation.
+BASIC |= {"schedule": "constant"}
 USUAL = BASIC | {"steps": STEPS, "save-every": SAVE, "validate-every": VALIDATE}
-# Of the small model: all runs of it are one program. From step 20 on every gradient is a spike.
-SMALL = BASIC | {"only": "injected", "schedule": "constant", "spike": 1e-6}
+# For the small model. From step 20 on every gradient is a spike.
+SMALL = BASIC | {"only": "injected", "spike": 1e-6}
 
-# The command, slowed down from some step on, so that there is time to do something to it.
+# The command with a pause after each step from some step on, so that tests can interrupt it.
 SLOW = """
 import sys, time
 from tli_jax import train
@@ -61,21 +66,21 @@ processes.leave(run_command(train.main, sys.argv[3:]))
 """
 
 
-def words(run, **options):
-    """Options of a run as a command line; None leaves one out, True and False are switches."""
-    found = []
+def flags(run, **options):
+    """Options as a command line. None leaves an option out, True and False are switches."""
+    arguments = []
     for name, value in ({"run": run} | options).items():
         flag = name.replace("_", "-")
         if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:
-            found += [f"--{flag}", str(value)]
-    return found
+            arguments += [f"--{flag}", str(value)]
+    return arguments
 
 
-def here(run, **options):
-    """The command within this process; its exit code."""
-    return run_command(train.main, words(run, **options))
+def run_here(run, **options):
+    """Run the command in this process. Returns its exit code."""
+    return run_command(train.main, flags(run, **options))
 
 
 def usual(start, model="grown", **options):
@@ -83,8 +88,8 @@ def usual(start, model="grown", **options):
     return USUAL | {"model": start / model, "text": start / "ids.npy"} | options
 
 
-def say(capsys):
-    """What was said on stderr; the error is one line, and nothing comes after it."""
+def read_stderr(capsys):
+    """The text on stderr. It ends with at most one error, on one line."""
     captured = capsys.readouterr()
     assert captured.out == ""
     errors = [line for line in captured.err.splitlines() if line.startswith("error:")]
@@ -98,7 +103,7 @@ def inode(file):
 
 
 class Process:
-    """A real one, with one device."""
+    """The command in a process of its own, with one device."""
 
     def __init__(self, environment, arguments, slow=None):
         script = ["-m", "tli_jax.train"] if slow is None else ["-c", SLOW, *map(str, slow)]
@@ -114,21 +119,21 @@ class Process:
         )
 
     def wait_for(self, step, checkpoint=None):
-        """Until that step is in the metrics, and a checkpoint complete."""
+        """Wait until the step is in the metrics and the checkpoint is complete."""
         file = self.run / "metrics.jsonl"
-        until = time.monotonic() + 120
+        deadline = time.monotonic() + 120
         while not (
-            inode(file) != self.before  # which is put in the place of the old one
+            inode(file) != self.before  # a resumed run replaces the file
             and file.read_bytes().count(b"\n") >= step
             and (checkpoint is None or (self.run / "checkpoints" / str(checkpoint)).is_dir())
         ):
             assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < until
+            assert time.monotonic() < deadline
             time.sleep(0.005)
         return self
 
     def end(self, number=None, code=0):
-        """Send a signal, and wait: all that it said."""
+        """Send a signal, if any, and wait for the end. Returns the text on stderr."""
         if number is not None:
             self.process.send_signal(number)
         out, err = self.process.communicate(timeout=600)
@@ -151,7 +156,7 @@ def losses(run):
 
 
 def state_digests(run, step=STEPS):
-    """Of every array of a step's state: parameters, moments, step, and the running mean of the gradient's norm."""
+    """Digest of every array in the state of a step."""
     meta = json.loads((run / "checkpoints" / str(step) / "meta" / "meta.json").read_text())["content"]
     assert meta["meta"]["step"] == step
     return {name: array["digest"] for name, array in meta["arrays"].items()}
@@ -162,7 +167,7 @@ def tensors(folder):
 
 
 def copy_run(source, target, until=STEPS):
-    """A run as it was when a step was complete."""
+    """Copy a run as it was at step ``until``."""
     shutil.copytree(source, target)
     for step in (target / "checkpoints").iterdir():
         if step.name.isdecimal() and int(step.name) > until:
@@ -170,43 +175,42 @@ def copy_run(source, target, until=STEPS):
     return target
 
 
-# Real processes. Two threads of stories, told once; the tests look at what they left.
+# Real processes. Two sequences run once, in two threads, and several tests check the results.
 
 
-def tell_killed(folder, start, environment):
+def run_killed(folder, start, environment):
     options = usual(start, only="injected")
     straight, killed = folder / "straight", folder / "killed"
-    Process(environment, words(straight, **options, export=folder / "straight-out")).end()
-    every = words(killed, **options, export=folder / "killed-out")
-    Process(environment, every, slow=(21, 0.3)).wait_for(23, checkpoint=20).end(signal.SIGKILL, -9)
+    Process(environment, flags(straight, **options, export=folder / "straight-out")).end()
+    every = flags(killed, **options, export=folder / "killed-out")
+    Process(environment, every, slow=(HALF + 1, 0.3)).wait_for(HALF + 3, checkpoint=HALF).end(signal.SIGKILL, -9)
     kill_somewhere(environment, every, random.Random(1))
     (folder / "last.err").write_text(Process(environment, every).end())
 
 
-def tell_stopped(folder, start, environment):
-    options = usual(start, only="all", grad_accum_steps=2)
+def run_stopped(folder, start, environment):
+    options = usual(start, only="all", grad_accum_steps=2, steps=2 * STEPS, save_every=2 * SAVE, schedule="wsd")
     straight, stopped = folder / "straight", folder / "stopped"
-    Process(environment, words(straight, **options, export=folder / "straight-out")).end()
-    every = words(stopped, **options, export=folder / "stopped-out")
+    Process(environment, flags(straight, **options, export=folder / "straight-out")).end()
+    every = flags(stopped, **options, export=folder / "stopped-out")
     first = Process(environment, every, slow=(3, 0.6)).wait_for(3)
     second = Process(environment, every).end(code=73)
-    said = {"second": second, "SIGTERM": first.end(signal.SIGTERM, 75), "saved": [newest(stopped)]}
-    said["SIGINT"] = Process(environment, every, slow=(15, 0.3)).wait_for(16).end(signal.SIGINT, 75)
-    said["saved"].append(newest(stopped))
-    # Nothing but the run: the rest is known.
-    Process(environment, words(stopped)).end()
-    (folder / "said.json").write_text(json.dumps(said))
+    stderr = {"second": second, "SIGTERM": first.end(signal.SIGTERM, 75), "saved": [newest(stopped)]}
+    stderr["SIGINT"] = Process(environment, every, slow=(15, 0.3)).wait_for(16).end(signal.SIGINT, 75)
+    stderr["saved"].append(newest(stopped))
+    stderr["last"] = Process(environment, flags(stopped)).end()  # the stored configuration has the other options
+    (folder / "stderr.json").write_text(json.dumps(stderr))
 
 
-def kill_somewhere(environment, arguments, draw):
-    """SIGKILL at a random moment: of the start, or some steps after the newest checkpoint, or while one is written."""
+def kill_somewhere(environment, arguments, rng):
+    """SIGKILL at a random moment: while starting, after some steps, or while a checkpoint is written."""
     process = Process(environment, arguments, slow=(0, 0.05))
-    if draw.random() < 0.3:
-        time.sleep(draw.uniform(0.2, 4))
+    if rng.random() < 0.3:
+        time.sleep(rng.uniform(0.2, 4))
     else:
-        done = newest(process.run)
-        process.wait_for(done + draw.randrange(1, 1 + SAVE + 3))
-        time.sleep(draw.uniform(0, 0.1))
+        saved = newest(process.run)
+        process.wait_for(saved + rng.randrange(1, 1 + SAVE + 3))
+        time.sleep(rng.uniform(0, 0.1))
     process.end(signal.SIGKILL, -9)
 
 
@@ -216,107 +220,119 @@ def newest(run):
 
 
 @pytest.fixture(scope="session")
-def stories(once, start, compiled):
-    """Folders of what was killed and of what was stopped, each beside what ran straight."""
+def interrupted(once, start, compiled):
+    """Two folders: a run that was killed, and one that was stopped, each with an uninterrupted run to compare to."""
 
     def make(folder):
         (folder / "kill").mkdir()
         (folder / "stop").mkdir()
         with ThreadPoolExecutor(2) as pool:
-            both = pool.submit(tell_killed, folder / "kill", start, compiled)
-            tell_stopped(folder / "stop", start, compiled)
-            both.result()
+            killed = pool.submit(run_killed, folder / "kill", start, compiled)
+            run_stopped(folder / "stop", start, compiled)
+            killed.result()
 
-    folder = once("stories", make)
+    folder = once("interrupted", make)
     return folder / "kill", folder / "stop"
 
 
-@pytest.mark.parametrize(("number", "name"), [(0, "killed"), (1, "stopped")])
-def test_what_ends_early_ends_like_what_ran_straight_bit_for_bit(stories, number, name):
-    folder = stories[number]
+@pytest.mark.parametrize(("index", "name", "steps"), [(0, "killed", STEPS), (1, "stopped", 2 * STEPS)])
+def test_an_interrupted_run_ends_like_an_uninterrupted_one_bit_for_bit(interrupted, index, name, steps):
+    folder = interrupted[index]
     straight, other = folder / "straight", folder / name
     assert losses(other) == losses(straight)
-    assert len(losses(other)) == STEPS
+    assert len(losses(other)) == steps
     assert tensors(folder / f"{name}-out") == tensors(folder / "straight-out")
-    digests = state_digests(straight)
-    assert state_digests(other) == digests
+    digests = state_digests(straight, steps)
+    assert state_digests(other, steps) == digests
     parts = {name.split(".")[0] for name in digests}
-    assert {"step", "trained", "moments", "norm"} <= parts
+    assert {"step", "trained", "optimizer_state", "norm"} <= parts
 
 
-def test_restored_states_are_equal_bit_for_bit(stories):
-    """Read back as training does, not by what was noted when they were saved."""
-    folder = stories[0]
+def test_restored_states_are_equal_bit_for_bit(interrupted):
+    """As training reads them, instead of by their digests."""
+    folder = interrupted[0]
     states = []
     for name in ("straight", "killed"):
-        run = train.RunDirectory(folder / name)
+        run = RunDirectory(folder / name)
         config = run.read_config()
-        start = train._open_model(config, run)
-        trainer, _, _ = train.make_trainer(config, start.model, start.plan)
+        start = open_start(config, run, pytest.fail)
+        trainer, _, _ = make_trainer(config, start.model, start.plan)
         checkpoints = Checkpoints(run.checkpoints, 1, run.identity, read_only=True)
         step, state, meta = checkpoints.restore_newest(trainer.abstract_state(), pytest.fail)
         checkpoints.close()
         assert step == STEPS == int(state.step) and meta["tokens"] == STEPS * B * T
         states.append(jax.device_get(state))
-    for one, other in zip(*map(jax.tree.leaves, states), strict=True):
-        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+    for straight, killed in zip(*map(jax.tree.leaves, states), strict=True):
+        assert np.asarray(straight).tobytes() == np.asarray(killed).tobytes()
 
 
-def test_kill_loses_nothing_that_was_complete(stories):
-    said = (stories[0] / "last.err").read_text()
-    assert "error" not in said
-    assert re.search(r"^train .*done", said, re.M)
-    assert (stories[0] / "killed" / "checkpoints" / "20").is_dir()
+def test_kill_keeps_complete_checkpoints(interrupted):
+    stderr = (interrupted[0] / "last.err").read_text()
+    assert "error" not in stderr
+    assert re.search(r"^train .*done", stderr, re.M)
+    assert (interrupted[0] / "killed" / "checkpoints" / str(HALF)).is_dir()
 
 
-def test_signals_save_the_step_they_name(stories):
-    said = json.loads((stories[1] / "said.json").read_text())
-    for name, saved in zip(("SIGTERM", "SIGINT"), said["saved"], strict=True):
-        (line,) = [line for line in said[name].splitlines() if line.startswith("error:")]
+def test_start_resume_validation_and_checkpoints_are_reported(interrupted):
+    stderr = json.loads((interrupted[1] / "stderr.json").read_text())
+    assert re.search(r"^starting at step 0$", stderr["SIGTERM"], re.M)
+    assert re.search(r"^validation loss 4\.\d{4} at step 0$", stderr["SIGTERM"], re.M)
+    for word, saved in zip(("SIGINT", "last"), stderr["saved"], strict=True):
+        assert re.search(rf"^resuming from step {saved}$", stderr[word], re.M)
+    assert re.search(rf"^validation loss \d\.\d{{4}} at step {2 * STEPS}$", stderr["last"], re.M)
+    assert re.search(rf"^saving checkpoint at step {2 * STEPS}$", stderr["last"], re.M)
+
+
+def test_signals_save_the_reported_step(interrupted):
+    stderr = json.loads((interrupted[1] / "stderr.json").read_text())
+    for name, saved in zip(("SIGTERM", "SIGINT"), stderr["saved"], strict=True):
+        (line,) = [line for line in stderr[name].splitlines() if line.startswith("error:")]
         assert f"stopped at step {saved}, which is saved: run the same command again" in line
-    assert 3 <= said["saved"][0] < said["saved"][1] < STEPS
+    assert 3 <= stderr["saved"][0] < stderr["saved"][1] < 2 * STEPS
 
 
-def test_second_run_on_a_folder_is_refused(stories):
-    said = json.loads((stories[1] / "said.json").read_text())["second"]
-    assert "in use by another process" in said and str(stories[1] / "stopped") in said
+def test_a_second_process_on_a_run_is_refused(interrupted):
+    stderr = json.loads((interrupted[1] / "stderr.json").read_text())["second"]
+    assert "in use by another process" in stderr and str(interrupted[1] / "stopped") in stderr
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("only", ["injected", "all"])
-def test_ten_kills(start, stories, compiled, tmp_path, only):
-    options = usual(start, only=only) | ({"grad_accum_steps": 2} if only == "all" else {})
-    every, draw = words(tmp_path / "run", **options, export=tmp_path / "out"), random.Random(only)
+def test_ten_kills(start, interrupted, compiled, tmp_path, only):
+    straight, options = interrupted[only == "all"] / "straight", usual(start, only=only)
+    if only == "all":
+        options = usual(start, only="all", grad_accum_steps=2, steps=2 * STEPS, save_every=2 * SAVE, schedule="wsd")
+    steps = options["steps"]
+    every, rng = flags(tmp_path / "run", **options, export=tmp_path / "out"), random.Random(only)
     for _ in range(10):
-        if newest(tmp_path / "run") >= 30:  # from here on a kill may come too late
+        if newest(tmp_path / "run") >= steps - options["save-every"]:  # from here on a kill may come too late
             shutil.rmtree(tmp_path / "run")
-        kill_somewhere(compiled, every, draw)
+        kill_somewhere(compiled, every, rng)
     Process(compiled, every).end()
-    straight = stories[only == "all"]
-    assert losses(tmp_path / "run") == losses(straight / "straight")
-    assert state_digests(tmp_path / "run") == state_digests(straight / "straight")
-    assert tensors(tmp_path / "out") == tensors(straight / "straight-out")
+    assert losses(tmp_path / "run") == losses(straight)
+    assert state_digests(tmp_path / "run", steps) == state_digests(straight, steps)
+    assert tensors(tmp_path / "out") == tensors(straight.with_name("straight-out"))
 
 
 @pytest.mark.long
-def test_what_is_compiled_anew_gives_the_same_bits(start, stories, tmp_path):
-    """The other processes here share what was compiled; a user's do not."""
-    every = words(tmp_path / "run", **usual(start, only="injected"))
-    Process({}, every, slow=(21, 0.3)).wait_for(23, checkpoint=20).end(signal.SIGKILL, -9)
+def test_recompiled_programs_give_the_same_bits(start, interrupted, tmp_path):
+    """The other processes share a compilation cache."""
+    every = flags(tmp_path / "run", **usual(start, only="injected"))
+    Process({}, every, slow=(HALF + 1, 0.3)).wait_for(HALF + 3, checkpoint=HALF).end(signal.SIGKILL, -9)
     Process({}, every).end()
-    assert state_digests(tmp_path / "run") == state_digests(stories[0] / "straight")
+    assert state_digests(tmp_path / "run") == state_digests(interrupted[0] / "straight")
 
 
-# Within this process: a run over eight devices, which others start from.
+# In this process: a run on eight devices, which most tests below start from.
 
 
 @pytest.fixture(scope="session")
 def trained(once, start):
-    """A run of the grown model's injected layers to its end, ``run``, and its export, ``out``."""
+    """A finished run of the injected layers, ``run``, and its export, ``out``."""
 
     def make(folder):
-        assert here(folder / "run", **usual(start, only="injected", keep=100)) == 0
-        assert here(folder / "run", export=folder / "out") == 0  # copies of the run do not know of it
+        assert run_here(folder / "run", **usual(start, only="injected", keep=100)) == 0
+        assert run_here(folder / "run", export=folder / "out") == 0  # not stored in the run's configuration
 
     return once("trained", make)
 
@@ -325,7 +341,7 @@ def test_only_the_injected_layers_change(start, trained):
     before, after = tensors(start / "grown"), tensors(trained / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name] != after[name]}
-    # The layers after the 2nd and the 4th of the base; every tensor of them has had a gradient.
+    # The layers after the base's second and fourth; each of their tensors has a gradient.
     assert changed == {name for name in before if re.search(r"\.layers\.(2|5)\.", name)}
 
 
@@ -344,7 +360,6 @@ def test_export_is_a_model_folder(start, trained):
     assert record["run"] == json.loads((trained / "run" / "run.json").read_text())["id"]
     config, params = tli_jax.load_hf(out)
     assert config.num_hidden_layers == 6
-    # It has learnt: nothing else was said to.
     ids = np.load(start / "ids.npy")[-512:].reshape(8, 64).astype(np.int32)
     before = tli_jax.load_hf(start / "grown")
     assert loss_of(config, params, ids) < loss_of(*before, ids) - 0.2
@@ -357,7 +372,7 @@ def loss_of(config, params, ids):
     return -np.take_along_axis(log_probabilities, ids[:, 1:, None], -1).mean()
 
 
-def test_transformers_gives_the_same_loss(start, trained):
+def test_transformers_has_the_same_loss(start, trained):
     torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
     from transformers import AutoModelForCausalLM
 
@@ -372,7 +387,7 @@ def test_metrics(trained):
     lines = metrics(trained / "run")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert [line["tokens"] for line in lines] == [step * B * T for step in range(1, STEPS + 1)]
-    assert [line["step"] for line in lines if "validation_loss" in line] == [20, 40]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [VALIDATE, 2 * VALIDATE]
     assert [line["step"] for line in lines if "validation_loss_before" in line] == [1]
     assert lines[-1]["validation_loss"] < lines[0]["validation_loss_before"] - 0.2
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.2
@@ -381,22 +396,22 @@ def test_metrics(trained):
     assert not any("learning_rate_kept" in line for line in lines)
 
 
-def test_another_mesh_goes_on_with_the_same_losses(start, trained, tmp_path):
-    run = copy_run(trained / "run", tmp_path / "run", until=20)
+def test_another_mesh_resumes_with_the_same_losses(start, trained, tmp_path):
+    run = copy_run(trained / "run", tmp_path / "run", until=HALF)
     before = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    # As a kill leaves it: steps after the checkpoint, the last one half written.
-    (run / "metrics.jsonl").write_text("".join(before[:25]) + before[25][:40])
-    assert here(run, mesh="data=2,fsdp=2,tensor=2") == 0
-    assert (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:20] == before[:20]
+    # As after a kill: with steps after the checkpoint, and half of the last line.
+    (run / "metrics.jsonl").write_text("".join(before[: HALF + 3]) + before[HALF + 3][:40])
+    assert run_here(run, mesh="data=2,fsdp=2,tensor=2") == 0
+    assert (run / "metrics.jsonl").read_text().splitlines(keepends=True)[:HALF] == before[:HALF]
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 1))
     compare_losses(run, trained / "run")
 
 
-def test_one_device_goes_on_with_what_eight_began(start, trained, stories, compiled, tmp_path):
-    run = copy_run(trained / "run", tmp_path / "run", until=20)
-    Process(compiled, words(run)).end()
+def test_one_device_resumes_a_run_of_eight(start, trained, interrupted, compiled, tmp_path):
+    run = copy_run(trained / "run", tmp_path / "run", until=HALF)
+    Process(compiled, flags(run)).end()
     compare_losses(run, trained / "run")
-    compare_losses(stories[0] / "straight", trained / "run")
+    compare_losses(interrupted[0] / "straight", trained / "run")
 
 
 def compare_losses(one, other):
@@ -405,7 +420,7 @@ def compare_losses(one, other):
 
 
 def data_files(step):
-    """All that hold array data: which of them a restore reads depends on how the writers met."""
+    """All files with array data. Which of them a restore reads depends on the timing of the writers."""
     return [file for file in (step / "state").rglob("d/*") if file.is_file()]
 
 
@@ -423,19 +438,20 @@ def lose(step):
 
 def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
     run = copy_run(trained / "run", tmp_path / "run")
-    flip(run / "checkpoints" / "40")
-    lose(run / "checkpoints" / "30")
-    assert here(run, export=tmp_path / "out") == 0
-    said = say(capsys)
-    for step in (30, 40):
-        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the step before", said)
+    flip(run / "checkpoints" / str(STEPS))
+    lose(run / "checkpoints" / str(STEPS - SAVE))
+    assert run_here(run, export=tmp_path / "out") == 0
+    stderr = read_stderr(capsys)
+    for step in (STEPS - SAVE, STEPS):
+        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the step before", stderr)
+    assert f"resuming from step {HALF}\n" in stderr
     assert losses(run) == losses(trained / "run")
     assert state_digests(run) == state_digests(trained / "run")
     assert tensors(tmp_path / "out") == tensors(trained / "out")
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"learning-rate": 0.02}, "learning_rate was {'all': 0.01}, is {'all': 0.02}"),
         ({"seed": 1}, "seed was 0, is 1"),
@@ -446,22 +462,22 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
         ({"model": "elsewhere"}, "is 'elsewhere'"),
     ],
 )
-def test_another_configuration_is_refused(start, trained, capsys, changed, said):
-    assert here(trained / "run", **usual(start, only="injected") | changed) == 2
-    error = say(capsys)
-    assert said in error and "use another run" in error
+def test_another_configuration_is_refused(start, trained, capsys, changed, message):
+    assert run_here(trained / "run", **usual(start, only="injected") | changed) == 2
+    error = read_stderr(capsys)
+    assert message in error and "use another run" in error
 
 
 @pytest.fixture(scope="session")
 def relative(once, start):
-    """A finished run whose model and text are nobody else's, by relative paths: the folder can be copied."""
+    """A finished run with its own model and text by relative paths, so that the folder can be copied."""
 
     def make(folder):
         shutil.copytree(start / "grown", folder / "model")
         shutil.copy(start / "ids.npy", folder / "ids.npy")
         with contextlib.chdir(folder):
             options = usual(start, only="injected", keep=100) | {"model": "model", "text": "ids.npy"}
-            assert here("run", **options) == 0
+            assert run_here("run", **options) == 0
 
     return once("relative", make)
 
@@ -473,125 +489,126 @@ def own(relative, tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_other_model_under_the_same_name_is_refused(own, start, capsys):
+def test_another_model_of_the_same_name_is_refused(own, start, capsys):
     file = own.parent / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[8 + int.from_bytes(content[:8], "little")] ^= 1
     file.write_bytes(content)
     capsys.readouterr()
-    assert here(own) == 2
-    assert "the model is not what the run was started with" in say(capsys)
+    assert run_here(own) == 2
+    assert "the model is not what the run was started with" in read_stderr(capsys)
 
 
-def test_other_plan_under_the_same_name_is_refused(own, capsys):
+def test_another_plan_of_the_same_name_is_refused(own, capsys):
     file = own.parent / "model" / "growth.json"
     growth = json.loads(file.read_text())
-    # The first injected layer and the kept one before it change places: tensors and shapes stay.
+    # Swap the first injected layer with the kept one before it: same tensors and shapes.
     growth["rows"][1], growth["rows"][2] = growth["rows"][2], growth["rows"][1]
     for key in ("injected", "trainable"):
         growth[key][1], growth[key][2] = growth[key][2], growth[key][1]
     file.write_text(json.dumps(growth))
     capsys.readouterr()
-    assert here(own) == 2
-    assert "the model is not what the run was started with" in say(capsys)
+    assert run_here(own) == 2
+    assert "the model is not what the run was started with" in read_stderr(capsys)
 
 
-def test_other_data_under_the_same_name_are_refused(own, capsys):
+def test_another_text_of_the_same_name_is_refused(own, capsys):
     ids = np.load(own.parent / "ids.npy")
     ids[7] ^= 1
     np.save(own.parent / "ids.npy", ids)
     capsys.readouterr()
-    assert here(own) == 2
-    assert "the data is not what the run was started with" in say(capsys)
+    assert run_here(own) == 2
+    assert "the data is not what the run was started with" in read_stderr(capsys)
 
 
-def test_text_from_elsewhere_is_refused_if_it_is_another(own, capsys):
+def test_another_text_of_another_name_is_refused(own, capsys):
     ids = np.load(own.parent / "ids.npy")
     ids[7] ^= 1
     np.save(own.parent / "other.npy", ids)
-    assert here(own, text=own.parent / "other.npy") == 2
-    assert "the data is not what the run was started with" in say(capsys)
+    assert run_here(own, text=own.parent / "other.npy") == 2
+    assert "the data is not what the run was started with" in read_stderr(capsys)
 
 
-def test_ids_may_move_or_be_gone_once_the_run_is_finished(own, trained, tmp_path, capsys):
+def test_text_may_move_and_a_finished_run_needs_none(own, trained, tmp_path, capsys):
     (tmp_path / "moved").mkdir()
     (own.parent / "ids.npy").rename(tmp_path / "moved" / "other_name.npy")
-    assert here(own, export=tmp_path / "out") == 0
+    assert run_here(own, export=tmp_path / "out") == 0
     assert tensors(tmp_path / "out") == tensors(trained / "out")
-    assert here(own, steps=STEPS + 1) == 66
-    assert "ids.npy: no such file or folder" in say(capsys)
-    assert here(own, steps=STEPS + 1, text=tmp_path / "moved" / "other_name.npy") == 0
+    assert run_here(own, steps=STEPS + 1) == 66
+    assert "ids.npy: no such file or folder" in read_stderr(capsys)
+    assert run_here(own, steps=STEPS + 1, text=tmp_path / "moved" / "other_name.npy") == 0
     assert newest(own) == STEPS + 1
 
 
-def test_text_may_be_gone_if_its_tokens_are_whole(small, tmp_path, capsys):
+def test_text_may_be_missing_if_its_tokens_are_cached(small, tmp_path, capsys):
     shutil.copytree(small / "grown", tmp_path / "model")
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,"
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i + 2 for i, letter in enumerate(letters)}))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    words.save(str(tmp_path / "model" / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i + 2 for i, letter in enumerate(letters)}))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
     text = tmp_path / "a.txt"
     text.write_text("Once upon a time, there was a girl. " * 60)
     options = SMALL | {"model": tmp_path / "model", "text": text, "steps": 2, "batch-size": 8}
     for run in ("whole", "stopped"):
-        assert here(tmp_path / run, **options) == 0
-    assert here(tmp_path / "whole", steps=4) == 0
+        assert run_here(tmp_path / run, **options) == 0
+    assert run_here(tmp_path / "whole", steps=4) == 0
     text.unlink()
     capsys.readouterr()
-    assert here(tmp_path / "stopped", steps=4) == 0
-    assert "a.txt: no longer exists, so its tokens in" in say(capsys)
+    assert run_here(tmp_path / "stopped", steps=4) == 0
+    assert "a.txt: is gone, so the run goes on with its tokens" in read_stderr(capsys)
     assert state_digests(tmp_path / "stopped", 4) == state_digests(tmp_path / "whole", 4)
     (ids,) = (tmp_path / "stopped" / "data").glob("*.ids")
     content = bytearray(ids.read_bytes())
     content[5] ^= 1
     ids.write_bytes(content)
-    assert here(tmp_path / "stopped", steps=6) == 66
-    assert "its tokens are not in" in say(capsys)
+    assert run_here(tmp_path / "stopped", steps=6) == 66
+    assert "its tokens are not in" in read_stderr(capsys)
 
 
-def test_a_run_needs_its_model_no_longer(own, trained, tmp_path):
+def test_a_run_with_checkpoints_does_not_need_its_model(own, trained, tmp_path):
     shutil.rmtree(own.parent / "model")
-    assert here(own, export=tmp_path / "out") == 0
+    assert run_here(own, export=tmp_path / "out") == 0
     assert tensors(tmp_path / "out") == tensors(trained / "out")
 
 
-def test_checkpoints_of_another_run_are_not_taken(start, trained, small, tmp_path, capsys):
-    """Steps copied in from another run, and all that is left in a folder that is used again."""
-    run = copy_run(trained / "run", tmp_path / "run", until=30)
+def test_checkpoints_of_another_run_are_refused(start, trained, small, tmp_path, capsys):
+    """Steps copied from another run, and the remains of an earlier run in the same folder."""
+    run = copy_run(trained / "run", tmp_path / "run", until=STEPS - SAVE)
     foreign = json.loads((small / "run" / "run.json").read_text())["id"]
-    shutil.copytree(small / "run" / "checkpoints" / "2", run / "checkpoints" / "40")
-    assert here(run, export_only=True, export=tmp_path / "out") == 0
-    said = say(capsys)
-    assert f"{run}/checkpoints/40: belongs to another run (id {foreign}): set aside" in said
-    assert "30 steps are done" in said and (run / "checkpoints" / "40.foreign").is_dir() and newest(run) == 30
-    for step in ("10", "20", "30"):
-        shutil.rmtree(run / "checkpoints" / step)
-    (run / "checkpoints" / "40.foreign").rename(run / "checkpoints" / "40")
-    assert here(run) == 2
-    assert "no other step is of this run" in say(capsys)
-    # The frozen tensors are checked even if they are the same.
+    shutil.copytree(small / "run" / "checkpoints" / "2", run / "checkpoints" / str(STEPS))
+    assert run_here(run, export_only=True, export=tmp_path / "out") == 0
+    stderr = read_stderr(capsys)
+    assert f"{run}/checkpoints/{STEPS}: belongs to another run (id {foreign}): set aside" in stderr
+    assert f"{STEPS - SAVE} steps are done" in stderr and newest(run) == STEPS - SAVE
+    assert (run / "checkpoints" / f"{STEPS}.foreign").is_dir()
+    for step in range(SAVE, STEPS, SAVE):
+        shutil.rmtree(run / "checkpoints" / str(step))
+    (run / "checkpoints" / f"{STEPS}.foreign").rename(run / "checkpoints" / str(STEPS))
+    assert run_here(run) == 2
+    assert "no other step is of this run" in read_stderr(capsys)
+    # Frozen tensors are checked even if they are equal.
     other = copy_run(small / "run", tmp_path / "other")
     shutil.rmtree(other / "checkpoints" / "frozen")
     shutil.copytree(trained / "run" / "checkpoints" / "frozen", other / "checkpoints" / "frozen")
-    assert here(other) == 2
-    assert "frozen: belongs to another run" in say(capsys)
-    # Used again, with what was begun removed.
+    assert run_here(other) == 2
+    assert "frozen: belongs to another run" in read_stderr(capsys)
+    # A new run in a folder with old checkpoints.
     (run / "config.yaml").unlink()
     options = usual(start, only="injected")
-    assert here(run, **options) == 2
-    assert "holds checkpoints of an earlier run" in say(capsys)
-    # As a start from another run would read it.
+    assert run_here(run, **options) == 2
+    assert "holds checkpoints of an earlier run" in read_stderr(capsys)
+    # A new run that starts from this one.
     other = tmp_path / "third"
-    assert here(other, **options | {"model": run, "steps": 1}) != 0
+    assert run_here(other, **options | {"model": run, "steps": 1}) != 0
     capsys.readouterr()
 
 
-def test_another_run_is_started_from_only_with_its_own_checkpoints(small, trained, start, tmp_path, capsys):
-    other = copy_run(trained / "run", tmp_path / "other", until=10)
-    shutil.rmtree(other / "checkpoints" / "10")
+def test_a_run_starts_from_another_only_with_the_checkpoints_of_that(small, trained, start, tmp_path, capsys):
+    other = copy_run(trained / "run", tmp_path / "other", until=SAVE)
+    shutil.rmtree(other / "checkpoints" / str(SAVE))
     shutil.copytree(small / "run" / "checkpoints" / "2", other / "checkpoints" / "2")
-    assert here(tmp_path / "run", **usual(start) | {"model": other}) == 2
-    assert "checkpoints/2: belongs to another run" in say(capsys)
+    assert run_here(tmp_path / "run", **usual(start) | {"model": other}) == 2
+    assert "checkpoints/2: belongs to another run" in read_stderr(capsys)
     assert (other / "checkpoints" / "2").is_dir()
 
 
@@ -602,7 +619,7 @@ def replace_in(file, before, after):
 
 
 @pytest.mark.parametrize(
-    ("change", "code", "said"),
+    ("change", "code", "message"),
     [
         (
             lambda run: replace_in(run / "config.yaml", "seed: 0", "seed: 1"),
@@ -633,13 +650,13 @@ def replace_in(file, before, after):
         (lambda run: fifo(run / "metrics.jsonl"), 0, ""),
     ],
 )
-def test_files_of_a_run_changed_behind_its_back(trained, tmp_path, capsys, change, code, said):
+def test_changed_files_of_a_run(trained, tmp_path, capsys, change, code, message):
     run = copy_run(trained / "run", tmp_path / "run")
     change(run)
     steps = sorted(path.name for path in (run / "checkpoints").iterdir())
-    assert here(run) == code
-    error = say(capsys)
-    assert code == 0 or re.search(f"error: .*{said}", error)
+    assert run_here(run) == code
+    error = read_stderr(capsys)
+    assert code == 0 or re.search(f"error: .*{message}", error)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == steps
 
 
@@ -648,19 +665,19 @@ def fifo(file):
     os.mkfifo(file)
 
 
-def test_what_may_change_may_be_edited(trained, tmp_path, capsys):
+def test_variable_options_may_be_edited(trained, tmp_path, capsys):
     run = copy_run(trained / "run", tmp_path / "run")
-    replace_in(run / "config.yaml", f"steps: {STEPS}", "steps: 20")
-    assert here(run) == 0
-    assert "40 steps are done" in say(capsys)
+    replace_in(run / "config.yaml", f"steps: {STEPS}", f"steps: {HALF}")
+    assert run_here(run) == 0
+    assert f"{STEPS} steps are done" in read_stderr(capsys)
 
 
 def test_a_damaged_log_does_not_block_resuming(trained, tmp_path, capsys):
-    run = copy_run(trained / "run", tmp_path / "run", until=30)
+    run = copy_run(trained / "run", tmp_path / "run", until=STEPS - SAVE)
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     (run / "metrics.jsonl").write_bytes(b"\n".join([*lines[:5], b"null", b"\xff", *lines[6:]]) + b"\n")
-    assert here(run) == 0
-    assert "metrics.jsonl: 2 of 41 lines are damaged and ignored" in say(capsys)
+    assert run_here(run) == 0
+    assert f"metrics.jsonl: 2 of {STEPS + 1} lines are damaged and ignored" in read_stderr(capsys)
     steps = [line["step"] for line in metrics(run)]
     assert steps == [*range(1, 6), *range(7, STEPS + 1)]
 
@@ -668,34 +685,34 @@ def test_a_damaged_log_does_not_block_resuming(trained, tmp_path, capsys):
 def test_finished_run_exports(trained, tmp_path, capsys):
     run = copy_run(trained / "run", tmp_path / "run")
     before = (run / "metrics.jsonl").read_bytes()
-    for _ in range(2):  # its own export it may replace
-        assert here(run, export=tmp_path / "out") == 0
-        said = say(capsys)
-        assert "40 steps are done" in said and f"written to {tmp_path / 'out'}" in said
+    for _ in range(2):  # a run may replace its own export
+        assert run_here(run, export=tmp_path / "out") == 0
+        stderr = read_stderr(capsys)
+        assert f"{STEPS} steps are done" in stderr and f"exported to {tmp_path / 'out'}" in stderr
     assert tensors(tmp_path / "out") == tensors(trained / "out")
     assert (run / "metrics.jsonl").read_bytes() == before
-    # What is not its own it may not.
-    assert here(run, export=trained / "out") == 0
+    # But no other folder.
+    assert run_here(run, export=trained / "out") == 0
     shutil.copytree(trained / "out", tmp_path / "foreign")
     (tmp_path / "foreign" / "training.json").unlink()
-    assert here(run, export=tmp_path / "foreign") == 73
+    assert run_here(run, export=tmp_path / "foreign") == 73
 
 
 def test_export_only(trained, tmp_path, capsys):
-    run = copy_run(trained / "run", tmp_path / "run", until=20)
+    run = copy_run(trained / "run", tmp_path / "run", until=HALF)
     stored = (run / "config.yaml").read_bytes()
-    assert here(run, export_only=True, export=tmp_path / "out", max_shard_size="100KB") == 0
-    assert "20 steps are done" in say(capsys)
-    assert json.loads((tmp_path / "out" / "training.json").read_text())["step"] == 20
+    assert run_here(run, export_only=True, export=tmp_path / "out", max_shard_size="100KB") == 0
+    assert f"{HALF} steps are done" in read_stderr(capsys)
+    assert json.loads((tmp_path / "out" / "training.json").read_text())["step"] == HALF
     assert (tmp_path / "out" / "model.safetensors.index.json").is_file()
     early, late = tensors(tmp_path / "out"), tensors(trained / "out")
     assert {name for name in late if early[name] != late[name]} == {n for n in late if re.search(r"\.(2|5)\.", n)}
-    assert (run / "config.yaml").read_bytes() == stored and newest(run) == 20
+    assert (run / "config.yaml").read_bytes() == stored and newest(run) == HALF
 
 
 @pytest.fixture(scope="session")
 def small(once, start):
-    """A model in bf16 of two layers, ``grown`` from a ``base`` of one, and a ``run`` of two steps with its export."""
+    """A bfloat16 model of two layers, ``grown`` from a ``base`` of one, and a ``run`` of two steps with its export."""
 
     def make(folder):
         config = tli_jax.LlamaConfig(64, 32, 64, 1, 4, 2, 8, dtype="bfloat16", initializer_range=0.1, bos_token_id=0)
@@ -703,8 +720,8 @@ def small(once, start):
         tli_jax.save_hf(folder / "base", config, params)
         tli_jax.save_hf(folder / "grown", config, tli_jax.inject(params, plan), plan=plan)
         options = SMALL | {"model": folder / "grown", "text": start / "ids.npy", "steps": 2}
-        assert here(folder / "run", **options) == 0
-        assert here(folder / "run", export=folder / "out") == 0
+        assert run_here(folder / "run", **options) == 0
+        assert run_here(folder / "run", export=folder / "out") == 0
 
     return once("small", make)
 
@@ -716,34 +733,34 @@ def test_bf16_model_exports_bf16(small):
     assert changed and all(name.startswith("model.layers.1.") for name in changed)
 
 
-def test_layers_stored_in_different_dtypes_train_stop_and_come_back(start, tmp_path, capsys):
+def test_layers_stored_in_different_dtypes_train_resume_and_export(start, tmp_path, capsys):
     mixed = shutil.copytree(start / "grown", tmp_path / "mixed")
     stored = load_file(mixed / "model.safetensors")
     for name in stored:
         if name.startswith("model.layers.1."):
             stored[name] = stored[name].astype(ml_dtypes.bfloat16)
     save_file(stored, mixed / "model.safetensors")
-    options = SMALL | {"model": mixed, "text": start / "ids.npy", "only": "injected"}
-    assert here(tmp_path / "run", **options, steps=1) == 0
-    assert "layers are stored in different dtypes" in say(capsys)
-    assert here(tmp_path / "run", steps=2, export=tmp_path / "out") == 0
+    options = usual(start, only="injected") | {"model": mixed}
+    assert run_here(tmp_path / "run", **options | {"steps": 1}) == 0
+    assert "layers are stored in different dtypes" in read_stderr(capsys)
+    assert run_here(tmp_path / "run", steps=2, export=tmp_path / "out") == 0
     exported = load_file(tmp_path / "out" / "model.safetensors")
     for name, array in stored.items():
-        assert exported[name].dtype == np.float32  # which holds the values of both
+        assert exported[name].dtype == np.float32  # holds the values of both dtypes
         is_kept = not name.startswith(("model.layers.2.", "model.layers.5."))
         assert is_kept == bool((exported[name] == array.astype(np.float32)).all()) or "norm" in name
 
 
-def test_experts_train_on_a_mesh_stop_and_come_back_as_a_mixtral(start, tmp_path):
+def test_experts_train_on_a_mesh_resume_and_export_as_mixtral(start, tmp_path):
     config, params = tli_jax.load_hf(start / "base")
     plan = dataclasses.replace(tli_jax.moe(4), experts=tli_jax.Experts(count=4, router_std=0.1))
     mixture = tli_jax.upcycle(params, plan.experts)
     tli_jax.save_hf(tmp_path / "moe", tli_jax.grown_config(config, plan), mixture, plan=plan)
     options = BASIC | {"model": tmp_path / "moe", "text": start / "ids.npy", "save-every": 4, "validate-every": 8}
-    options |= {"mesh": "fsdp=2,expert=4", "schedule": "constant"}
-    assert here(tmp_path / "one", **options, steps=8, export=tmp_path / "out") == 0
-    assert here(tmp_path / "two", **options, steps=4) == 0
-    assert here(tmp_path / "two", **options, steps=8, export=tmp_path / "again") == 0
+    options |= {"mesh": "fsdp=2,expert=4"}
+    assert run_here(tmp_path / "one", **options, steps=8, export=tmp_path / "out") == 0
+    assert run_here(tmp_path / "two", **options, steps=4) == 0
+    assert run_here(tmp_path / "two", **options, steps=8, export=tmp_path / "again") == 0
     lines = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"] and all(1 <= line["balance"] < 2 for line in lines if "loss" in line)
     one, two = ([line[:2] for line in losses(tmp_path / name)] for name in ("one", "two"))  # without the validation
@@ -756,79 +773,78 @@ def test_experts_train_on_a_mesh_stop_and_come_back_as_a_mixtral(start, tmp_path
     assert all(tensors(tmp_path / "out")[name] != old[name] for name in old if "experts" in name)
 
 
-def test_starts_from_another_run(small, start, tmp_path):
-    # With other sizes, on another mesh, and at a rate of 0: the parameters stay as they are.
+def test_a_run_starts_from_another_run(small, start, tmp_path):
+    # With other sizes, on another mesh, and a learning rate of 0, which keeps the parameters.
     options = {"batch-size": 16, "sequence-length": 8, "steps": 1, "learning-rate": 0, "mesh": "fsdp=4,tensor=2"}
     options |= {"model": small / "run", "text": start / "ids.npy"}
-    assert here(tmp_path / "run", **SMALL | options, export=tmp_path / "out") == 0
+    assert run_here(tmp_path / "run", **SMALL | options, export=tmp_path / "out") == 0
     assert tensors(tmp_path / "out") == tensors(small / "out")
     assert json.loads((tmp_path / "run" / "growth.json").read_text())["injected"] == [False, True]
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["id"] != json.loads((small / "run" / "run.json").read_text())["id"]
-    assert here(tmp_path / "run") == 0
+    assert run_here(tmp_path / "run") == 0
 
 
 @pytest.mark.long
-def test_what_may_change(small, tmp_path):
+def test_options_that_may_change(small, tmp_path):
     run = copy_run(small / "run", tmp_path / "moved")
     options = {"steps": 5, "save-every": 2, "keep": 2, "validate-every": 1, "validation-batches": 1}
-    assert here(run, **options, mesh="data=2,fsdp=4", max_shard_size="100KB", process=None) == 0
+    assert run_here(run, **options, mesh="data=2,fsdp=4", max_shard_size="100KB", process=None) == 0
     assert [line["step"] for line in metrics(run) if "validation_loss" in line] == [2, 3, 4, 5]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["4", "5", "frozen"]
-    stored = train.RunDirectory(run).read_config()
+    stored = RunDirectory(run).read_config()
     assert stored.steps == 5 and stored.mesh == {"data": 2, "fsdp": 4} and stored.run == str(run)
 
 
-def test_loss_that_is_not_finite(small, start, tmp_path, capsys):
+def test_loss_is_not_finite(small, start, tmp_path, capsys):
     shutil.copytree(small / "grown", tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-2:] = b"\xc0\x7f"  # NaN in bf16
     file.write_bytes(content)
     options = SMALL | {"model": tmp_path / "model", "text": start / "ids.npy", "save-every": 2, "skip-limit": 3}
-    assert here(tmp_path / "run", **options) == 76
-    assert "step 3: 3 bad steps in a row (loss nan" in say(capsys)
+    assert run_here(tmp_path / "run", **options) == 76
+    assert "step 3: 3 bad steps in a row (loss nan" in read_stderr(capsys)
     lines = metrics(tmp_path / "run")
     assert [(line["skipped"], line["loss"]) for line in lines] == [(1, None), (2, None), (3, None)]
     assert lines[0]["validation_loss_before"] is None
-    # What was saved on the way is what was there before.
-    assert here(tmp_path / "run", export_only=True, export=tmp_path / "out") == 0
+    # The checkpoint has the parameters of the start.
+    assert run_here(tmp_path / "run", export_only=True, export=tmp_path / "out") == 0
     assert tensors(tmp_path / "out") == tensors(tmp_path / "model")
 
 
-def test_gradient_that_spikes(small, start, tmp_path, capsys):
+def test_gradient_spikes(small, start, tmp_path, capsys):
     options = SMALL | {"model": small / "grown", "text": start / "ids.npy", "skip-limit": 6, "save-every": 2}
-    assert here(tmp_path / "run", **options, keep=100) == 76
-    assert "step 26: 6 bad steps in a row" in say(capsys)
+    assert run_here(tmp_path / "run", **options, keep=100) == 76
+    assert "step 26: 6 bad steps in a row" in read_stderr(capsys)
     assert [line["skipped"] for line in metrics(tmp_path / "run")] == [0] * 20 + [1, 2, 3, 4, 5, 6]
-    assert newest(tmp_path / "run") == 24  # complete, though the run ended while it was being written
+    assert newest(tmp_path / "run") == 24  # complete, although the run ended while writing it
     good, bad = state_digests(tmp_path / "run", 20), state_digests(tmp_path / "run", 24)
     assert {name for name in good if good[name] != bad[name]} == {"step", "skipped"}
 
 
 def test_disk_full_while_saving(trained, tmp_path, capsys):
-    run = copy_run(trained / "run", tmp_path / "run", until=20)
+    run = copy_run(trained / "run", tmp_path / "run", until=HALF)
     before = {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
-    # What is compiled is not to be written either, which would be a warning.
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
+    # Write nothing to the compilation cache, which would fail with a warning.
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1e9)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
     try:
-        code = here(run)
+        code = run_here(run)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        jax.config.update("jax_enable_compilation_cache", True)
-        compilation_cache.reset_cache()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
     assert code == 74
-    assert "writing a checkpoint failed" in say(capsys)
-    assert newest(run) == 20 and len(metrics(run)) < 40
+    assert "writing a checkpoint failed" in read_stderr(capsys)
+    assert newest(run) == HALF and len(metrics(run)) < STEPS
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder on a disk of its own, and a function that remounts it with other options."""
+    """A folder on a separate disk, and a function that remounts the disk with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
     options = "size=64m,nr_inodes=100k"
@@ -840,8 +856,8 @@ def disk(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("what", ["nr_inodes", "size"])
-def test_a_disk_that_is_full_at_any_moment(disk, small, start, tmp_path, capsys, what):
-    """Room for some files, or some pages, more at a time, until a run gets through: from its start, and resumed."""
+def test_disk_full_at_any_moment(disk, small, start, tmp_path, capsys, what):
+    """Allow a few more files or pages at a time until a run succeeds, first a new run, then a resumed one."""
     folder, remount = disk
     options = SMALL | {"model": small / "grown", "text": start / "ids.npy", "save-every": 1}
     failures = 0
@@ -850,18 +866,18 @@ def test_a_disk_that_is_full_at_any_moment(disk, small, start, tmp_path, capsys,
         used = {"nr_inodes": stats.f_files - stats.f_ffree, "size": (stats.f_blocks - stats.f_bfree) * 4096}[what]
         for room in more:
             remount(f"{what}={used + room * (1 if what == 'nr_inodes' else 4096)}")
-            if (code := here(folder / "run", **options | {"steps": steps})) == 0:
+            if (code := run_here(folder / "run", **options | {"steps": steps})) == 0:
                 break
-            error = say(capsys).splitlines()[-1]
+            error = read_stderr(capsys).splitlines()[-1]
             assert code in (73, 74) and str(folder) in error and "No space left" in error, error
             failures += 1
         assert code == 0
-        say(capsys)
+        read_stderr(capsys)
     assert [line["step"] for line in metrics(folder / "run")] == [1, 2, 3, 4]
     assert failures > 10
 
 
-def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
+def test_upscale_continues_with_training(small, start, tmp_path, capsys):
     section = SMALL | {"text": start / "ids.npy", "run": tmp_path / "run", "steps": 100}
     file = tmp_path / "both.yaml"
     lines = [f"model: {small / 'base'}", f"output: {tmp_path / 'grown'}", "every: 1", "proof: false", "train:"]
@@ -874,14 +890,14 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
     assert both("--train.steps", 3, "--train.export", tmp_path / "out")[0] == 0
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
     at = (tmp_path / "grown" / "growth.json").stat().st_mtime_ns
-    # Again: it grows no more, and goes on.
-    code, said = both("--train.steps", 5)
-    assert code == 0 and "growth is not repeated" in said
+    # The second time it does not grow again, and resumes the run.
+    code, stderr = both("--train.steps", 5)
+    assert code == 0 and "skipping growth" in stderr
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
     assert (tmp_path / "grown" / "growth.json").stat().st_mtime_ns == at
-    # The same file serves for the second half alone.
+    # The same file works for the training alone.
     assert run_command(train.main, ["--config", str(file), "--steps", "5"]) == 0
-    assert "5 steps are done" in say(capsys)
+    assert "5 steps are done" in read_stderr(capsys)
     old, new = tensors(tmp_path / "grown"), tensors(tmp_path / "out")
     assert {re.findall(r"\d+", name)[0] for name in old if old[name] != new[name]} == {"1"}
 
@@ -890,7 +906,7 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "said"),
+    ("options", "code", "message"),
     [
         ({"mesh": "data=3,fsdp=2"}, 2, "data 3 × fsdp 2 × expert 1 × tensor 1 does not give the 8 devices"),
         ({"mesh": "data=-1,tensor=3"}, 2, "data -1 × fsdp 1 × expert 1 × tensor 3 does not give the 8 devices"),
@@ -902,44 +918,44 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
         ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
         ({"steps": "many"}, 2, "steps is 'many'"),
         ({"steps": 0}, 2, "steps is '0'"),
-        ({"only": "injectd"}, 2, "only: 'injectd' is not known"),
-        ({"only": "last_n(7)"}, 2, "the model has 6 layers: 1…6"),
+        ({"only": "injectd"}, 2, "only: 'injectd' is not valid"),
+        ({"only": "last_n(7)"}, 2, "the model has 6 layers, choose 1 to 6"),
         ({"model": None}, 2, "model is not set"),
         ({"text": None}, 2, "text is not set"),
         ({"export-only": True}, 2, "has not begun"),
         ({"model": "nowhere"}, 66, "nowhere"),
         ({"text": "nowhere.txt"}, 66, "nowhere.txt"),
-        ({"model": "FOLDER/base", "only": "injected"}, 2, "needs a model that was grown"),
+        ({"model": "FOLDER/base", "only": "injected"}, 2, "injected needs a grown model"),
         ({"export": "RUN/out"}, 2, "must not be the same or lie in each other"),
         ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same or lie in each other"),
-        ({"sequence-length": 5000}, 65, "has 4,001 tokens, one window takes 5,001"),
+        ({"sequence-length": 5000}, 65, "4,001 tokens, one window takes 5,001"),
         ({"batch-size": 256}, 65, "one batch takes 256 × 16 + 1 tokens"),
     ],
 )
-def test_refused(start, tmp_path, capsys, options, code, said):
+def test_wrong_options_are_refused(start, tmp_path, capsys, options, code, message):
     folders = {"RUN": str(tmp_path / "run"), "FOLDER": str(start)}
     options = {
-        name: re.sub("RUN|FOLDER", lambda found: folders[found[0]], value) if isinstance(value, str) else value
+        name: re.sub("RUN|FOLDER", lambda match: folders[match[0]], value) if isinstance(value, str) else value
         for name, value in options.items()
     }
-    assert here(tmp_path / "run", **usual(start) | options) == code
-    assert said in say(capsys)
+    assert run_here(tmp_path / "run", **usual(start) | options) == code
+    assert message in read_stderr(capsys)
     assert not newest(tmp_path / "run")
 
 
-def test_run_folder_that_is_something_else(start, tmp_path, capsys):
+def test_a_folder_that_is_not_a_run(start, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").touch()
-    assert here(tmp_path / "run", **usual(start)) == 73
-    assert "is not a run and not empty (thesis.tex)" in say(capsys)
-    assert run_command(train.main, words("", **usual(start))) == 2
+    assert run_here(tmp_path / "run", **usual(start)) == 73
+    assert "is not a run and not empty (thesis.tex)" in read_stderr(capsys)
+    assert run_command(train.main, flags("", **usual(start))) == 2
     (tmp_path / "file").touch()
-    assert here(tmp_path / "file", **usual(start)) == 73
+    assert run_here(tmp_path / "file", **usual(start)) == 73
 
 
 @pytest.mark.long
-def test_what_a_kill_at_the_start_leaves_is_no_hindrance(small, start, tmp_path):
-    """Before the configuration is in its place the run has not begun, and what is there is not believed."""
+def test_a_run_starts_after_a_kill_during_its_start(small, start, tmp_path):
+    """A run begins when its configuration is written; earlier files are ignored."""
     run = tmp_path / "run"
     shutil.copytree(start / "grown", run / "start")
     (run / "model").mkdir()
@@ -947,32 +963,32 @@ def test_what_a_kill_at_the_start_leaves_is_no_hindrance(small, start, tmp_path)
     (run / ".start.partial-x").mkdir()
     (run / ".config.yaml.partial").write_text("half: ")
     shutil.copy(start / "grown" / "growth.json", run)
-    assert here(run, **BASIC, model=small / "base", text=start / "ids.npy", validation_fraction=0, steps=1) == 0
+    assert run_here(run, **BASIC, model=small / "base", text=start / "ids.npy", validation_fraction=0, steps=1) == 0
     assert not (run / "growth.json").exists() and not (run / "model" / "tokenizer.json").exists()
-    assert here(run) == 0
+    assert run_here(run) == 0
 
 
 def test_unknown_key_in_a_file(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model: x\nlerning_rate: 1\nsteps: yes\n")
     assert run_command(train.main, ["--config", str(tmp_path / "run.yaml")]) == 2
-    said = say(capsys)
-    assert "'lerning_rate' is not known, is learning_rate meant?" in said
-    assert "steps is True: " in said and "must be a number" in said
+    stderr = read_stderr(capsys)
+    assert "'lerning_rate' is not known, is learning_rate meant?" in stderr
+    assert "steps is True, must be a number" in stderr
 
 
 def test_tokenizer_larger_than_the_vocabulary(start, tmp_path, capsys):
     shutil.copytree(start / "base", tmp_path / "model")
     shutil.copy(hub.resolve("embedded") / "tokenizer.json", tmp_path / "model")
-    assert here(tmp_path / "run", **usual(start) | {"model": tmp_path / "model"}) == 65
-    assert "tokenizer" in say(capsys)
+    assert run_here(tmp_path / "run", **usual(start) | {"model": tmp_path / "model"}) == 65
+    assert "tokenizer" in read_stderr(capsys)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "place"),
+    ("name", "content", "where"),
     [("a.txt", b"one\ntwo\xff\n", "a.txt: line 2"), ("b.jsonl", b'{"text": "one"}\n{"text": \n', "b.jsonl: line 2")],
 )
-def test_text_that_cannot_be_read(start, tmp_path, capsys, name, content, place):
+def test_text_that_cannot_be_read(start, tmp_path, capsys, name, content, where):
     (tmp_path / name).write_bytes(content)
     options = USUAL | {"model": "embedded", "text": tmp_path / name}
-    assert here(tmp_path / "run", **options) == 65
-    assert place in say(capsys)
+    assert run_here(tmp_path / "run", **options) == 65
+    assert where in read_stderr(capsys)

@@ -1,4 +1,4 @@
-"""A small model, cut up for training in every way that the tests need."""
+"""A small model, and trainers for it with any mesh and any trainable layers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from tli_jax.cli.config import TrainConfig
-from tli_jax.distributed.mesh import make_mesh, param_sharding
+from tli_jax.distributed.mesh import make_mesh
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Params, init_params
-from tli_jax.training.freezing import Arrays, group, make_layout
-from tli_jax.training.step import Trainer
+from tli_jax.training.freezing import Arrays, make_layout
+from tli_jax.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
 def model() -> LlamaConfig:
-    """Eight layers; no two sizes are equal, so that no dim can pass for another."""
+    """Eight layers. No two sizes are equal, so that confusing two dims fails."""
     return LlamaConfig(
         vocab_size=72,
         hidden_size=40,
@@ -38,32 +38,27 @@ def params(model: LlamaConfig) -> Params:
 
 @pytest.fixture(scope="session")
 def injected() -> tuple[bool, ...]:
-    """Three like periods on two layers below, which nothing is ever differentiated through."""
+    """Three equal periods above two frozen layers."""
     return tuple(i in (2, 4, 6) for i in range(8))
 
 
 @pytest.fixture(scope="session")
-def start(model: LlamaConfig, params: Params, injected: Sequence[bool]) -> Any:
-    """A trainer with the options given, what trains and what does not; on one device unless told otherwise."""
+def build(model: LlamaConfig, params: Params, injected: Sequence[bool]) -> Any:
+    """Makes ``(trainer, trained, frozen)`` for a mesh (one device by default) and training options."""
 
     def make(mesh: dict[str, int] | None = None, **options: Any) -> tuple[Trainer, Arrays, Arrays]:
         config = TrainConfig(**{"dtypes": {"compute": "float32"}, "mesh": mesh or {}} | options)
         devices = jax.devices()[:1] if mesh is None else jax.devices()
         layout = make_layout(model, injected, config.only, config.outer)
         trainer = Trainer(model, config, layout, make_mesh(config.mesh, devices), causal)
-        dims = {leaf.name: leaf.dims for leaf in trainer.param_specs}
-        parts = [
-            {name: jax.device_put(np.asarray(x), param_sharding(trainer.mesh, dims[name])) for name, x in part.items()}
-            for part in group(params, trainer.param_specs)
-        ]
-        return trainer, parts[0], parts[1]
+        return trainer, *trainer.shard(params)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def batch() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and segments, ``[1, 8, 17]``: two documents in some rows."""
+    """Tokens and segments, ``[1, 8, 17]``; every other row has two documents."""
     tokens = np.random.default_rng(1).integers(0, 72, (1, 8, 17)).astype(np.int32)
     segments = np.zeros_like(tokens)
     segments[:, ::2, 9:] = 1

@@ -1,4 +1,4 @@
-"""Experts in training: the same on every mesh and by every kernel, falling loss, a load that stays balanced."""
+"""Training with experts: equal for every mesh and dispatch, with falling loss and a balanced load."""
 
 import jax
 import numpy as np
@@ -7,14 +7,14 @@ import pytest
 
 from tli_jax.cli.config import TrainConfig
 from tli_jax.distributed.kernels import choose_dispatch, grouped
-from tli_jax.distributed.mesh import make_mesh, param_sharding
+from tli_jax.distributed.mesh import make_mesh
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import init_params
 from tli_jax.models.moe import every_expert
-from tli_jax.training.freezing import as_model, group, make_layout
+from tli_jax.training.freezing import as_model, make_layout
 from tli_jax.training.optimizer import make_optimizer
-from tli_jax.training.step import Trainer
+from tli_jax.training.trainer import Trainer
 
 MODEL = LlamaConfig(64, 32, 48, 4, 4, 2, 8, initializer_range=0.2, num_experts=4, experts_per_token=2)
 MESHES = {
@@ -32,7 +32,7 @@ def params():
 
 
 @pytest.fixture(scope="module")
-def start(params):
+def build(params):
     def make(mesh=None, dispatch=every_expert, **options):
         config = TrainConfig(**{"dtypes": {"compute": "float32"}, "clip_norm": 0, "learning_rate": 1e-2} | options)
         count = int(np.prod(list((mesh or {}).values()))) if mesh else 1
@@ -40,12 +40,7 @@ def start(params):
         chosen = dispatch if dispatch is every_expert else lambda *args: grouped(grid, *args)
         layout = make_layout(MODEL, [False] * 4, config.only, config.outer)
         trainer = Trainer(MODEL, config, layout, grid, causal, chosen)
-        dims = {leaf.name: leaf.dims for leaf in trainer.param_specs}
-        parts = [
-            {name: jax.device_put(np.asarray(x), param_sharding(grid, dims[name])) for name, x in part.items()}
-            for part in group(params, trainer.param_specs)
-        ]
-        return trainer, *parts
+        return trainer, *trainer.shard(params)
 
     return make
 
@@ -58,77 +53,77 @@ def batch():
 
 def gradients(trainer, trained, frozen, batch):
     run = jax.jit(jax.value_and_grad(trainer._sums, has_aux=True))
-    (whole, aux), found = run(trained, frozen, batch[0][0], batch[1][0])
-    return [float(whole), *map(float, aux)], jax.device_get(found)
+    (objective, aux), slopes = run(trained, frozen, batch[0][0], batch[1][0])
+    return [float(objective), *map(float, aux)], jax.device_get(slopes)
 
 
 @pytest.fixture(scope="module")
-def alone(start, batch):
-    return gradients(*start(), batch)
+def expected(build, batch):
+    return gradients(*build(), batch)
 
 
 @pytest.mark.parametrize(
     ("mesh", "dispatch"),
-    [(mesh, dispatch) for mesh in MESHES for dispatch in (every_expert, grouped)][1:],  # the first is ``alone``
+    [(mesh, dispatch) for mesh in MESHES for dispatch in (every_expert, grouped)][1:],  # the first is ``expected``
 )
-def test_every_mesh_and_kernel_gives_the_same(start, batch, alone, mesh, dispatch):
-    found, slopes = gradients(*start(MESHES[mesh], dispatch), batch)
-    assert found == pytest.approx(alone[0], rel=1e-5)
+def test_every_mesh_and_dispatch_has_equal_losses_and_gradients(build, batch, expected, mesh, dispatch):
+    losses, slopes = gradients(*build(MESHES[mesh], dispatch), batch)
+    assert losses == pytest.approx(expected[0], rel=1e-5)
     for name, slope in slopes.items():
-        largest = np.abs(alone[1][name]).max()
+        largest = np.abs(expected[1][name]).max()
         assert largest > 0, name
-        np.testing.assert_allclose(slope, alone[1][name], rtol=0, atol=2e-5 * largest, err_msg=name)
+        np.testing.assert_allclose(slope, expected[1][name], rtol=0, atol=2e-5 * largest, err_msg=name)
 
 
-def test_experts_lie_where_the_table_says(start):
-    trainer, trained, _ = start({"fsdp": 2, "expert": 4})
-    shapes = {leaf.tensor: trained[leaf.name].addressable_shards[0].data.shape for leaf in trainer.param_specs}
+def test_experts_are_sharded_by_the_rules(build):
+    trainer, trained, _ = build({"fsdp": 2, "expert": 4})
+    shapes = {spec.tensor: trained[spec.name].addressable_shards[0].data.shape for spec in trainer.param_specs}
     assert shapes["block_sparse_moe.experts.w1.weight"] == (4, 1, 48, 16)
     assert shapes["block_sparse_moe.experts.w2.weight"] == (4, 1, 16, 48)
-    assert shapes["self_attn.q_proj.weight"] == (4, 32, 4)  # D over both, as it has no experts
+    assert shapes["self_attn.q_proj.weight"] == (4, 32, 4)  # D over both axes, without an E dim
 
 
-def test_loss_falls_and_the_load_is_balanced(start):
-    """Fifty steps on a sequence that can be learnt, from a router that starts uneven."""
-    draw = np.random.default_rng(0)
+def test_loss_falls_and_the_load_is_balanced(build):
+    """Fifty steps on a learnable sequence, from an uneven router."""
+    rng = np.random.default_rng(0)
     ids = [0]
     for _ in range(8 * 17 * 10):
-        ids.append(int(draw.integers(64)) if draw.random() < 0.1 else (5 * ids[-1] + 7) % 64)
+        ids.append(int(rng.integers(64)) if rng.random() < 0.1 else (5 * ids[-1] + 7) % 64)
     tokens = np.array(ids[: 8 * 17 * 10], np.int32).reshape(10, 1, 8, 17)
     results = {}
     for weight in (0.0, 0.1):
-        trainer, trained, frozen = start(auxiliary={"balance": weight}, learning_rate=3e-3, steps=50, only="all")
+        trainer, trained, frozen = build(auxiliary={"balance": weight}, learning_rate=3e-3, steps=50, only="all")
         state, stop, lines = trainer.init(trained), np.zeros(1, np.int32), []
         for step in range(50):
             batch = tokens[step % 10]
             state, metrics = trainer.step(state, frozen, batch, np.zeros_like(batch), stop)
             lines.append({name: float(metrics[name]) for name in ("loss", "balance")})
         results[weight] = lines
-    with_it, without = results[0.1], results[0.0]
-    assert with_it[-1]["loss"] < 0.8 * with_it[0]["loss"]
-    assert with_it[-1]["balance"] < 1.1 and with_it[-1]["balance"] < without[-1]["balance"]
+    balanced, unbalanced = results[0.1], results[0.0]
+    assert balanced[-1]["loss"] < 0.8 * balanced[0]["loss"]
+    assert balanced[-1]["balance"] < 1.1 and balanced[-1]["balance"] < unbalanced[-1]["balance"]
 
 
-def test_parts_of_a_batch_give_the_step_of_the_whole(start, batch):
-    ends = []
-    for parts in (1, 4):
-        # The balance of a part is not that of the whole, so without it.
-        trainer, trained, frozen = start(grad_accum_steps=parts, auxiliary={"balance": 0})
-        cut = [part.reshape(parts, 8 // parts, 17) for part in batch]
-        state, metrics = trainer.step(trainer.init(trained), frozen, *cut, np.zeros(1, np.int32))
-        # The first moment is the gradient scaled. The weights would not do: where a gradient is near nothing, Adam's
-        # first step is its sign.
+def test_gradient_accumulation_gives_the_step_of_the_complete_batch(build, batch):
+    results = []
+    for microbatches in (1, 4):
+        # The load-balancing loss of a microbatch differs from that of the complete batch, so it is off.
+        trainer, trained, frozen = build(grad_accum_steps=microbatches, auxiliary={"balance": 0})
+        split = [x.reshape(microbatches, 8 // microbatches, 17) for x in batch]
+        state, metrics = trainer.step(trainer.init(trained), frozen, *split, np.zeros(1, np.int32))
+        # The first moment is the scaled gradient. The weights cannot be compared: the first step of Adam is the sign
+        # of the gradient, even if that is near 0.
         moments = jax.device_get(optax.tree.get(state.optimizer_state, "mu"))
-        ends.append((float(metrics["loss"]), float(metrics["balance"]) > 1, moments))
-    assert ends[0][0] == pytest.approx(ends[1][0], rel=1e-6) and ends[0][1] and ends[1][1]
-    for name, whole in ends[0][2].items():
-        largest = np.abs(whole).max()
+        results.append((float(metrics["loss"]), float(metrics["balance"]) > 1, moments))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6) and results[0][1] and results[1][1]
+    for name, complete in results[0][2].items():
+        largest = np.abs(complete).max()
         assert largest > 0, name
-        np.testing.assert_allclose(ends[1][2][name], whole, rtol=0, atol=2e-5 * largest, err_msg=name)
+        np.testing.assert_allclose(results[1][2][name], complete, rtol=0, atol=2e-5 * largest, err_msg=name)
 
 
-def test_one_layer_s_experts_can_train_alone(start, batch):
-    trainer, trained, frozen = start(only="last_n(1)")
+def test_the_experts_of_one_layer_can_train(build, batch):
+    trainer, trained, frozen = build(only="last_n(1)")
     before = jax.device_get(frozen)
     state, metrics = trainer.step(trainer.init(trained), frozen, *batch, np.zeros(1, np.int32))
     assert np.isfinite(float(metrics["loss"]))
@@ -141,27 +136,26 @@ def test_one_layer_s_experts_can_train_alone(start, batch):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adafactor", "lion", "muon"])
-def test_an_expert_is_updated_as_if_alone(start, params, optimizer):
-    """Each expert's matrix by itself, and the router not by Muon."""
-    trainer, trained, _ = start(optimizer=optimizer, schedule="constant", weight_decay=0.0)
-    config, leaves = trainer.config, trainer.param_specs
-    draw = np.random.default_rng(0)
-    slopes = {name: np.asarray(draw.normal(0, 1, x.shape), np.float32) for name, x in trained.items()}
-    whole = make_optimizer(config, leaves)
-    updates, _ = whole.update(slopes, whole.init(trained), trained)
+def test_each_expert_is_updated_separately(build, params, optimizer):
+    """And Muon does not update the router."""
+    trainer, trained, _ = build(optimizer=optimizer, schedule="constant", weight_decay=0.0)
+    rng = np.random.default_rng(0)
+    slopes = {name: np.asarray(rng.normal(0, 1, x.shape), np.float32) for name, x in trained.items()}
+    optax_optimizer = make_optimizer(trainer.config, trainer.param_specs)
+    updates, _ = optax_optimizer.update(slopes, optax_optimizer.init(trained), trained)
     name = next(name for name in trained if "experts.w1" in name)
     other = dict(slopes) | {name: slopes[name].copy()}
-    other[name][0, 1] *= -3.0  # another gradient of another expert
-    changed, _ = whole.update(other, whole.init(trained), trained)
+    other[name][0, 1] *= -3.0  # only the gradient of expert 1 changes
+    changed, _ = optax_optimizer.update(other, optax_optimizer.init(trained), trained)
     np.testing.assert_allclose(changed[name][0, 0], updates[name][0, 0], rtol=1e-5)
     assert (np.asarray(changed[name][0, 1]) != np.asarray(updates[name][0, 1])).any()
     if optimizer == "muon":
         spectrum = np.linalg.svd(np.asarray(updates[name][0, 0]), compute_uv=False)
-        assert spectrum.max() / spectrum.min() < 3  # orthogonal, roughly
+        assert spectrum.max() / spectrum.min() < 3  # roughly orthogonal
         router = np.asarray(updates[next(name for name in trained if "moe.gate" in name)])
-        assert np.abs(router).max() < 1.01 * config.learning_rate["all"]  # AdamW's first step
+        assert np.abs(router).max() < 1.01 * trainer.config.learning_rate["all"]  # the first step of AdamW
 
 
-def test_what_runs_where():
+def test_choice_of_dispatch():
     assert choose_dispatch(make_mesh({}, jax.devices()[:1]))[0] is every_expert
     assert choose_dispatch(make_mesh({"fsdp": 2, "expert": 4}))[0] is not every_expert

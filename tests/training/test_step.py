@@ -1,4 +1,4 @@
-"""One step: the same on every mesh, with no more work than needed, the same as torch's, harmless if it goes wrong."""
+"""One step: equal on every mesh and to torch, without needless FLOPs, and harmless if its loss or gradient is bad."""
 
 import re
 
@@ -16,7 +16,7 @@ MESHES = {"8x1": {"fsdp": 8}, "4x2": {"data": 4, "fsdp": 2}}
 MESHES |= {"2x2x2": {"data": 2, "fsdp": 2, "tensor": 2}}
 
 
-def place(trainer, batch):
+def shard(trainer, batch):
     return tuple(jax.device_put(x, trainer.batch_sharding) for x in batch)
 
 
@@ -25,76 +25,77 @@ def stop(trainer):
 
 
 def train(trainer, trained, frozen, batches):
-    """Losses of some steps, and the state after."""
+    """Losses of some steps, and the final state."""
     state, losses = trainer.init(trained), []
     for batch in batches:
-        state, measured = trainer.step(state, frozen, *place(trainer, batch), stop(trainer))
-        losses.append(float(measured["loss"]))
+        state, metrics = trainer.step(state, frozen, *shard(trainer, batch), stop(trainer))
+        losses.append(float(metrics["loss"]))
     return losses, state
 
 
 def train_with_gradients(trainer, trained, frozen, batch):
-    """Losses of three steps, the first one's gradients (Adam's first moment, but for a factor), the program."""
+    """Losses of three steps, the gradients of the first (as Adam's first moment, scaled), and the compiled program."""
     state = trainer.init(trained)
-    arguments = (frozen, *place(trainer, batch), stop(trainer))
+    arguments = (frozen, *shard(trainer, batch), stop(trainer))
     program = trainer.step.lower(state, *arguments).compile()
     losses, gradients = [], {}
     for _ in range(3):
-        state, measured = program(state, *arguments)
-        losses.append(float(measured["loss"]))
-        # Fetched before the state is donated.
+        state, metrics = program(state, *arguments)
+        losses.append(float(metrics["loss"]))
+        # Fetched now because the next step donates the state.
         gradients = gradients or {n: np.asarray(x) for n, x in optax.tree.get(state.optimizer_state, "mu").items()}
     return losses, gradients, program.as_text()
 
 
 @pytest.fixture(scope="module")
-def on_one_device(start, batch):
-    """Gradients, and losses of three steps, of what trains under an option."""
-    found = {}
+def on_one_device(build, batch):
+    """``train_with_gradients`` on one device, by ``only``."""
+    results = {}
 
-    def of(only):
-        if only not in found:
-            found[only] = train_with_gradients(*start(only=only, learning_rate=1e-2, clip_norm=0), batch)
-        return found[only]
+    def run(only):
+        if only not in results:
+            results[only] = train_with_gradients(*build(only=only, learning_rate=1e-2, clip_norm=0), batch)
+        return results[only]
 
-    return of
+    return run
 
 
-def check_gradients(found, expected):
-    for name, gradient in found.items():
+def check_gradients(gradients, expected):
+    for name, gradient in gradients.items():
         scale = np.abs(expected[name]).max()
         np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("only", ["all", "injected"])
-def test_every_mesh_gives_the_same_and_brings_no_stack_together(start, batch, on_one_device, mesh, only):
-    trainer = start(MESHES[mesh], only=only, learning_rate=1e-2, clip_norm=0)
-    (losses, gradients, text), (expected, of_expected, _) = train_with_gradients(*trainer, batch), on_one_device(only)
+def test_every_mesh_gives_equal_steps_and_gathers_one_layer_at_a_time(build, batch, on_one_device, mesh, only):
+    trainer = build(MESHES[mesh], only=only, learning_rate=1e-2, clip_norm=0)
+    losses, gradients, text = train_with_gradients(*trainer, batch)
+    expected, expected_gradients, _ = on_one_device(only)
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
-    check_gradients(gradients, of_expected)
+    check_gradients(gradients, expected_gradients)
     gathered = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather", text)
     shapes = [tuple(map(int, dims.split(","))) for dims in gathered if dims]
-    assert shapes, "a sharded model has to bring something together"
-    # One layer's matrix at a time, the largest of which is F x D; embedding and head, with V in them, are no stacks.
+    assert shapes, "a sharded model needs all-gathers"
+    # The largest matrix of a layer is F x D. Embedding and head, which have a V dim, are not stacks.
     assert max(np.prod(shape) for shape in shapes if not {72, 36} & set(shape)) <= 56 * 40
 
 
 def count_flops(jaxpr) -> int:
-    """2 a multiply-add of every matrix product, scans unrolled."""
+    """2 FLOPs per multiply-add of every matrix product, scans unrolled."""
     total = 0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
-            inner = np.prod([eqn.invars[0].aval.shape[i] for i in contracting])
-            total += 2 * int(inner) * int(np.prod(eqn.outvars[0].aval.shape))
+            contracted = np.prod([eqn.invars[0].aval.shape[i] for i in contracting])
+            total += 2 * int(contracted) * int(np.prod(eqn.outvars[0].aval.shape))
         times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        for inner in _inner(eqn):
+        for inner in inner_jaxprs(eqn):
             total += times * count_flops(inner)
     return total
 
 
-def _inner(eqn):
+def inner_jaxprs(eqn):
     for value in eqn.params.values():
         for part in value if isinstance(value, list | tuple) else [value]:
             part = getattr(part, "jaxpr", part)
@@ -104,32 +105,32 @@ def _inner(eqn):
 
 @pytest.mark.parametrize("outer", [None, "all"])
 @pytest.mark.parametrize("only", ["all", "injected", "last_n(3)", "layers(0,6)"])
-def test_a_step_does_the_flops_that_are_stated_and_no_more(start, only, outer):
-    trainer, trained, frozen = start(only=only, outer=outer, remat="none")
+def test_a_step_has_exactly_the_stated_flops(build, only, outer):
+    trainer, trained, frozen = build(only=only, outer=outer, remat="none")
     B, T = 8, 16
     tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
-    # The chunked loss runs the head again in its backward pass, for memory, which is not counted.
-    again = 2 * trainer.model.vocab_size * trainer.model.hidden_size
+    # The chunked loss rematerializes the head in its backward pass, which is not counted.
+    head = 2 * trainer.model.vocab_size * trainer.model.hidden_size
     jaxpr = jax.make_jaxpr(jax.grad(lambda *a: trainer._sums(*a)[0]))(trained, frozen, tokens, tokens)
-    # The statement counts causal attention half; this kernel does all of it, as at twice the context.
-    assert count_flops(jaxpr.jaxpr) == B * T * (trainer.flops_per_token(2 * T) + again)
+    # Causal attention counts half, but this kernel computes all of it: the same as at twice the context.
+    assert count_flops(jaxpr.jaxpr) == B * T * (trainer.flops_per_token(2 * T) + head)
 
 
-def test_parts_of_a_batch_give_the_step_of_the_whole(start, batch):
+def test_gradient_accumulation_gives_the_step_of_the_complete_batch(build, batch):
     rng = np.random.default_rng(3)
     batches = [tuple(np.asarray(rng.permutation(x.swapaxes(0, 1)).swapaxes(0, 1)) for x in batch) for _ in range(3)]
-    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3})
-    whole, _ = train(trainer, trained, frozen, batches)
-    trainer, trained, frozen = start(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3}, grad_accum_steps=4)
-    parts, _ = train(trainer, trained, frozen, [tuple(x.reshape(4, 2, 17) for x in b) for b in batches])
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    trainer, trained, frozen = build(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3})
+    complete, _ = train(trainer, trained, frozen, batches)
+    trainer, trained, frozen = build(only="injected", learning_rate=1e-2, auxiliary={"z": 1e-3}, grad_accum_steps=4)
+    accumulated, _ = train(trainer, trained, frozen, [tuple(x.reshape(4, 2, 17) for x in b) for b in batches])
+    np.testing.assert_allclose(accumulated, complete, rtol=1e-5)
 
 
-def test_documents_in_a_window_do_not_see_each_other(start, batch):
-    trainer, trained, frozen = start()
+def test_attention_stays_within_a_document(build, batch):
+    trainer, trained, frozen = build()
     tokens, segments = (x[0] for x in batch)
     other = tokens.copy()
-    other[:, :5] = (other[:, :5] + 1) % 72  # within the first document
+    other[:, :5] = (other[:, :5] + 1) % 72  # in the first document
 
     def losses(tokens, segments):
         from tli_jax.models.llama import Llama
@@ -140,21 +141,21 @@ def test_documents_in_a_window_do_not_see_each_other(start, batch):
         return np.asarray(token_losses(llama, jnp.asarray(tokens), segments_BT=jnp.asarray(segments))[0])
 
     same = losses(tokens, segments) == losses(other, segments)
-    assert same[::2, 9:].all()  # targets whose inputs are all in the second document
-    assert not same[1::2, 9:].any()  # one document: everything after changes
+    assert same[::2, 9:].all()  # all inputs of these targets are in the second document
+    assert not same[1::2, 9:].any()  # rows with one document
 
 
-def test_padding_counts_for_nothing(start, batch):
-    trainer, trained, frozen = start()
+def test_padding_adds_no_loss(build, batch):
+    trainer, trained, frozen = build()
     tokens, segments = (x[0] for x in batch)
     loss, count = trainer.validate(trained, frozen, tokens[:4], segments[:4])
-    padded, of_padded = trainer.validate(trained, frozen, np.where(np.arange(8)[:, None] < 4, tokens, -1), segments)
-    assert int(count) == int(of_padded) == 4 * 16 - 2  # the first tokens of two documents are no targets
+    padded, padded_count = trainer.validate(trained, frozen, np.where(np.arange(8)[:, None] < 4, tokens, -1), segments)
+    assert int(count) == int(padded_count) == 4 * 16 - 2  # the first tokens of two documents are not targets
     np.testing.assert_allclose(padded, loss, rtol=1e-6)
 
 
-def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
-    trainer, trained, frozen = start(auxiliary={"z": 1e-2})
+def test_z_loss_is_the_squared_log_partition_function(build, batch):
+    trainer, trained, frozen = build(auxiliary={"z": 1e-2})
     tokens, segments = (x[0] for x in batch)
     total, (loss, _) = trainer._sums(trained, frozen, tokens, segments)
     from tli_jax.models.llama import Llama
@@ -167,13 +168,13 @@ def test_z_loss_is_the_squared_log_of_the_denominator(start, batch):
 
 
 @pytest.mark.parametrize(("remat", "only"), [("none", "injected"), ("dots", "all")])
-def test_what_is_computed_again_is_the_same(start, batch, on_one_device, remat, only):
-    trainer = start(only=only, remat=remat, learning_rate=1e-2, clip_norm=0)
+def test_rematerialization_keeps_the_gradients(build, batch, on_one_device, remat, only):
+    trainer = build(only=only, remat=remat, learning_rate=1e-2, clip_norm=0)
     check_gradients(train_with_gradients(*trainer, batch)[1], on_one_device(only)[1])
 
 
-def test_frozen_tensors_keep_their_dtype_and_compute_is_in_another(start, batch):
-    trainer, trained, frozen = start(only="injected", dtypes={"compute": "bfloat16"}, learning_rate=1e-2)
+def test_bfloat16_compute_with_bfloat16_frozen_and_float32_trained(build, batch):
+    trainer, trained, frozen = build(only="injected", dtypes={"compute": "bfloat16"}, learning_rate=1e-2)
     frozen = {name: x.astype(jnp.bfloat16) for name, x in frozen.items()}
     losses, state = train(trainer, trained, frozen, [batch] * 8)
     assert losses[-1] < losses[0] - 0.1
@@ -181,10 +182,10 @@ def test_frozen_tensors_keep_their_dtype_and_compute_is_in_another(start, batch)
 
 
 class TestBadSteps:
-    """A step that is not finite, or whose gradient is a spike, changes nothing but the count of bad ones."""
+    """A step whose loss or gradient is not finite, or whose gradient spikes, changes only the counts."""
 
-    def test_not_finite(self, start, batch):
-        trainer, trained, frozen = start(learning_rate=1e-2)
+    def test_not_finite(self, build, batch):
+        trainer, trained, frozen = build(learning_rate=1e-2)
         broken = trained | {"norm.weight": trained["norm.weight"].at[3].set(jnp.nan)}
         before = {name: np.asarray(x) for name, x in broken.items()}
         _, state = train(trainer, broken, frozen, [batch] * 2)
@@ -192,25 +193,25 @@ class TestBadSteps:
         jax.tree.map(np.testing.assert_array_equal, state.trained, before)
         assert all(not np.asarray(x).any() for x in jax.tree.leaves(state.optimizer_state))
 
-    def test_spike(self, start, batch):
-        trainer, trained, frozen = start(only="injected", spike=3.0, learning_rate=1e-3)
+    def test_spike(self, build, batch):
+        trainer, trained, frozen = build(only="injected", spike=3.0, learning_rate=1e-3)
         losses, state = train(trainer, trained, frozen, [batch] * 21)
         assert int(state.skipped) == 0 and losses[-1] < losses[0]
-        # As if the batch had been far larger: the running mean makes it a spike.
+        # A smaller running mean makes the next gradient a spike.
         state = state._replace(norm=jax.device_put(state.norm / 100, replicated(trainer.mesh)))
         before = {name: np.asarray(x) for name, x in state.trained.items()}
-        state, measured = trainer.step(state, frozen, *place(trainer, batch), stop(trainer))
-        assert int(measured["skipped"]) == 1
+        state, metrics = trainer.step(state, frozen, *shard(trainer, batch), stop(trainer))
+        assert int(metrics["skipped"]) == 1
         jax.tree.map(np.testing.assert_array_equal, state.trained, before)
-        # And the first good one puts the count back.
+        # The first good step resets the count.
         state = state._replace(norm=jax.device_put(state.norm * 100, replicated(trainer.mesh)))
-        state, measured = trainer.step(state, frozen, *place(trainer, batch), stop(trainer))
-        assert int(measured["skipped"]) == 0
+        state, metrics = trainer.step(state, frozen, *shard(trainer, batch), stop(trainer))
+        assert int(metrics["skipped"]) == 0
         assert any((np.asarray(x) != before[name]).any() for name, x in state.trained.items())
 
 
 @pytest.mark.parametrize("only", ["all", "injected"])
-def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
+def test_ten_steps_of_adamw_match_torch(model, params, build, tmp_path, only):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     rng = np.random.default_rng(5)
@@ -221,12 +222,12 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
         "weight_decay": 0.1,
         "clip_norm": 1.0,
     }
-    trainer, trained, frozen = start(only=only, schedule="constant", remat="full", **options)
-    ours, _ = train(trainer, trained, frozen, [(tokens, np.zeros_like(tokens)) for tokens in batches])
+    trainer, trained, frozen = build(only=only, schedule="constant", remat="full", **options)
+    actual, _ = train(trainer, trained, frozen, [(tokens, np.zeros_like(tokens)) for tokens in batches])
 
     save_hf(tmp_path / "model", model, params)
     llama = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    trains = {f".{layer}." for leaf in trainer.param_specs if leaf.trains for layer in leaf.layers}
+    trains = {f".{layer}." for spec in trainer.param_specs if spec.trains for layer in spec.layers}
     decayed, others = [], []
     for name, parameter in llama.named_parameters():
         in_layer = re.search(r"\.\d+\.", name)
@@ -235,7 +236,7 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
         (decayed if is_decayed else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8)
-    theirs = []
+    expected = []
     for tokens in batches:
         ids = torch.tensor(tokens[0], dtype=torch.long)
         logits = llama(ids[:, :-1]).logits
@@ -244,42 +245,43 @@ def test_ten_steps_of_adamw_are_torch_s(model, params, start, tmp_path, only):
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in llama.parameters() if p.requires_grad], 1.0)
         optimizer.step()
-        theirs.append(loss.item())
-    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+        expected.append(loss.item())
+    np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
 
-def test_group_and_dtype_of_every_leaf(start, model, params):
-    trainer, trained, _ = start(only="injected", dtypes={"param": "bfloat16", "compute": "float32"})
+def test_trainable_arrays_and_their_dtype(build, model, params):
+    trainer, trained, _ = build(only="injected", dtypes={"param": "bfloat16", "compute": "float32"})
     state = trainer.abstract_state()
     assert set(state.trained) == set(group(params, trainer.param_specs)[0]) == set(trained)
     assert all(x.dtype == jnp.bfloat16 for x in state.trained.values())
 
 
-def test_a_packed_window_has_the_loss_of_its_documents_one_by_one(start):
-    trainer, trained, frozen = start(batch_size=1)
-    draw = np.random.default_rng(2)
-    documents = [draw.integers(0, 72, length).astype(np.int32) for length in (5, 1, 7, 4)]
+def test_a_packed_window_has_the_loss_of_its_separate_documents(build):
+    trainer, trained, frozen = build(batch_size=1)
+    rng = np.random.default_rng(2)
+    documents = [rng.integers(0, 72, length).astype(np.int32) for length in (5, 1, 7, 4)]
     ends = np.cumsum([len(document) for document in documents])
 
     def measure(tokens, segments):
         nats, count = trainer.validate(trained, frozen, tokens[None], segments[None])
         return float(nats), int(count)
 
-    alone = [measure(np.pad(one, (0, 17 - len(one)), constant_values=-1), np.zeros(17, np.int32)) for one in documents]
+    padded = [np.pad(ids, (0, 17 - len(ids)), constant_values=-1) for ids in documents]
+    separate = [measure(tokens, np.zeros(17, np.int32)) for tokens in padded]
     packed = measure(np.concatenate(documents), np.searchsorted(ends, np.arange(17), side="right").astype(np.int32))
-    assert packed[1] == sum(count for _, count in alone) == 17 - 4
-    np.testing.assert_allclose(packed[0], sum(nats for nats, _ in alone), rtol=1e-6)
+    assert packed[1] == sum(count for _, count in separate) == 17 - 4
+    np.testing.assert_allclose(packed[0], sum(nats for nats, _ in separate), rtol=1e-6)
 
 
-def test_a_target_across_documents_gives_no_gradient(start, batch):
-    trainer, trained, frozen = start()
+def test_the_first_token_of_a_document_is_not_a_target(build, batch):
+    trainer, trained, frozen = build()
     tokens, segments = (part[0] for part in batch)
     other = tokens.copy()
-    other[::2, 9] = 71 - other[::2, 9]  # the first token of a second document is an input still
+    other[::2, 9] = 71 - other[::2, 9]  # the first token of the second document
 
-    def of_the_token_before(tokens):
-        # Up to that token: what it predicts can matter to nothing else.
+    def gradients(tokens):
+        # The windows end with that token, so it could only matter as a target.
         return jax.grad(lambda *args: trainer._sums(*args)[0])(trained, frozen, tokens[:, :10], segments[:, :10])
 
-    for one, two in zip(*(jax.tree.leaves(of_the_token_before(x)) for x in (tokens, other)), strict=True):
-        np.testing.assert_array_equal(one, two)
+    for actual, expected in zip(*(jax.tree.leaves(gradients(x)) for x in (tokens, other)), strict=True):
+        np.testing.assert_array_equal(actual, expected)

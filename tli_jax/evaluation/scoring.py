@@ -23,7 +23,7 @@ from tli_jax.hf.encoding import Tokenizer
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.freezing import Arrays
-from tli_jax.training.step import Trainer
+from tli_jax.training.trainer import Trainer
 
 _MIN_LENGTH = 32  # tokens of the shortest program
 

@@ -22,7 +22,7 @@ from tli_jax.hf.stream import Piece, parse_size, split_shards, write_safetensors
 from tli_jax.hf.training_record import RECORD
 from tli_jax.training.freezing import Arrays, ParamSpec
 from tli_jax.training.run_directory import RunDirectory
-from tli_jax.training.step import Trainer
+from tli_jax.training.trainer import Trainer
 
 
 def check_export(path: Path, run: RunDirectory, model: str, run_id: str, overwrite: bool) -> None:

@@ -1,4 +1,5 @@
-"""Whether a run fits: its programs compiled ahead of time, for devices that need not be there; and on paper."""
+"""Whether a run fits in device memory: by compiling its programs ahead of time, with or without the devices, and by
+estimate."""
 
 import collections
 import dataclasses
@@ -21,7 +22,8 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Remat
 from tli_jax.models.loss import LOGITS
 from tli_jax.models.tree import nest
-from tli_jax.training.step import Trainer
+from tli_jax.training.freezing import ParamSpec
+from tli_jax.training.step import Programs
 
 _COLLECTIVES = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _SIZE = re.compile(r"([\d.]+)([KMG])\b")
@@ -29,17 +31,17 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
-    """What the compiler says of one program, in bytes a device.
+class CompiledMemory:
+    """Memory of one compiled program, in bytes per device.
 
     Attributes:
         fits: whether it compiled, which for a TPU means that it fits.
-        peak: most memory in use at a time. Where it does not fit, what is known to be needed at least.
-        arguments: what the program is given; most of it it gives back changed, in the same place.
-        temporaries: what it needs besides; more than its share of the peak, as not all of it is needed at once.
-        collectives: how many of each kind are in the program; those in a loop run once a turn.
-        seconds: that compiling took.
-        problem: of what does not fit, in the compiler's words.
+        peak: most memory in use at a time; a lower bound if it does not fit.
+        arguments: inputs of the program; most of them are donated and updated in place.
+        temporaries: scratch memory; not all of it is in use at the peak.
+        collectives: number of collective operations by kind, those in loops counted once.
+        seconds: compilation time.
+        error: the compiler's message if it does not fit.
     """
 
     fits: bool
@@ -48,29 +50,29 @@ class Fit:
     temporaries: float
     collectives: dict[str, int]
     seconds: float
-    problem: str = ""
+    error: str = ""
 
 
-def compile_step(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> Fit:
-    """The train step of a run at sequences of T tokens.
+def compile_step(programs: Programs, T: int, dtypes: Callable[[ParamSpec], Any]) -> CompiledMemory:
+    """Compile the train step of a run.
 
     Args:
-        dtypes: of each frozen leaf, as it is stored.
+        T: tokens per sequence.
+        dtypes: stored dtype of each frozen array.
     """
-    state = trainer.abstract_state()
-    params = trainer.abstract_params(dtypes)
-    frozen = {name: leaf for name, leaf in params.items() if name not in state.trained}
-    parts = trainer.config.grad_accum_steps
-    shape = (parts, trainer.config.batch_size // parts, T + 1)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=trainer.batch_sharding)
-    everyone = jax.sharding.NamedSharding(trainer.mesh, jax.sharding.PartitionSpec(trainer.mesh.axis_names))
-    stop = jax.ShapeDtypeStruct((trainer.mesh.size,), jnp.int32, sharding=everyone)
-    return _compile(trainer.step, state, frozen, tokens, tokens, stop)
+    state = programs.abstract_state()
+    frozen = {name: x for name, x in programs.abstract_params(dtypes).items() if name not in state.trained}
+    microbatches = programs.config.grad_accum_steps
+    shape = (microbatches, programs.config.batch_size // microbatches, T + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=programs.batch_sharding)
+    per_device = jax.sharding.NamedSharding(programs.mesh, jax.sharding.PartitionSpec(programs.mesh.axis_names))
+    stop = jax.ShapeDtypeStruct((programs.mesh.size,), jnp.int32, sharding=per_device)
+    return _compile(programs.step, state, frozen, tokens, tokens, stop)
 
 
-def compile_growth(base: LlamaConfig, plan: Plan, mesh: jax.sharding.Mesh) -> Fit:
-    """``inject``, and ``upcycle`` where the plan has experts, over params that lie on the mesh, in their stored dtype:
-    base and grown model are there at once."""
+def compile_growth(base: LlamaConfig, plan: Plan, mesh: jax.sharding.Mesh) -> CompiledMemory:
+    """Compile ``inject``, and ``upcycle`` if the plan adds experts, for params sharded over the mesh in their stored
+    dtype. Base and grown model exist at the same time."""
 
     def abstract(config: LlamaConfig) -> Any:
         tensors = {f"layers.{name}": ("L", *dims) for name, dims in config.layer_tensors.items()} | config.outer_tensors
@@ -87,126 +89,129 @@ def compile_growth(base: LlamaConfig, plan: Plan, mesh: jax.sharding.Mesh) -> Fi
         grown = inject(params, plan)
         return grown if plan.experts is None else upcycle(grown, plan.experts)
 
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract(grown_config(base, plan)))
-    return _compile(jax.jit(grow, out_shardings=places), abstract(base))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract(grown_config(base, plan)))
+    return _compile(jax.jit(grow, out_shardings=shardings), abstract(base))
 
 
-def _compile(program: Any, *arguments: Any) -> Fit:
-    nbytes = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(arguments))
+def _compile(program: Any, *inputs: Any) -> CompiledMemory:
+    arguments = sum(_device_bytes(x) for x in jax.tree.leaves(inputs))
     started = time.perf_counter()
     try:
-        compiled = program.lower(*arguments).compile()
+        compiled = program.lower(*inputs).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        problem = " ".join(str(error).split())[:300]
-        # The first size that it names is what it wanted: of temporaries alone, or of all.
-        found = _SIZE.search(problem)
-        wanted = float(found[1]) * _UNITS[found[2]] if found else 0.0
-        temporaries = wanted if "temporaries" in problem else max(wanted - nbytes, 0.0)
+        message = " ".join(str(error).split())[:300]
+        # The first size in the message is what was requested: for temporaries alone, or for everything.
+        size = _SIZE.search(message)
+        requested = float(size[1]) * _UNITS[size[2]] if size else 0.0
+        temporary = requested if "temporaries" in message else max(requested - arguments, 0.0)
         seconds = time.perf_counter() - started
-        return Fit(False, nbytes + temporaries, nbytes, temporaries, {}, seconds, problem)
+        return CompiledMemory(False, arguments + temporary, arguments, temporary, {}, seconds, message)
     memory = compiled.memory_analysis()
-    peak, platform = memory.peak_memory_in_bytes, jax.tree.leaves(arguments)[0].sharding.mesh.devices.flat[0].platform
-    if platform != "tpu":  # elsewhere the compiler does not say when temporaries are done with
+    peak, platform = memory.peak_memory_in_bytes, jax.tree.leaves(inputs)[0].sharding.mesh.devices.flat[0].platform
+    if platform != "tpu":  # other compilers do not report when temporaries are freed
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         peak += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = collections.Counter(_COLLECTIVES.findall(compiled.as_text()))
-    return Fit(
-        fits=True,
-        peak=peak,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        collectives=dict(sorted(found.items())),
-        seconds=time.perf_counter() - started,
-    )
+    collectives = dict(sorted(collections.Counter(_COLLECTIVES.findall(compiled.as_text())).items()))
+    seconds = time.perf_counter() - started
+    return CompiledMemory(True, peak, memory.argument_size_in_bytes, memory.temp_size_in_bytes, collectives, seconds)
 
 
-def _local_bytes(leaf: Any) -> int:
-    """Of one device's share."""
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def _device_bytes(array: Any) -> int:
+    """Size of one device's shard."""
+    return math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
 
-def whole_bytes(leaf: Any) -> int:
-    """Of an array, wherever its parts lie."""
-    return leaf.size * leaf.dtype.itemsize
+def total_bytes(array: Any) -> int:
+    """Size of a complete array, sharded or not."""
+    return array.size * array.dtype.itemsize
 
 
-def on_paper(trainer: Trainer, T: int, dtypes: Callable[[Any], Any]) -> dict[str, float]:
-    """Bytes a device by formula, see docs/scaling.md: ``parameters``, ``moments``, ``gradients``, ``activations``
-    that wait for the backward pass, what one ``layer`` and what the ``head`` work with; and the ``peak``, as the head
-    is done with before there are gradients of layers.
+def estimate(programs: Programs, T: int, dtypes: Callable[[ParamSpec], Any]) -> dict[str, float]:
+    """Bytes per device by the formula in docs/scaling.md.
 
     Args:
-        dtypes: of each frozen leaf, as it is stored.
+        T: tokens per sequence.
+        dtypes: stored dtype of each frozen array.
+
+    Returns:
+        ``parameters``, ``moments``, ``gradients``; ``activations`` kept for the backward pass; working memory of one
+        ``layer`` and of the ``head``; and the ``peak``. The head's memory is free before layers have gradients.
     """
-    config, model, mesh = trainer.config, trainer.model, trainer.mesh
-    state = trainer.abstract_state()
-    frozen = [leaf for leaf in trainer.param_specs if not leaf.trains]
-    held = trainer.abstract_params(dtypes)
+    config, model, mesh = programs.config, programs.model, programs.mesh
+    state = programs.abstract_state()
+    params = programs.abstract_params(dtypes)
     compute = np.dtype(config.compute_dtype).itemsize
-    tensor, chosen = mesh.shape["tensor"], max(model.experts_per_token, 1)
+    tensor, experts = mesh.shape["tensor"], max(model.experts_per_token, 1)
     B = config.batch_size // config.grad_accum_steps // batch_degree(mesh)
-    sizes = model.sizes
-    heads, wide = (sizes["Hh"] + 2 * sizes["Kh"]) / tensor, sizes["F"] * chosen / tensor
-    inside = 4 * model.hidden_size + 2 * heads + 3 * wide
-    kept = {"full": model.hidden_size, "dots": 3 * model.hidden_size + heads + 2 * wide, "none": inside}[config.remat]
-    trained = sum(map(_local_bytes, state.trained.values()))
-    outside = sizes["V"] * sizes["D"] / tensor * compute
+    D, sizes = model.hidden_size, model.sizes
+    attention, mlp = (sizes["Hh"] + 2 * sizes["Kh"]) / tensor, sizes["F"] * experts / tensor
+    # Numbers per token and layer: all of them, and those that each remat policy keeps.
+    inside = 4 * D + 2 * attention + 3 * mlp
+    kept = {"full": D, "dots": 3 * D + attention + 2 * mlp, "none": inside}[config.remat]
+    trained = sum(map(_device_bytes, state.trained.values()))
+    head = sizes["V"] * D / tensor * compute
     parts: dict[str, float] = {
-        "parameters": trained + sum(_local_bytes(held[leaf.name]) for leaf in frozen),
-        "moments": sum(map(_local_bytes, jax.tree.leaves(state.optimizer_state))),
-        # Of parts of a batch the sum is held beside the newest.
+        "parameters": trained + sum(_device_bytes(params[s.name]) for s in programs.param_specs if not s.trains),
+        "moments": sum(map(_device_bytes, jax.tree.leaves(state.optimizer_state))),
+        # Gradient accumulation holds the sum beside the gradients of the current microbatch.
         "gradients": trained * (2 if config.grad_accum_steps > 1 else 1),
-        "activations": (model.num_hidden_layers - trainer.lowest) * B * T * kept * compute,
-        # Weights of the layer that runs and of the next one, brought together over fsdp; and what is computed again.
+        "activations": (model.num_hidden_layers - programs.layout.lowest) * B * T * kept * compute,
+        # All-gathered weights of the current layer and the next, and rematerialized activations.
         "layer": 2 * model.layer_params / (tensor * mesh.shape["expert"]) * compute + 2 * B * T * inside * compute,
-        # Brought together too, with its gradient where it has one; logits and their gradient, of one chunk.
-        "head": (1 + trainer.is_head_trained) * outside + 2 * LOGITS * 4,
+        # The all-gathered head, with its gradient if it is trained; logits of one chunk and their gradient.
+        "head": (1 + programs.is_head_trained) * head + 2 * LOGITS * 4,
     }
-    # Where parts of a batch are summed, the gradients of head and embedding wait whole for the end of each part.
-    waiting = 2 * outside * (trainer.is_head_trained and config.grad_accum_steps > 1)
-    held_throughout = parts["parameters"] + parts["moments"] + parts["activations"]
-    return parts | {"peak": held_throughout + max(parts["head"], parts["gradients"] + parts["layer"] + waiting)}
+    # With gradient accumulation, unsharded gradients of head and embedding wait for the end of each microbatch.
+    waiting = 2 * head * (programs.is_head_trained and config.grad_accum_steps > 1)
+    throughout = parts["parameters"] + parts["moments"] + parts["activations"]
+    return parts | {"peak": throughout + max(parts["head"], parts["gradients"] + parts["layer"] + waiting)}
 
 
 def search(
-    trainer: Trainer, T: int, dtypes: Callable[[Any], Any], limit: float, report: Callable[[str], None]
+    programs: Programs, T: int, dtypes: Callable[[ParamSpec], Any], limit: float, report: Callable[[str], None]
 ) -> dict[str, int]:
-    """Remat policy, cheapest first -> the most sequences a device at a time that fit; policies that never fit are out.
+    """Find the largest microbatch per device that fits, for each remat policy, cheapest first.
 
     Args:
-        limit: bytes that a device has.
-        report: told of each try, which may take minutes.
+        limit: memory of a device in bytes.
+        report: called with one line for each attempt, which may take minutes.
+
+    Returns:
+        Remat policy to sequences per device; policies that never fit are absent.
     """
-    whole = trainer.config.batch_size // batch_degree(trainer.mesh)
-    sizes = [size for size in range(1, whole + 1) if whole % size == 0]
+    per_device = programs.config.batch_size // batch_degree(programs.mesh)
+    sizes = [size for size in range(1, per_device + 1) if per_device % size == 0]
     best: dict[str, int] = {}
-    least = 0
+    first = 0
     policies: tuple[Remat, ...] = ("none", "dots", "full")
-    for remat in policies:  # each fits all that the one before it does
-        for at in range(least, len(sizes)):
-            config = dataclasses.replace(trainer.config, remat=remat, grad_accum_steps=whole // sizes[at])
-            found = compile_step(dataclasses.replace(trainer, config=config), T, dtypes)
-            fits = found.fits and found.peak <= limit
-            what = f"{'fits' if fits else 'does not fit'}, {gib(found.peak)} of {gib(limit)}, {found.seconds:.0f} s"
-            report(f"remat {remat}, {sizes[at]} sequences a device at a time: {what}")
+    for remat in policies:  # each needs less memory than the policy before it
+        for i in range(first, len(sizes)):
+            config = dataclasses.replace(programs.config, remat=remat, grad_accum_steps=per_device // sizes[i])
+            memory = compile_step(dataclasses.replace(programs, config=config), T, dtypes)
+            fits = memory.fits and memory.peak <= limit
+            use = f"{gib(memory.peak)} of {gib(limit)}"
+            report(
+                f"remat {remat}, {sizes[i]} sequences per device: {'fits' if fits else 'does not fit'}, {use},"
+                f" {memory.seconds:.0f} s"
+            )
             if not fits:
                 break
-            best[remat], least = sizes[at], at
+            best[remat], first = sizes[i], i
     return best
 
 
-def hints(trainer: Trainer, T: int) -> str:
-    """What a run that does not fit could do with less."""
-    config, mesh = trainer.config, trainer.mesh
-    rows = config.batch_size // config.grad_accum_steps // batch_degree(mesh)
-    found = ["--train.remat full"] * (config.remat != "full")
-    found += ["--train.grad-accum-steps 0"] * (rows > 1)
-    found += [f"--train.batch-size {config.batch_size // config.grad_accum_steps}"] * (config.grad_accum_steps > 1)
-    found += ["--train.only injected"] * (config.only == "all" and any(trainer.layout.injected))
-    found += [f"--train.sequence-length {T // 2}"] * (T > 1024)
-    return f"try {', or '.join([*found, 'a larger slice'])}"
+def hints(programs: Programs, T: int) -> str:
+    """Options that would reduce the memory of a run."""
+    config = programs.config
+    rows = config.batch_size // config.grad_accum_steps // batch_degree(programs.mesh)
+    flags = ["--train.remat full"] * (config.remat != "full")
+    flags += ["--train.grad-accum-steps 0"] * (rows > 1)
+    flags += [f"--train.batch-size {config.batch_size // config.grad_accum_steps}"] * (config.grad_accum_steps > 1)
+    flags += ["--train.only injected"] * (config.only == "all" and any(programs.layout.injected))
+    flags += [f"--train.sequence-length {T // 2}"] * (T > 1024)
+    return f"try {', or '.join([*flags, 'a larger slice'])}"
 
 
 def gib(nbytes: float) -> str:

@@ -1,9 +1,8 @@
-"""A run from its first step to its last, and its export."""
+"""A training run: opened, started or resumed, trained to its last step, and exported."""
 
 import contextlib
 import math
 import secrets
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,133 +11,143 @@ from tli_jax.cli.console import say
 from tli_jax.cli.progress import Advance, progress
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
-from tli_jax.hf import sidecar
+from tli_jax.hf import sidecar, tokens
 from tli_jax.hf.checkpoint import Checkpoint
-from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
 from tli_jax.training.run_directory import RunDirectory, model_digest
-from tli_jax.training.setup import _open_model, make_trainer, open_text
+from tli_jax.training.start import open_start
+from tli_jax.training.text import open_text
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
-    from tli_jax.training.step import Trainer
+    from tli_jax.training.trainer import Trainer
 
 
 class Trained(NamedTuple):
-    """A run at its last step: its programs, its parameters and its data."""
+    """A run at its last step.
+
+    Attributes:
+        data: None if the run was only exported.
+    """
 
     trainer: "Trainer"
     trained: dict[str, Any]
     frozen: dict[str, Any]
-    data: "Data | None"  # None of a run that was only exported
+    data: "Data | None"
 
 
 def train(config: TrainConfig, cache: Path | None = None, advance: Advance | None = None) -> Trained:
-    """Start a run, or go on with it, up to its last step, and export it.
+    """Train a run to its last step, starting or resuming it, and export it if ``config.export`` is set.
 
     Args:
-        cache: folder of tokenised text, which runs may share; by default the run has its own.
-        advance: told of each step; by default a bar shows them.
+        cache: folder for tokenized text, which runs may share; by default the run's own.
+        advance: progress callback, called once per step; by default progress is shown on stderr.
 
     Raises:
-        TliError: a wrong option, damaged input, a run that was started otherwise; or what ends a run early.
+        TliError: an option is wrong, an input is damaged, the run was started with other options, or it ended early.
     """
     if not config.run:
-        raise UsageError("run is not set: give a folder, which takes checkpoints, metrics and configuration")
+        raise UsageError("run is not set: give --run with a folder for checkpoints, metrics and configuration")
     if "://" in (config.export or ""):
-        raise UsageError(f"export {config.export}: is written to a folder only: copy it to object storage from there")
+        raise UsageError(f"export {config.export}: must be a local folder: export to one, then copy it")
     run = RunDirectory(config.run)
     if processes.is_first():
         run.create()
     processes.barrier("run")
     with processes.lock(run.path):
         if run.remote is not None:
-            _say(f"run {run}: object storage has no lock: see to it that only one job writes to it")
+            _report(f"run {run}: object storage has no locks: make sure that only one job writes to it")
         return _train(config, run, cache or run.data, advance)
 
 
 def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance | None) -> Trained:
-    has_begun = run.is_begun  # asked once: the first process may begin it before another one asks again
-    start = _open_model(config, run)
-    tokenizer, warnings = open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
+    is_resumed = run.is_begun  # read once, because the first process may begin the run before the others get here
+    start = open_start(config, run, _report)
+    tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
     for warning in (*(start.weights.warnings if start.weights else ()), *warnings):
-        _say(f"warning: {warning}")
+        _report(f"warning: {warning}")
 
     from tli_jax.training.checkpoints import Checkpoints
     from tli_jax.training.export import check_export, export
-    from tli_jax.training.loop import Loop, load, restore
+    from tli_jax.training.loop import Loop
+    from tli_jax.training.state import load, restore
+    from tli_jax.training.trainer import make_trainer
 
     trainer, T, notes = make_trainer(config, start.model, start.plan)
-    facts: dict[str, Any] = run.check_facts({}) if has_begun else {"id": "", "sources": ()}
-    data, gone = None, None
+    facts: dict[str, Any] = run.read_facts() if is_resumed else {"id": "", "sources": ()}
+    data, missing = None, None
     if not config.export_only:
         with processes.first("data"):
             try:
                 data = open_text(config, start.model, start.folder, tokenizer, T, cache, facts["sources"])
             except MissingInputError as error:
-                if not has_begun:
+                if not is_resumed:
                     raise
-                gone = error  # which matters only to a run that is not finished
+                missing = error  # only an unfinished run needs its text
     if data is not None:
         data.check_enough(config.batch_size)
-        if has_begun:
+        if is_resumed:
             run.check_facts({"data": data.digest})
     if config.export:
         check_export(Path(config.export), run, config.model, facts["id"], config.overwrite)
-    if not has_begun:
+    if not is_resumed:
         assert start.weights is not None and data is not None
         for warning in sidecar.left_behind(start.folder):
-            _say(f"warning: {warning}")
+            _report(f"warning: {warning}")
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data))
             else:
                 run.fetch()
-        facts = run.check_facts({})
-    _introduce(trainer, [*notes, *((*data.notes, *data.repeated) if data else ())])
+        facts = run.read_facts()
+    for line in [*_describe(trainer), *notes, *((*data.notes, *data.repeated) if data else ())]:
+        _report(line)
 
     checkpoints = Checkpoints(run.checkpoints, config.keep, run.identity)
-    restored = restore(trainer, checkpoints, facts["dtypes"], _say)
+    restored = restore(trainer, checkpoints, facts["dtypes"], _report)
     if restored is None:
         if start.weights is None:
-            raise MissingInputError(f"model {config.model}: is gone, and run {run} has no checkpoint yet")
+            raise MissingInputError(
+                f"model {config.model}: is missing, and run {run} has no checkpoint yet: restore the model"
+            )
         trained, frozen = load(trainer, start.weights)
         checkpoints.save_frozen(frozen)
         restored = trainer.init(trained), frozen
     state, frozen = restored
-    done = int(state.step)
-    if done < config.steps and not config.export_only:
+    step = int(state.step)
+    if step < config.steps and not config.export_only:
         if data is None:
-            raise gone or AssertionError("the data were opened")
+            raise missing or AssertionError("the text was opened")
+        _report(f"resuming from step {step:,}" if step else "starting at step 0")
         metrics, shown = None, contextlib.nullcontext(advance or (lambda amount, note="", /: None))
         if processes.is_first():
             run.write_config(config)
-            metrics = Metrics(run, config, done, facts["id"])
+            metrics = Metrics(run, config, step, facts["id"])
             if advance is None:
-                shown = progress("train", config.steps, "steps", done)
-        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest})
+                shown = progress("train", config.steps, "steps", step)
+        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report)
         try:
-            with shown as told:
-                state = loop.train(state, frozen, told)
+            with shown as show_step:
+                state = loop.train(state, frozen, show_step)
         finally:
             if metrics is not None:
                 metrics.close()
         if processes.is_first():  # other machines have no metrics
-            _say(summary(run))
+            _report(summary(run))
     else:
-        _say(f"run {run}: {done} steps are done")
+        _report(f"run {run}: {step} steps are done")
     checkpoints.close()
     if config.export:
         record = describe_training(run, config, sorted(trainer.layout.outer), T, int(state.step))
         export(trainer, state.trained | frozen, facts["dtypes"], run, Path(config.export), record)
-        _say(f"written to {config.export}")
+        _report(f"exported to {config.export}")
     return Trained(trainer, state.trained, frozen, data)
 
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
-    """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
-    dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers).dtype.name for leaf in trainer.param_specs}
+    """The content of ``run.json``. ``dtypes`` are the stored dtypes, in which the tensors are exported."""
+    dtypes = {spec.name: weights.stored(spec.tensor, spec.layers).dtype.name for spec in trainer.param_specs}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "id": secrets.token_hex(8),
@@ -151,26 +160,25 @@ def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, A
     }
 
 
-def _introduce(trainer: "Trainer", notes: Sequence[str]) -> None:
-    """What is about to run, and by which convention its FLOPs are counted."""
+def _describe(trainer: "Trainer") -> list[str]:
+    """One line each on trainable layers, on mesh and dtype, and on how FLOPs are counted."""
     model, config, mesh = trainer.model, trainer.config, trainer.mesh
-    sizes = {leaf.name: math.prod(leaf.shape(model)) for leaf in trainer.param_specs}
-    trained = sum(sizes[leaf.name] for leaf in trainer.param_specs if leaf.trains)
+    sizes = {spec.name: math.prod(spec.shape(model)) for spec in trainer.param_specs}
+    trained = sum(sizes[spec.name] for spec in trainer.param_specs if spec.trains)
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
-    lines = [
-        f"{sum(trainer.layout.trains)} of {model.num_hidden_layers} layers train"
-        f" ({trained:,} of {sum(sizes.values()):,} parameters), outside the layers:"
-        f" {', '.join(sorted(trainer.layout.outer)) or 'nothing'}",
+    outer = ", ".join(sorted(trainer.layout.outer)) or "no tensors"
+    return [
+        f"training {sum(trainer.layout.trains)} of {model.num_hidden_layers} layers and {outer} outside the layers:"
+        f" {trained:,} of {sum(sizes.values()):,} parameters",
         f"mesh {axes} of {mesh.size} × {mesh.devices.flat[0].device_kind}, {config.compute_dtype}, {config.optimizer}",
-        "FLOPs of a token: 2 for each weight forward, for activation gradients above the lowest layer that trains, and"
-        " for weight gradients of what trains; causal attention half, the head counted, the embedding's look-up not",
+        "FLOPs per token, for MFU: 2 per matrix weight forward, 2 for activation gradients from the lowest trainable"
+        " layer up, 2 for weight gradients of trainable weights; causal attention counts half; the head counts,"
+        " embedding lookups and rematerialization do not",
     ]
-    for line in [*lines, *notes]:
-        _say(line)
 
 
 def summary(run: RunDirectory) -> str:
-    """One line about a run that is done."""
+    """One line about a finished run."""
     lines = read_metrics(run)
     before = next((line["validation_loss_before"] for line in lines if "validation_loss_before" in line), None)
     after = next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None)
@@ -181,6 +189,6 @@ def summary(run: RunDirectory) -> str:
     )
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     if processes.is_first():
         say(line)
