@@ -1,97 +1,69 @@
-"""tli_jax: make a trained Llama deeper, prove what that did to it, and go on from there, in JAX.
+"""tli_jax: make a trained Llama deeper, prove what that did to it, and train it on, in JAX.
 
-The functional API. Everything is imported on first use, so that ``import tli_jax`` costs nothing.
+This is the functional API. Names are imported when they are first used, so ``import tli_jax`` is fast.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tli_jax.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from tli_jax.errors import TliError
-    from tli_jax.growth.experts import Experts
-    from tli_jax.growth.inject import inject
-    from tli_jax.growth.methods import (
-        adept,
-        average,
-        custom,
-        dus,
-        interpose,
-        lesa,
-        lidas,
-        llama_pro,
-        midas,
-        moe,
-        opt_deus,
-        slayer,
-        stack,
-        tli,
-    )
-    from tli_jax.growth.plan import Plan, Row
-    from tli_jax.growth.upcycle import upcycle
-    from tli_jax.hf.checkpoint import load_hf
-    from tli_jax.hf.grown_config import grown_config
-    from tli_jax.hf.save import save_hf
-    from tli_jax.models.config import LlamaConfig
-    from tli_jax.models.generate import generate_tokens
-    from tli_jax.models.llama import Llama, forward, init_params
-    from tli_jax.models.loss import losses
-    from tli_jax.verify.importance import measure_importance
+    from tli_jax.errors import TliError as TliError
+    from tli_jax.evaluation.continuation import continue_prompt as continue_prompt
+    from tli_jax.evaluation.evaluate import evaluate_model as evaluate_model
+    from tli_jax.growth.experts import Experts as Experts
+    from tli_jax.growth.inject import inject as inject
+    from tli_jax.growth.methods import adept as adept
+    from tli_jax.growth.methods import average as average
+    from tli_jax.growth.methods import custom as custom
+    from tli_jax.growth.methods import dus as dus
+    from tli_jax.growth.methods import interpose as interpose
+    from tli_jax.growth.methods import lesa as lesa
+    from tli_jax.growth.methods import lidas as lidas
+    from tli_jax.growth.methods import llama_pro as llama_pro
+    from tli_jax.growth.methods import midas as midas
+    from tli_jax.growth.methods import moe as moe
+    from tli_jax.growth.methods import opt_deus as opt_deus
+    from tli_jax.growth.methods import slayer as slayer
+    from tli_jax.growth.methods import stack as stack
+    from tli_jax.growth.methods import tli as tli
+    from tli_jax.growth.plan import Plan as Plan
+    from tli_jax.growth.rows import Row as Row
+    from tli_jax.growth.upcycle import upcycle as upcycle
+    from tli_jax.hf.checkpoint import load_hf as load_hf
+    from tli_jax.hf.grown_config import grown_config as grown_config
+    from tli_jax.hf.save import save_hf as save_hf
+    from tli_jax.models.config import LlamaConfig as LlamaConfig
+    from tli_jax.models.generate import generate_tokens as generate_tokens
+    from tli_jax.models.llama import Llama as Llama
+    from tli_jax.models.llama import forward as forward
+    from tli_jax.models.llama import init_params as init_params
+    from tli_jax.models.loss import losses as losses
+    from tli_jax.training.trainer import Trainer as Trainer
+    from tli_jax.verify.importance import measure_importance as measure_importance
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "tli_jax.hf.checkpoint": ("load_hf",),
-    "tli_jax.hf.grown_config": ("grown_config",),
-    "tli_jax.verify.importance": ("measure_importance",),
-    "tli_jax.hf.save": ("save_hf",),
-    "tli_jax.errors": ("TliError",),
-    "tli_jax.growth.experts": ("Experts",),
-    "tli_jax.growth.inject": ("inject",),
-    "tli_jax.growth.plan": ("Plan", "Row"),
-    "tli_jax.growth.methods": (
-        *("tli", "dus", "llama_pro", "slayer", "average", "stack", "interpose"),
-        *("opt_deus", "lesa", "midas", "lidas", "adept", "moe", "custom"),
-    ),
-    "tli_jax.growth.upcycle": ("upcycle",),
-    "tli_jax.models.config": ("LlamaConfig",),
-    "tli_jax.models.generate": ("generate_tokens",),
-    "tli_jax.models.llama": ("Llama", "forward", "init_params"),
-    "tli_jax.models.loss": ("losses",),
+_EXPORTS = {
+    "errors": "TliError",
+    "evaluation.continuation": "continue_prompt",
+    "evaluation.evaluate": "evaluate_model",
+    "growth.experts": "Experts",
+    "growth.inject": "inject",
+    "growth.methods": "adept average custom dus interpose lesa lidas llama_pro midas moe opt_deus slayer stack tli",
+    "growth.plan": "Plan",
+    "growth.rows": "Row",
+    "growth.upcycle": "upcycle",
+    "hf.checkpoint": "load_hf",
+    "hf.grown_config": "grown_config",
+    "hf.save": "save_hf",
+    "models.config": "LlamaConfig",
+    "models.generate": "generate_tokens",
+    "models.llama": "Llama forward init_params",
+    "models.loss": "losses",
+    "training.trainer": "Trainer",
+    "verify.importance": "measure_importance",
 }
-_MODULES = {name: module for module, names in _HOMES.items() for name in names}
-
-__all__ = [
-    "Experts",
-    "Llama",
-    "LlamaConfig",
-    "Plan",
-    "Row",
-    "TliError",
-    "adept",
-    "average",
-    "custom",
-    "dus",
-    "forward",
-    "generate_tokens",
-    "grown_config",
-    "init_params",
-    "inject",
-    "interpose",
-    "lesa",
-    "lidas",
-    "llama_pro",
-    "load_hf",
-    "losses",
-    "measure_importance",
-    "midas",
-    "moe",
-    "opt_deus",
-    "save_hf",
-    "slayer",
-    "stack",
-    "tli",
-    "upcycle",
-]
+_MODULES = {name: f"tli_jax.{module}" for module, names in _EXPORTS.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:
@@ -101,4 +73,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_MODULES, "__version__"])

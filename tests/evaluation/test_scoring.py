@@ -24,8 +24,8 @@ from tli_jax.evaluation.tasks import Question, Task, open_tasks
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.hub import resolve
 from tli_jax.hf.tokenizer import open_tokenizer
-from tli_jax.training.loop import load
-from tli_jax.training.setup import make_trainer
+from tli_jax.training.state import load
+from tli_jax.training.trainer import make_trainer
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
 

@@ -12,7 +12,8 @@ from tli_jax.errors import DataError, ProofError, UsageError
 from tli_jax.growth.experts import Experts
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import dus, moe, opt_deus, tli
-from tli_jax.growth.plan import Plan, Row
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import Row
 from tli_jax.growth.upcycle import upcycle
 from tli_jax.hf.checkpoint import load_hf, open_checkpoint
 from tli_jax.hf.save import save_hf, unstack

@@ -33,7 +33,8 @@ from tli_jax.growth.methods import (
     stack,
     tli,
 )
-from tli_jax.growth.plan import COMPUTED_INITS, Plan, Row
+from tli_jax.growth.plan import COMPUTED_INITS, Plan
+from tli_jax.growth.rows import Row
 from tli_jax.hf.checkpoint import load_hf, open_checkpoint
 from tli_jax.hf.headers import read_folder, read_header
 from tli_jax.hf.save import unstack

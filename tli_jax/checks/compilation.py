@@ -8,7 +8,7 @@ from tli_jax.checks.context import Context, DoesNotFitError, NotCheckedError, Re
 from tli_jax.cli.console import console
 from tli_jax.distributed import topology
 from tli_jax.errors import UsageError
-from tli_jax.growth.plan import HOST_INITS
+from tli_jax.growth.rows import HOST_INITS
 
 
 def check_growth(context: Context) -> Result:
@@ -28,7 +28,7 @@ def check_step(context: Context) -> Result:
 
     trainer = require(context.trainer, "a mesh")
     program = memory.compile_step(trainer, context.T, context.stored_dtype)
-    estimate = memory.on_paper(trainer, context.T, context.stored_dtype)
+    estimate = memory.estimate(trainer, context.T, context.stored_dtype)
     text, facts = _judge(context, program, trainer.mesh, memory.hints(trainer, context.T), {"on_paper": estimate})
     terms = {name: memory.gib(nbytes) for name, nbytes in estimate.items() if name != "peak"}
     return f"{text}; estimated {memory.gib(estimate['peak'])}: {join(terms)}", facts

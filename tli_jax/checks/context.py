@@ -11,7 +11,7 @@ from tli_jax.growth.plan import Plan
 from tli_jax.hf.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
-    from tli_jax.training.step import Trainer
+    from tli_jax.training.trainer import Trainer
 
 Result = tuple[str, dict[str, Any]]  # a line of text, and facts for --json
 Value = TypeVar("Value")

@@ -10,12 +10,13 @@ from rich.filesize import decimal
 from tli_jax.checks.context import Context, NotCheckedError, Result, require
 from tli_jax.cli.console import warn
 from tli_jax.errors import UsageError
-from tli_jax.hf import hub, tokens
+from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import CODES, Tensor
 from tli_jax.hf.output import check_output
 from tli_jax.hf.stream import grown_pieces
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.training.run_directory import RunDirectory
@@ -65,12 +66,12 @@ def check_run_directory(context: Context) -> Result:
         raise UsageError("run is not set: --train.run FOLDER")
     import jax
 
-    from tli_jax.training.memory import whole_bytes
+    from tli_jax.training.memory import total_bytes
 
     trainer = require(context.trainer, "a mesh")
     params = trainer.abstract_params(context.stored_dtype)
-    frozen = sum(whole_bytes(params[spec.name]) for spec in trainer.param_specs if not spec.trains)
-    step = sum(map(whole_bytes, jax.tree.leaves(trainer.abstract_state())))
+    frozen = sum(total_bytes(params[spec.name]) for spec in trainer.param_specs if not spec.trains)
+    step = sum(map(total_bytes, jax.tree.leaves(trainer.abstract_state())))
     kept = config.keep + 1  # the oldest is deleted after the next is complete
     nbytes = frozen + kept * step
     run = RunDirectory(config.run)
@@ -87,7 +88,8 @@ def check_run_directory(context: Context) -> Result:
 
 
 def check_data(context: Context) -> Result:
-    from tli_jax.data.stream import Rules, guess_tokens
+    from tli_jax.data.stream import estimate_tokens
+    from tli_jax.data.tokenization import Rules
 
     trainer, base, config = require(context.trainer, "a mesh"), require(context.base, "a model"), context.train
     if not config.text:
@@ -98,11 +100,11 @@ def check_data(context: Context) -> Result:
     if missing := [str(path) for path in paths if not path.exists()]:
         raise NotCheckedError(f"{', '.join(missing)}: not here")
     folder, parse = context.base_folder, config.special_tokens == "parse"
-    tokenizer = tokens.open_tokenizer(folder, base.config, parse)[0] if folder is not None else None
+    tokenizer = open_tokenizer(folder, base.config, parse)[0] if folder is not None else None
     if tokenizer is None and any(path.suffix != ".npy" for path in paths):
         raise NotCheckedError("the text is here, but a tokenizer is not")
     rules = Rules(config, tokenizer, "", trainer.model.vocab_size, None, None)
-    counts = [guess_tokens(path, rules, _SAMPLE) for path in paths]
+    counts = [estimate_tokens(path, rules, _SAMPLE) for path in paths]
     total, needed = sum(counts), config.steps * config.batch_size * context.T
     if min(counts) <= context.T:
         raise UsageError(f"data: a text has fewer tokens than one window ({context.T + 1:,}): provide more text")

@@ -8,7 +8,7 @@ from tli_jax.distributed import processes, topology
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.grown_config import grown_config
-from tli_jax.training.setup import make_trainer
+from tli_jax.training.trainer import make_trainer
 
 _PACKAGES = ("tli_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 

@@ -37,7 +37,7 @@ from tli_jax.cli.values import (
 )
 from tli_jax.growth.experts import UPCYCLES
 from tli_jax.growth.methods import METHODS
-from tli_jax.growth.plan import INITS
+from tli_jax.growth.rows import INITS
 
 Method = Annotated[str, one_of(METHODS)]
 Init = Annotated[str, one_of(INITS)]

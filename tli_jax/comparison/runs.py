@@ -84,7 +84,7 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
     """
     import jax
 
-    from tli_jax.training.loop import Feed, contributions
+    from tli_jax.training.feed import Feed, contributions
     from tli_jax.training.memory import compile_step
 
     trainer, trained, frozen, data = run

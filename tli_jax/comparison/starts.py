@@ -16,11 +16,11 @@ from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.results import RANDOM
-from tli_jax.training.setup import make_trainer
+from tli_jax.training.trainer import make_trainer
 from tli_jax.upscaling.job import grow, prepare
 
 if TYPE_CHECKING:
-    from tli_jax.training.step import Trainer
+    from tli_jax.training.trainer import Trainer
 
 
 def measure_starts(space: Workspace) -> list[dict[str, Any]]:
@@ -122,7 +122,8 @@ def _sizes(config: LlamaConfig) -> dict[str, Any]:
 
 def _measure(space: Workspace, folder: Path) -> dict[str, Any]:
     """The loss on the new and the old text, and the tasks."""
-    from tli_jax.training.loop import Feed, load
+    from tli_jax.training.feed import Feed
+    from tli_jax.training.state import load
 
     weights = open_checkpoint(folder)
     trainer, _, _ = make_trainer(space.recipe, weights.config, None)
@@ -138,5 +139,5 @@ def score(space: Workspace, trainer: "Trainer", trained: Any, frozen: Any) -> di
     from tli_jax.evaluation import scoring
 
     assert space.tokenizer is not None
-    tasks = scoring.evaluate(trainer, (trained, frozen), space.tokenizer, space.tasks)
+    tasks = scoring.score_tasks(trainer, (trained, frozen), space.tokenizer, space.tasks)
     return {"tasks": tasks, "accuracy": statistics.fmean(task["accuracy"] for task in tasks.values())}

@@ -20,14 +20,16 @@ from tli_jax.cli.console import say, warn
 from tli_jax.cli.parse import difference, from_yaml
 from tli_jax.cli.yaml_file import to_yaml
 from tli_jax.comparison.contenders import Contender, make_contenders
+from tli_jax.data.embedded import held_out_modules
 from tli_jax.errors import OutputError, UsageError
 from tli_jax.evaluation.tasks import open_tasks
-from tli_jax.hf import hub, sidecar, tokens
+from tli_jax.hf import hub, sidecar
 from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.results import BASE, OLD_LAYERS
 from tli_jax.training.run_directory import model_digest, replacing
-from tli_jax.training.setup import open_text, replace_embedded, sequence_length
+from tli_jax.training.text import open_text, replace_embedded, sequence_length
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
@@ -53,7 +55,7 @@ class Workspace:
         self._write_config()
         self.base = open_checkpoint(hub.resolve(config.model, config.revision))
         parse_special = config.special_tokens == "parse"
-        self.tokenizer, warnings = tokens.open_tokenizer(self.base.folder, self.base.config, parse_special)
+        self.tokenizer, warnings = open_tokenizer(self.base.folder, self.base.config, parse_special)
         for warning in warnings:
             warn(warning)
         for name in ("data", "grown", "runs", "measured", "logs"):
@@ -99,7 +101,7 @@ class Workspace:
     def _open_old_text(self) -> "Data | None":
         """The old text, all of it for validation. ``embedded`` means the modules held out of the embedded base."""
         file = self.output / "data" / "modules.jsonl"
-        sources = replace_embedded(self.config.old_text, self.config.field, file, tokens.held_out_modules)
+        sources = replace_embedded(self.config.old_text, self.config.field, file, held_out_modules)
         return self._open_text(text=sources, validation_text=sources) if sources else None
 
     def model_path(self, contender: Contender, seed: int) -> Path | str:

@@ -18,11 +18,12 @@ from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.run_directory import RunDirectory
-from tli_jax.training.setup import make_trainer, replace_embedded
+from tli_jax.training.text import replace_embedded
+from tli_jax.training.trainer import make_trainer
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
-    from tli_jax.training.loop import Measured
+    from tli_jax.training.feed import Measured
 
 
 def evaluate_model(
@@ -82,7 +83,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from tli_jax.data.batches import open_evaluation_data
     from tli_jax.evaluation.scoring import score_tasks
     from tli_jax.evaluation.tasks import open_tasks
-    from tli_jax.training.loop import Feed, load
+    from tli_jax.training.feed import Feed
+    from tli_jax.training.state import load
 
     weights = open_checkpoint(hub.resolve(config.model, config.revision))
     tokenizer, warnings = open_tokenizer(weights.folder, weights.config, config.special_tokens == "parse")

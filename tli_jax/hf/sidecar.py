@@ -8,10 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tli_jax import __version__
 from tli_jax.cli.console import to_json
 from tli_jax.errors import DataError
 from tli_jax.hf.headers import inside, refuse_pointer
+from tli_jax.version import __version__
 
 # Nothing else is ever taken along: no code, no pickles, no other sub-folders.
 ALLOWED = (

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from xml.etree import ElementTree
 
 from tli_jax.cli.console import printable
-from tli_jax.growth.plan import Plan, Row, label
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import Row, label
 
 _BOX, _HEIGHT, _GAP, _STRIP, _MARGIN = 48, 40, 5, 104, 16
 _LEGEND = {

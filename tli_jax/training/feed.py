@@ -11,7 +11,7 @@ from tli_jax.cli.progress import Advance
 from tli_jax.data.batches import Batch, Data
 from tli_jax.distributed.mesh import batch_sharding, local_rows
 from tli_jax.errors import DataError
-from tli_jax.growth.plan import is_residual_output
+from tli_jax.growth.rows import is_residual_output
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.step import Programs
 

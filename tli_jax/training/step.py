@@ -160,7 +160,7 @@ class Programs:
     def _token_losses(
         self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        model = Llama(self.model, as_model(trained, frozen, self.param_specs))
+        model = Llama.from_params(self.model, as_model(trained, frozen, self.param_specs))
         # Logits are sharded over all devices, so a chunk can be that much larger.
         chunk = LOGITS * self.mesh.size // self.model.vocab_size
         return token_losses(model, tokens, chunk, segments, self.forward_options)

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from tli_jax.cli.config import Recipe
 from tli_jax.cli.values import Source
+from tli_jax.data.embedded import topics
 from tli_jax.distributed import processes
-from tli_jax.hf import hub, tokens
+from tli_jax.hf import hub
+from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.tokenizer import tokenizer_digest
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.run_directory import replacing
@@ -27,7 +29,7 @@ def open_text(
     config: Recipe,
     model: LlamaConfig,
     folder: Path,
-    tokenizer: tokens.Tokenizer | None,
+    tokenizer: Tokenizer | None,
     T: int,
     cache: Path,
     known: Sequence[str] = (),
@@ -49,8 +51,7 @@ def open_text(
 
     file = cache / "topics.jsonl"
     text, validation_text = (
-        replace_embedded(sources, config.field, file, tokens.topics)
-        for sources in (config.text, config.validation_text)
+        replace_embedded(sources, config.field, file, topics) for sources in (config.text, config.validation_text)
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
     return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known)

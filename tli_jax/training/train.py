@@ -11,8 +11,9 @@ from tli_jax.cli.console import say
 from tli_jax.cli.progress import Advance, progress
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
-from tli_jax.hf import sidecar, tokens
+from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
 from tli_jax.training.run_directory import RunDirectory, model_digest
@@ -64,7 +65,7 @@ def train(config: TrainConfig, cache: Path | None = None, advance: Advance | Non
 def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance | None) -> Trained:
     is_resumed = run.is_begun  # read once, because the first process may begin the run before the others get here
     start = open_start(config, run, _report)
-    tokenizer, warnings = tokens.open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
+    tokenizer, warnings = open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
     for warning in (*(start.weights.warnings if start.weights else ()), *warnings):
         _report(f"warning: {warning}")
 

@@ -21,14 +21,7 @@ from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.grown_config import grow_config, grown_config
 from tli_jax.hf.headers import INDEX, SINGLE
 from tli_jax.hf.output import check_output, staged
-from tli_jax.hf.stream import (
-    Piece,
-    check_tensors,
-    grown_pieces,
-    parse_size,
-    split_shards,
-    write_safetensors,
-)
+from tli_jax.hf.stream import Piece, check_tensors, grown_pieces, parse_size, split_shards, write_safetensors
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.hf.training_record import read_trainings
 from tli_jax.models.config import LlamaConfig
