@@ -17,7 +17,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
-from tli_jax import train
 from tli_jax.cli.config import TrainConfig
 from tli_jax.errors import DataError
 from tli_jax.evaluation.scoring import encode, evaluate, score, summarise
@@ -26,6 +25,7 @@ from tli_jax.hf import tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.hub import resolve
 from tli_jax.training.state import load
+from tli_jax.training.trainer import make_trainer
 
 KOBEST = ("boolq", "copa", "hellaswag", "sentineg", "wic")
 
