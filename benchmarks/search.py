@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tli_jax import train
 from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.console import console
 from tli_jax.cli.frame import run_command
@@ -42,6 +41,7 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama
 from tli_jax.models.loss import token_losses
 from tli_jax.reporting import comparison
+from tli_jax.training.text import open_text, sequence_length
 
 BATCHES, RATE = 32, 0.02
 
@@ -103,8 +103,8 @@ def variants(config: CompareConfig) -> list[dict[str, Any]]:
     folder = hub.resolve(config.model, config.revision)
     tokenizer, _ = open_tokenizer(folder, model)
     with tempfile.TemporaryDirectory() as cache:
-        T = train.sequence_length(config, model)
-        data = train.open_text(config, model, folder, tokenizer, T, Path(cache))
+        T = sequence_length(config, model)
+        data = open_text(config, model, folder, tokenizer, T, Path(cache))
         batches = data.batches(0, config.batch_size, range(config.batch_size), config.seed)
         L = model.num_hidden_layers
         places = list(range(config.every - 1, L, config.every))

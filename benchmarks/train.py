@@ -5,7 +5,7 @@
 
 A Llama with random weights grows by ``tli`` with plain copies, and every contender trains it on the same batches:
 
-- ``full``: all of it, by ``tli_jax.training.step.Trainer``.
+- ``full``: all of it, by ``tli_jax.training.trainer.Trainer``.
 - ``injected``: the same with ``only=injected``: grouped stacks.
 - ``naive mask``: the same loss over one flat stack, differentiated with respect to all parameters, the gradients and
   the updates of frozen layers multiplied by 0: what freezing by a mask comes to where layers are stacked.
