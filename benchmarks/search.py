@@ -127,7 +127,8 @@ def main(arguments: Sequence[str]) -> None:
     known = ({"method": "tli", "init": "identity"}, {"method": "tli", "init": "half"})
     config = dataclasses.replace(config, methods=(*known, *variants(config)))
     results = compare(config, shlex.join(["python", "benchmarks/search.py", *arguments]))
-    console().print(comparison.tabulate(results))
+    for table in comparison.make_tables(results):
+        table.render(console())
 
 
 if __name__ == "__main__":

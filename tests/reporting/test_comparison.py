@@ -31,7 +31,7 @@ def test_means_and_spreads(results) -> None:
     assert ours["final"] == {"mean": pytest.approx(2.41), "sd": pytest.approx(0.01)}
     assert (ours["initial"], ours["change"]) == ({"mean": 3.0, "sd": 0.0}, 0.0)
     assert row(results, "dus")["change"] == pytest.approx(0.5)
-    # The base ends at 2.50, 2.51 and 2.52. The first segment, from 3.0 to 2.5, reaches them after 980 tokens on average
+    # The base ends at 2.50, 2.51 and 2.52. The first segment reaches these after 980 tokens on average.
     assert ours["to_rival"]["mean"] == pytest.approx(980)
     assert row(results, "dus")["to_base"]["mean"] == pytest.approx(714.3, abs=0.1)
     assert ours["contributions"] == pytest.approx({"2": 0.1, "5": -0.1})

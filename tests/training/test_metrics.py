@@ -10,7 +10,7 @@ import pytest
 
 from tli_jax.cli.config import TrainConfig
 from tli_jax.errors import DataError, StorageError, UsageError
-from tli_jax.reporting.run import draw_curves, read_run, tabulate, validation
+from tli_jax.reporting.run import draw_curves, make_table, read_run, summarise, validation
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.run_directory import RunDirectory
 
@@ -72,7 +72,7 @@ def test_a_damaged_line_is_dropped_and_counted(folder, name, capsys):
     whole = [json.loads(text) for text in lines]
     assert read_run(folder) == whole
     assert f"{file}: 1 of 11 lines are damaged and ignored" in capsys.readouterr().err
-    tabulate({"a": read_run(folder)})
+    make_table({"a": summarise(read_run(folder))})
     Metrics(RunDirectory(folder), TrainConfig(), 7, "id").close()
     capsys.readouterr()
     assert read_run(folder) == whole[:7] and not capsys.readouterr().err
@@ -125,8 +125,7 @@ def test_weights_and_biases(tmp_path, monkeypatch):
 def test_the_report_reads_draws_and_tabulates(folder, tmp_path):
     lines = read_run(folder)
     assert validation(lines) == [(0, 4.0), (40, 3.5), (80, 3.0)]
-    table = tabulate({"a run": lines})
-    row = [next(iter(column.cells)) for column in table.columns]
+    (row,) = make_table({"a run": summarise(lines)}).rows
     assert row == ["a run", "10", "80", "0.3000", "4.0000", "3.0000", "3.0000", "100", "–", "0"]
     pytest.importorskip("matplotlib")
     draw_curves({"a run": lines, "b": lines}, tmp_path / "curves.png")
