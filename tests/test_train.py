@@ -428,7 +428,7 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
     assert here(run, export=tmp_path / "out") == 0
     said = say(capsys)
     for step in (30, 40):
-        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the step before", said)
+        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the previous checkpoint", said)
     assert losses(run) == losses(trained / "run")
     assert state_digests(run) == state_digests(trained / "run")
     assert tensors(tmp_path / "out") == tensors(trained / "out")
@@ -480,7 +480,7 @@ def test_other_model_under_the_same_name_is_refused(own, start, capsys):
     file.write_bytes(content)
     capsys.readouterr()
     assert here(own) == 2
-    assert "the model is not what the run was started with" in say(capsys)
+    assert "the model has changed since the run started" in say(capsys)
 
 
 def test_other_plan_under_the_same_name_is_refused(own, capsys):
@@ -493,7 +493,7 @@ def test_other_plan_under_the_same_name_is_refused(own, capsys):
     file.write_text(json.dumps(growth))
     capsys.readouterr()
     assert here(own) == 2
-    assert "the model is not what the run was started with" in say(capsys)
+    assert "the model has changed since the run started" in say(capsys)
 
 
 def test_other_data_under_the_same_name_are_refused(own, capsys):
@@ -502,7 +502,7 @@ def test_other_data_under_the_same_name_are_refused(own, capsys):
     np.save(own.parent / "ids.npy", ids)
     capsys.readouterr()
     assert here(own) == 2
-    assert "the data is not what the run was started with" in say(capsys)
+    assert "the data has changed since the run started" in say(capsys)
 
 
 def test_text_from_elsewhere_is_refused_if_it_is_another(own, capsys):
@@ -510,7 +510,7 @@ def test_text_from_elsewhere_is_refused_if_it_is_another(own, capsys):
     ids[7] ^= 1
     np.save(own.parent / "other.npy", ids)
     assert here(own, text=own.parent / "other.npy") == 2
-    assert "the data is not what the run was started with" in say(capsys)
+    assert "the data has changed since the run started" in say(capsys)
 
 
 def test_ids_may_move_or_be_gone_once_the_run_is_finished(own, trained, tmp_path, capsys):
@@ -624,7 +624,7 @@ def replace_in(file, before, after):
         (lambda run: replace_in(run / "run.json", '"id": "', '"id": 1, "was": "'), 65, "run.json: id is missing"),
         (lambda run: replace_in(run / "run.json", '"dtypes"', '"dtype"'), 65, "run.json: dtypes is missing"),
         (lambda run: replace_in(run / "run.json", '"growth.json"', '"../../x"'), 65, "run.json: files is missing"),
-        (lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'), 2, "saved with another run.json"),
+        (lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'), 2, "the run.json of this run changed after it was saved"),
         (lambda run: replace_in(run / "run.json", '"seed": 0', '"seed": 1'), 2, "config.yaml: does not match"),
         (lambda run: replace_in(run / "run.json", '"id": "', '"id": "0'), 2, "belongs to another run"),
         (lambda run: fifo(run / "run.json"), 66, "run.json: is missing"),
@@ -896,8 +896,8 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
         ({"mesh": "data=-1,tensor=3"}, 2, "data -1 × fsdp 1 × expert 1 × tensor 3 does not give the 8 devices"),
         ({"mesh": "fsdp=-1,tensor=-1"}, 2, "one at most -1"),
         ({"mesh": "tensr=2"}, 2, "mesh"),
-        ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 cannot be cut over tensor = 4"),
-        ({"batch-size": 12}, 2, "batch size / grad_accum_steps 12 cannot be cut over fsdp = 8"),
+        ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 is not divisible by tensor = 4"),
+        ({"batch-size": 12}, 2, "batch size / grad_accum_steps 12 is not divisible by fsdp = 8"),
         ({"grad-accum-steps": 3}, 2, "batch_size 8 is not a multiple of grad_accum_steps 3"),
         ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
         ({"steps": "many"}, 2, "steps is 'many'"),

@@ -40,7 +40,7 @@ def until(self, values):
 Metrics.write = until
 run_command(train.main, sys.argv[2:])
 """
-LACKING = "import sys; sys.modules['gcsfs'] = None; from tli_jax import command, train; "
+LACKING = "import sys; sys.modules['gcsfs'] = None; from tli_jax import train; from tli_jax.cli.frame import run_command; "
 LACKING += "sys.exit(run_command(train.main, sys.argv[1:]))"
 
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
@@ -245,7 +245,7 @@ def test_what_is_refused(storage, start, tmp_path):
     environment = {**environment, "XDG_CACHE_HOME": tmp_path}
     every = options(start, start / "grown")
     said = command(environment, *every, "--run", "gs://no-bucket/run", code=69)
-    assert "run gs://no-bucket/run: object storage refuses or does not answer" in said
+    assert "run gs://no-bucket/run: object storage refuses access or does not answer" in said
     objects["mine/letter.txt"] = 1, b"Dear"
     assert "is not a run and not empty (letter.txt)" in command(
         environment, *every, "--run", "gs://bucket/mine", code=73
@@ -254,7 +254,7 @@ def test_what_is_refused(storage, start, tmp_path):
 
 def test_what_no_bucket_is_asked_for(start, tmp_path):
     every = options(start, start / "grown")
-    assert "only Google's" in command({}, *every, "--run", "s3://bucket/run", code=2)
+    assert "only Google Cloud Storage" in command({}, *every, "--run", "s3://bucket/run", code=2)
     assert "to a folder only" in command({}, *every, "--run", tmp_path / "run", "--export", "gs://bucket/out", code=2)
     said = command({"XDG_CACHE_HOME": tmp_path}, *every, "--run", "gs://bucket/run", code=2, script=("-c", LACKING))
     assert "run gs://bucket/run: object storage needs pip install 'tli_jax[gcs]'" in said

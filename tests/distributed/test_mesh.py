@@ -34,7 +34,7 @@ def test_degrees(degrees, shape):
         ({"data": 16, "fsdp": 1}, "does not give the 8 devices"),
         (
             {"data": -1, "fsdp": -1},
-            "mesh: data -1 × fsdp -1 × expert 1 × tensor 1: every axis must be 1 or more, and one at most",
+            "mesh: data -1 × fsdp -1 × expert 1 × tensor 1: every axis must be 1 or more, and at most one",
         ),
         ({"tensor": 0}, "every axis must be 1 or more"),
     ],
@@ -48,10 +48,10 @@ def test_what_does_not_multiply_is_refused(degrees, words):
 @pytest.mark.parametrize(
     ("sizes", "batch", "words"),
     [
-        ({"K": 1}, 8, "key/value heads 1 cannot be cut over tensor = 2"),
-        ({"V": 63}, 8, "vocabulary 63 cannot be cut over tensor = 2"),
-        ({"D": 31}, 8, "hidden size 31 cannot be cut over fsdp = 2"),
-        ({}, 6, "batch size / grad_accum_steps 6 cannot be cut over data × fsdp = 4"),
+        ({"K": 1}, 8, "key/value heads 1 is not divisible by tensor = 2"),
+        ({"V": 63}, 8, "vocabulary 63 is not divisible by tensor = 2"),
+        ({"D": 31}, 8, "hidden size 31 is not divisible by fsdp = 2"),
+        ({}, 6, "batch size / grad_accum_steps 6 is not divisible by data × fsdp = 4"),
     ],
 )
 def test_sizes_that_cannot_be_cut_are_refused(sizes, batch, words):

@@ -30,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 from tli_jax.errors import DataError, OutputError, StorageError, UsageError
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.digest import _program, digests
-from tli_jax.training.failures import DamagedError, system_error, together
+from tli_jax.training.failures import DamagedError, on_all_processes, system_error
 
 
 class Moments(NamedTuple):
@@ -203,7 +203,7 @@ def test_another_run_is_only_read(checkpoints: Checkpoints, mesh: Mesh, tmp_path
     reader = Checkpoints(folder, keep=1, read_only=True)
     found = reader.restore_newest(state, lambda _: None)
     assert found is not None and found[0] == 1
-    with pytest.raises(ValueError, match="read only"):
+    with pytest.raises(ValueError, match="read-only"):
         reader.save(4, state, {})
     reader.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3.orbax-checkpoint-tmp"]
@@ -220,10 +220,10 @@ def test_no_good_step_is_not_no_step(checkpoints: Checkpoints, mesh: Mesh, tmp_p
         file.write_bytes(file.read_bytes().replace(b'"shape"', b'"shale"', 1))
     for _ in range(2):  # and stays so
         reports: list[str] = []
-        with pytest.raises(DataError, match=r"checkpoints/1: meta/meta.json: .*not what was saved.*no other step"):
+        with pytest.raises(DataError, match=r"checkpoints/1: meta/meta.json: .*does not match its digest.*no other step"):
             checkpoints.restore_newest(abstract(state, mesh), reports.append)
         assert len(reports) == 2
-        with pytest.raises(DataError, match="not what was saved"):
+        with pytest.raises(DataError, match="does not match its digest"):
             checkpoints.read_meta()
     assert checkpoints.steps() == [1, 2]
 
@@ -253,7 +253,7 @@ def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: 
     checkpoints.save_frozen(frozen)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
     assert raw(checkpoints.restore_frozen(abstract(frozen, other))) == raw(frozen)
-    with pytest.raises(DataError, match="frozen: q is not what this run started with"):
+    with pytest.raises(DataError, match="frozen: q differs from the start of this run"):
         checkpoints.save_frozen(frozen | {"q": frozen["q"] + 1})
     assert checkpoints.steps() == []
     assert checkpoints.restore_frozen({}) == {}  # nothing is frozen
@@ -265,7 +265,7 @@ def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: 
         content = bytearray(file.read_bytes())
         content[content.index(np.arange(8192, dtype=np.float32).tobytes()[8:16])] ^= 1
         file.write_bytes(content)
-    with pytest.raises(DataError, match="frozen: q is not what was saved"):
+    with pytest.raises(DataError, match="frozen: q does not match its digest"):
         checkpoints.restore_frozen(abstract(frozen, other))
     (folder / "meta" / "meta.json").unlink()
     with pytest.raises(DataError, match=r"frozen: meta/meta\.json: .*No such file"):
@@ -382,7 +382,7 @@ def test_nothing_but_the_report(tmp_path: Path, mesh: Mesh):
     with run_script(script, str(tmp_path)) as process:
         out, err = process.communicate()
     assert not err
-    assert re.fullmatch(rf"{tmp_path}/2: state: .*: set aside, resuming from the step before\n", out)
+    assert re.fullmatch(rf"{tmp_path}/2: state: .*: set aside, resuming from the previous checkpoint\n", out)
 
 
 @pytest.mark.parametrize("way", ["tmpfs", "limit"])
@@ -478,7 +478,7 @@ def test_checkpoints_of_another_run_are_set_aside(tmp_path: Path, mesh: Mesh):
         reports[2:]
         == reports[:2]
         == [
-            f"{tmp_path}/mine/{step}: belongs to another run (id other): set aside, resuming from the step before"
+            f"{tmp_path}/mine/{step}: belongs to another run (id other): set aside, resuming from the previous checkpoint"
             for step in (6, 4)
         ]
     )
@@ -505,7 +505,7 @@ def test_only_checkpoints_of_another_run_are_refused(tmp_path: Path, mesh: Mesh)
 def test_a_run_whose_own_facts_changed_is_refused(tmp_path: Path, mesh: Mesh):
     save_run(tmp_path, mesh, {"id": "mine", "data": "1", "plan": "1"}, 2, 4)
     checkpoints = Checkpoints(tmp_path, 1, {"id": "mine", "data": "2", "plan": "1"})
-    with pytest.raises(UsageError, match="/4: was saved with another data: restore that"):
+    with pytest.raises(UsageError, match="/4: the data of this run changed after it was saved: restore from a copy"):
         checkpoints.restore_newest({"a": place(mesh, np.ones(8, np.float32))}, refuse)
     assert names(tmp_path) == ["2", "4", "frozen"]
 
@@ -518,7 +518,7 @@ def test_a_step_under_another_number_is_damaged(tmp_path: Path, mesh: Mesh):
     checkpoints, reports = Checkpoints(tmp_path, 9, {"id": "mine"}), []
     found = checkpoints.restore_newest({"a": place(mesh, np.ones(8, np.float32))}, reports.append)
     assert found is not None and found[0] == 4 and checkpoints.steps() == [2, 4]
-    assert reports == [f"{tmp_path}/6: is a copy of 2: set aside, resuming from the step before"]
+    assert reports == [f"{tmp_path}/6: is a copy of 2: set aside, resuming from the previous checkpoint"]
 
 
 @pytest.mark.parametrize("file", ["meta/meta.json", "state/manifest.ocdbt"])
@@ -586,14 +586,14 @@ def test_which_errors_are_the_system_s():
         assert system_error(error) and system_error(wrapped(error)) == system_error(error)
         assert system_error(ExceptionGroup("several", [ValueError("x"), error])) == system_error(error)
         with pytest.raises(StorageError, match=r"file: .*nothing was changed"):
-            together("file", lambda error=error: (_ for _ in ()).throw(error))
+            on_all_processes("file", lambda error=error: (_ for _ in ()).throw(error))
     assert system_error(tensorstore) == "Permission denied"
     assert "RESOURCE_EXHAUSTED" in (system_error(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")) or "")
     missing = ValueError("NOT_FOUND [os_error_code='2']")
     for error in (FileNotFoundError(errno.ENOENT, "x"), missing, ValueError("x"), json.JSONDecodeError("x", "y", 0)):
         assert system_error(error) is None
         with pytest.raises(DamagedError):
-            together("file", lambda error=error: (_ for _ in ()).throw(error))
+            on_all_processes("file", lambda error=error: (_ for _ in ()).throw(error))
 
 
 @pytest.mark.parametrize("what", ["inodes", "bytes", "read only"])
@@ -653,7 +653,7 @@ def test_two_processes(tmp_path: Path):
     script = """
         index, count = int(sys.argv[2]), int(sys.argv[4])
         if index == 1:
-            from tli_jax.training import checkpoints as state
+            from tli_jax.training import checkpoint_reader as state
             sha256 = state._sha256
             def fail(content):
                 if content["meta"] == {"step": 2}:
@@ -690,7 +690,7 @@ def test_two_processes(tmp_path: Path):
             out, err = process.communicate(timeout=60)
             assert not process.returncode, err
             why = "ValueError: garbage" if index else "process 1 cannot read it"
-            given_up = f"{tmp_path}/2: meta/meta.json: {why}: set aside, resuming from the step before"
+            given_up = f"{tmp_path}/2: meta/meta.json: {why}: set aside, resuming from the previous checkpoint"
             assert [line for line in out.splitlines() if "Gloo" not in line] == [given_up]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "frozen"]
     checkpoints = Checkpoints(tmp_path, keep=2)

@@ -26,17 +26,18 @@ from tli_jax.cli.progress import Advance, progress
 from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.comparison.contenders import BASE, OLD_LAYERS, RANDOM, Contender, make_contenders
 from tli_jax.comparison.statistics import analyse
-from tli_jax.distributed import processes
 from tli_jax.errors import DataError, DivergedError, OutputError, UsageError
 from tli_jax.evaluation.tasks import open_tasks
 from tli_jax.hf import hub, sidecar, tokens
 from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.headers import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.page import need_libraries, write_report
 from tli_jax.training.metrics import read_metrics, validation
-from tli_jax.training.run_directory import RunDirectory, model_digest, replacing
+from tli_jax.training.run_directory import RunDirectory, lock_directory
+from tli_jax.training.run_identity import model_digest
 from tli_jax.training.setup import make_trainer, open_text, replace_embedded, sequence_length
 from tli_jax.training.train import Trained, train
 from tli_jax.upscaling.job import grow, prepare
@@ -72,7 +73,7 @@ def compare(config: CompareConfig, call: str) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"output {output}: cannot be created ({error.strerror}): choose another") from error
-    with processes.lock(output):
+    with lock_directory(output):
         return _Comparison(config, output).finish(call)
 
 
@@ -119,7 +120,7 @@ class _Comparison:
                 )
         elif foreign := sorted(one.name for one in self.output.iterdir() if one.name != "lock"):
             raise OutputError(f"output {self.output}: is not a comparison and not empty ({foreign[0]}): choose another")
-        with replacing(file) as temporary:
+        with storage_errors(file), replace_file(file) as temporary:
             temporary.write_text(to_yaml(self.config), encoding="utf-8")
 
     def _read(self, recipe: Recipe) -> "Data":
@@ -347,7 +348,7 @@ class _Comparison:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    with replacing(file) as temporary:
+    with storage_errors(file), replace_file(file) as temporary:
         sidecar.write_json(temporary, content)
 
 

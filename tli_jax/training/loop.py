@@ -244,7 +244,7 @@ class Loop:
                 if is_told or is_last or step % config.save_every == 0:
                     is_told = reader.read() or is_told  # written down before what would make it look done
                     if self.metrics is not None:
-                        self.metrics.mirror()
+                        self.metrics.upload()
                     self.checkpoints.save(step, state, self.facts | {"step": step, "tokens": step * self.tokens})
                     reader.restart()
                     if is_told and not is_last:

@@ -15,11 +15,13 @@ from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
+from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf.headers import read_json
 from tli_jax.hf.tokenizer import tokenizer_digest
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.record import describe_training
-from tli_jax.training.run_directory import RunDirectory, model_digest, replacing
+from tli_jax.training.run_directory import RunDirectory
+from tli_jax.training.run_identity import model_digest
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
@@ -109,7 +111,7 @@ def replace_embedded(
             return source
         if processes.is_first() or not file.is_file():  # each machine has its own, where the run is in object storage
             file.parent.mkdir(exist_ok=True)
-            with replacing(file) as temporary:
+            with storage_errors(file), replace_file(file) as temporary:
                 lines = [json.dumps({field: document}) for document in read()]
                 temporary.write_text("\n".join(lines), encoding="utf-8")
         return dataclasses.replace(source, path=str(file))
