@@ -624,7 +624,11 @@ def replace_in(file, before, after):
         (lambda run: replace_in(run / "run.json", '"id": "', '"id": 1, "was": "'), 65, "run.json: id is missing"),
         (lambda run: replace_in(run / "run.json", '"dtypes"', '"dtype"'), 65, "run.json: dtypes is missing"),
         (lambda run: replace_in(run / "run.json", '"growth.json"', '"../../x"'), 65, "run.json: files is missing"),
-        (lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'), 2, "the run.json of this run changed after it was saved"),
+        (
+            lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'),
+            2,
+            "the run.json of this run changed",
+        ),
         (lambda run: replace_in(run / "run.json", '"seed": 0', '"seed": 1'), 2, "config.yaml: does not match"),
         (lambda run: replace_in(run / "run.json", '"id": "', '"id": "0'), 2, "belongs to another run"),
         (lambda run: fifo(run / "run.json"), 66, "run.json: is missing"),

@@ -50,8 +50,8 @@ class CheckpointReader:
             raise ForeignError(f"belongs to another run (id {owner.get('id', 'unknown')})")
         if changed := [name for name in {**self._run, **owner} if self._run.get(name) != owner.get(name)]:
             raise UsageError(
-                f"{path}: the {', '.join(changed)} of this run changed after it was saved: restore from a copy, or use"
-                " another run directory"
+                f"{path}: the {', '.join(changed)} of this run changed after this checkpoint was saved: restore a copy,"
+                " or use another run directory"
             )
         if content["name"] != path.name:
             raise DamagedError(f"is a copy of {content['name']}")
