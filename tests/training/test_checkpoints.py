@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ from tli_jax.errors import DataError, OutputError, StorageError, UsageError
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.digest import _program, digests
 from tli_jax.training.failures import DamagedError, on_all_processes, system_error
+
+RunScript = Callable[..., subprocess.Popen[str]]
 
 
 class Moments(NamedTuple):
@@ -276,32 +278,41 @@ def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: 
         checkpoints.restore_frozen(abstract(frozen, other))
 
 
-def run_script(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
-    script = textwrap.dedent("""
-        import os, sys
-        import jax, numpy as np
-        if len(sys.argv) > 4:
-            jax.config.update("jax_num_cpu_devices", 4)
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", int(sys.argv[4]), int(sys.argv[2]))
-        from jax.sharding import NamedSharding, PartitionSpec as P
-        from tli_jax.training.checkpoints import Checkpoints
-        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-        def put(array):
-            return jax.device_put(array, NamedSharding(mesh, P("fsdp")))
-        abstract = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
-    """)
-    flags = {} if len(arguments) < 5 else {"XLA_FLAGS": ""}  # the script sets the number of devices
-    return subprocess.Popen(
-        [*prefix, sys.executable, "-c", script + textwrap.dedent(arguments[0]), *arguments[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | flags,
-    )
+SCRIPT = """
+import os, sys
+import jax, numpy as np
+if len(sys.argv) > 4:
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", int(sys.argv[4]), int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tli_jax.training.checkpoints import Checkpoints
+mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+def put(array):
+    return jax.device_put(array, NamedSharding(mesh, P("fsdp")))
+abstract = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
+"""
 
 
-def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
+@pytest.fixture(scope="module")
+def run_script(compiled: dict[str, str]) -> RunScript:
+    """Starts a script in a folder; or one of several processes, with its index, a port and their number."""
+
+    def start(source: str, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+        # The script sets the number of devices of several processes, which must not share compiled programs.
+        variables = compiled if len(arguments) < 4 else {"XLA_FLAGS": ""}
+        return subprocess.Popen(
+            [*prefix, sys.executable, "-c", SCRIPT + textwrap.dedent(source), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | variables,
+        )
+
+    return start
+
+
+def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     script = """
         checkpoints = Checkpoints(sys.argv[1], keep=2)
         assert not [name for name in os.listdir(sys.argv[1]) if not name.isdecimal() and name != "frozen"]
@@ -343,7 +354,7 @@ def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
     checkpoints.close()
 
 
-def test_kill_while_frozen_is_written(tmp_path: Path, mesh: Mesh):
+def test_kill_while_frozen_is_written(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     script = """
         frozen = {"a": put(np.ones(2**24, np.float32))}
         checkpoints = Checkpoints(sys.argv[1], keep=2)
@@ -368,7 +379,7 @@ def test_kill_while_frozen_is_written(tmp_path: Path, mesh: Mesh):
     checkpoints.close()
 
 
-def test_only_the_report_is_printed(tmp_path: Path, mesh: Mesh):
+def test_only_the_report_is_printed(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     """Orbax by itself writes pages of tracebacks to stderr."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2):
@@ -390,7 +401,7 @@ def test_only_the_report_is_printed(tmp_path: Path, mesh: Mesh):
 
 
 @pytest.mark.parametrize("way", ["tmpfs", "limit"])
-def test_disk_full(tmp_path: Path, way: str):
+def test_disk_full(tmp_path: Path, way: str, run_script: RunScript):
     folder = tmp_path / "disk"
     folder.mkdir()
     script = """
@@ -535,7 +546,7 @@ PLAIN = "--bounding-set=-dac_override,-dac_read_search,-fowner,-chown"
 PLAIN_USER = ["setpriv", PLAIN, PLAIN.replace("bounding-set", "inh-caps")]
 
 
-def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh):
+def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("root can read everything, and setpriv is missing")
     save_run(tmp_path / "run", mesh, {}, 2, 4)
@@ -597,7 +608,7 @@ def test_errors_of_the_system():
 
 
 @pytest.mark.parametrize("what", ["inodes", "bytes", "read only"])
-def test_save_fails_at_every_point(tmp_path: Path, what: str):
+def test_save_fails_at_every_point(tmp_path: Path, what: str, run_script: RunScript):
     """Allow one more file, or 16 KiB more, at a time, until the save succeeds."""
     script = """
         import subprocess, time
@@ -648,7 +659,7 @@ def test_save_fails_at_every_point(tmp_path: Path, what: str):
     assert slowest < 10
 
 
-def test_two_processes(tmp_path: Path):
+def test_two_processes(tmp_path: Path, run_script: RunScript):
     """Saved by two processes, damaged for the second only, restored by two and by one."""
     script = """
         index, count = int(sys.argv[2]), int(sys.argv[4])
