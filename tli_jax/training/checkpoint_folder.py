@@ -12,9 +12,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from tli_jax.errors import OutputError, StorageError
-from tli_jax.training.failures import broadcast, one_line
+from tli_jax.training.failures import DamagedError, broadcast, one_line
 
-DAMAGED, FOREIGN = ".damaged", ".foreign"
 _REMOVED = ".removed"
 _STEP = re.compile(r"0|[1-9][0-9]{0,8}")
 
@@ -23,12 +22,7 @@ class CheckpointFolder:
     """A local folder or ``gs://…``, with a sub-folder for each step."""
 
     def __init__(self, folder: epath.Path | Path, read_only: bool) -> None:
-        """Open or create the folder, and delete what a killed process has left behind.
-
-        Raises:
-            OutputError: the folder cannot be created.
-            StorageError: it cannot be read.
-        """
+        """Open or create the folder, and delete what a killed process has left behind."""
         path = epath.Path(folder)
         self.path = path if path.is_absolute() else path.resolve()  # resolve() would drop the scheme of gs://
         self.is_remote = "://" in str(self.path)
@@ -49,11 +43,7 @@ class CheckpointFolder:
         return str(self.path)
 
     def steps(self) -> list[int]:
-        """Return the complete steps, sorted.
-
-        Raises:
-            StorageError: the folder cannot be read.
-        """
+        """Return the complete steps, sorted."""
         with self.storage_errors("reading"):
             if self.is_remote and not self.path.exists():  # an empty folder does not exist there
                 return []
@@ -90,8 +80,8 @@ class CheckpointFolder:
                 else:
                     path = path.rename(path.with_name(path.name + _REMOVED))
                 path.rmtree()
-            for path in list(self.path.glob(f"*{DAMAGED}")):
-                name = path.name.removesuffix(DAMAGED)
+            for path in list(self.path.glob(f"*{DamagedError.suffix}")):
+                name = path.name.removesuffix(DamagedError.suffix)
                 if _STEP.fullmatch(name) and int(name) <= max(steps, default=-1):
                     path.rmtree()
 
@@ -103,7 +93,7 @@ class CheckpointFolder:
             for step, suffix in suffixes.items():
                 path = self.path / str(step)
                 aside = path.with_name(path.name + suffix)
-                if suffix == DAMAGED and aside.exists():
+                if suffix == DamagedError.suffix and aside.exists():
                     aside.rmtree()
                 elif aside.exists():  # not ours to delete
                     names = (path.with_name(f"{path.name}{suffix}-{number}") for number in itertools.count(2))
@@ -121,11 +111,7 @@ class CheckpointFolder:
 
     @contextlib.contextmanager
     def storage_errors(self, doing: str = "writing", only: type[Exception] = Exception) -> Iterator[None]:
-        """Turn exceptions in the block into a one-line error.
-
-        Raises:
-            StorageError: in place of the exception.
-        """
+        """Turn exceptions in the block into a one-line ``StorageError``."""
         try:
             yield
         except StorageError:

@@ -15,13 +15,9 @@ from etils import epath
 
 from tli_jax.errors import DataError, StorageError, UsageError
 from tli_jax.training.digest import digests
-from tli_jax.training.failures import DamagedError, on_all_processes, one_line, system_error
+from tli_jax.training.failures import DamagedError, ForeignError, on_all_processes, one_line, system_error
 
 META_FILE = "meta.json"
-
-
-class ForeignError(Exception):
-    """A checkpoint belongs to another run; the message says to which."""
 
 
 def array_handler() -> ocp.PyTreeCheckpointHandler:
@@ -41,7 +37,7 @@ class CheckpointReader:
         Raises:
             DamagedError, StorageError: see ``on_all_processes``.
             ForeignError: the checkpoint belongs to another run.
-            UsageError: it belongs to this run, whose digests have changed since.
+            UsageError: the digests of this run have changed since.
         """
         file = f"meta/{META_FILE}"
         content = on_all_processes(file, lambda: self._parse(path / file))
@@ -60,9 +56,7 @@ class CheckpointReader:
     def restore(self, path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
         """Return the arrays, with the structure and shardings of ``abstract``, and the caller's metadata.
 
-        Raises:
-            DamagedError, StorageError, ForeignError, UsageError: see ``read``.
-            DataError: paths, shapes or dtypes differ from ``abstract``.
+        Raises like ``read`` and ``check_shapes``.
         """
         wanted = {
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
@@ -127,11 +121,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def check_shapes(path: epath.Path, recorded: dict[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Compare the arrays that a checkpoint has with those that are wanted.
-
-    Raises:
-        DataError: paths, shapes or dtypes differ.
-    """
+    """Raise ``DataError`` if paths, shapes or dtypes of a checkpoint differ from those that are wanted."""
     saved = {name: f"{entry['dtype']} {entry['shape']}" for name, entry in recorded.items()}
     needed = {name: f"{leaf.dtype} {list(leaf.shape)}" for name, leaf in wanted.items()}
     differing = [name for name in {**needed, **saved} if needed.get(name) != saved.get(name)]

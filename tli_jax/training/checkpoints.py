@@ -22,25 +22,28 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from tli_jax.errors import DataError, TliError, UsageError
-from tli_jax.training.checkpoint_folder import DAMAGED, FOREIGN, CheckpointFolder
+from tli_jax.errors import DataError
+from tli_jax.training.checkpoint_folder import CheckpointFolder
 from tli_jax.training.checkpoint_reader import (
     META_FILE,
     CheckpointReader,
-    ForeignError,
     array_handler,
     check_shapes,
     first_changed,
     flatten,
     make_document,
 )
-from tli_jax.training.failures import DamagedError, broadcast, silence_orbax
+from tli_jax.training.failures import DamagedError, ForeignError, broadcast, silence_orbax
 
 _FROZEN = "frozen"
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder that the caller has locked."""
+    """The checkpoints of a run, in a folder that the caller has locked.
+
+    All methods raise ``StorageError`` if the system refuses to read or write. Those that read raise ``DataError`` for
+    damaged checkpoints, and ``UsageError`` for those of another run.
+    """
 
     def __init__(
         self, folder: epath.Path | Path, keep: int, run: Mapping[str, str] | None = None, *, read_only: bool = False
@@ -56,7 +59,6 @@ class Checkpoints:
 
         Raises:
             OutputError: the folder cannot be created.
-            StorageError: it cannot be read.
         """
         silence_orbax()
         self._folder = CheckpointFolder(folder, read_only)
@@ -80,9 +82,7 @@ class Checkpoints:
         """Write the frozen parameters and wait for it. If they exist, only compare them.
 
         Raises:
-            DataError: the existing ones are different or damaged.
-            UsageError: the existing ones belong to another run.
-            StorageError: the system refused to write or read.
+            DataError: the existing ones are different.
         """
         flat = flatten(frozen)
         if not flat:
@@ -106,9 +106,7 @@ class Checkpoints:
             abstract: a pytree of ``jax.ShapeDtypeStruct``. Its shardings may differ from the saved ones.
 
         Raises:
-            DataError: they are damaged or do not match ``abstract``. The message names a tensor.
-            UsageError: they belong to another run.
-            StorageError: the system refused to read.
+            DataError: they do not match ``abstract``. The message names a tensor.
         """
         if not flatten(abstract):
             return abstract
@@ -130,9 +128,6 @@ class Checkpoints:
 
         Returns:
             False if this step already exists. It is left unchanged.
-
-        Raises:
-            StorageError: writing the previous step failed, or this one cannot be started.
         """
         self.finish()
         if broadcast(step in self.steps()):
@@ -141,20 +136,12 @@ class Checkpoints:
         return True
 
     def check(self) -> None:
-        """Check whether the save in the background has failed. Cheap enough for every step.
-
-        Raises:
-            StorageError: it has. The earlier checkpoints are unchanged.
-        """
+        """Raise ``StorageError`` if the save in the background has failed. Cheap enough for every step."""
         with self._folder.storage_errors():
             self._writer.check_for_errors()
 
     def finish(self) -> None:
-        """Wait for the save in the background.
-
-        Raises:
-            StorageError: it failed.
-        """
+        """Wait for the save in the background."""
         with self._folder.storage_errors():
             self._writer.wait_until_finished()
             if self._saving:
@@ -162,31 +149,8 @@ class Checkpoints:
                 self._folder.delete_old(self._keep)
 
     def steps(self) -> list[int]:
-        """Return the complete steps, sorted.
-
-        Raises:
-            StorageError: the folder cannot be read.
-        """
+        """Return the complete steps, sorted."""
         return self._folder.steps()
-
-    def read_meta(self) -> dict[str, Any] | None:
-        """Return the metadata of the newest step whose metadata is intact, or None if there are no steps.
-
-        Reads no arrays.
-
-        Raises:
-            DataError, UsageError, StorageError: see ``restore_newest``.
-        """
-        refusal = None
-        for step in self._folder.newest_first():
-            path = self._folder / str(step)
-            try:
-                return self._reader.read(path)["meta"]
-            except (DamagedError, ForeignError) as error:
-                refusal = self._refusal(path, error)
-        if refusal is not None:
-            raise refusal
-        return None
 
     def restore_newest(self, abstract: Any, report: Callable[[str], None]) -> tuple[int, Any, dict[str, Any]] | None:
         """Return the newest intact step of this run, as (step, state, metadata), or None if there are no steps.
@@ -200,7 +164,6 @@ class Checkpoints:
         Raises:
             DataError: no step is intact, or an intact one does not have the paths, shapes and dtypes of ``abstract``.
             UsageError: all steps belong to another run, or this run's digests have changed since.
-            StorageError: the system refused to read. Nothing is set aside.
         """
         self.finish()
         suffixes: dict[int, str] = {}
@@ -210,8 +173,11 @@ class Checkpoints:
             try:
                 state, meta = self._reader.restore(path, abstract)
             except (DamagedError, ForeignError) as error:
-                refusal = self._refusal(path, error)
-                suffixes[step] = FOREIGN if isinstance(error, ForeignError) else DAMAGED
+                refusal = error.kind(
+                    f"{path}: {error}; no other step {error.lack}: restore {self._folder} from a copy, or use another"
+                    " run directory"
+                )
+                suffixes[step] = error.suffix
                 report(f"{path}: {error}: set aside, resuming from the previous checkpoint")
             else:
                 self._folder.set_aside(suffixes)
@@ -225,9 +191,6 @@ class Checkpoints:
         """Wait for the save in the background, and delete what failed saves have left behind.
 
         If another process has died, exit with ``os._exit`` instead: this would wait for it.
-
-        Raises:
-            StorageError: the save failed.
         """
         try:
             self.finish()
@@ -246,17 +209,10 @@ class Checkpoints:
                 path, args=ocp.args.Composite(state=ocp.args.PyTreeSave(stored), meta=ocp.args.JsonSave(document))
             )
 
-    def _refusal(self, path: epath.Path, error: Exception) -> TliError:
-        kind, lack = (DataError, "is intact") if isinstance(error, DamagedError) else (UsageError, "is of this run")
-        return kind(
-            f"{path}: {error}; no other step {lack}: restore {self._folder} from a copy, or use another run directory"
-        )
-
 
 @contextlib.contextmanager
 def _user_errors(path: epath.Path) -> Iterator[None]:
     try:
         yield
     except (DamagedError, ForeignError) as error:
-        kind = DataError if isinstance(error, DamagedError) else UsageError
-        raise kind(f"{path}: {error}: restore it from a copy, or use another run directory") from error
+        raise error.kind(f"{path}: {error}: restore it from a copy, or use another run directory") from error

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tli_jax.errors import StorageError
+from tli_jax.errors import DataError, StorageError, UsageError
 
 # The file is missing, or replaced by something else. All other error numbers are the system's.
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
@@ -30,6 +30,14 @@ _T = TypeVar("_T")
 
 class DamagedError(Exception):
     """A checkpoint cannot be restored; the message says why."""
+
+    kind, lack, suffix = DataError, "is intact", ".damaged"
+
+
+class ForeignError(Exception):
+    """A checkpoint belongs to another run; the message says to which."""
+
+    kind, lack, suffix = UsageError, "is of this run", ".foreign"
 
 
 def on_all_processes(what: str, action: Callable[[], _T]) -> _T:

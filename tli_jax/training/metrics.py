@@ -23,14 +23,13 @@ _KEYS = {*_COUNTS, _RATE, "loss", "mfu"}
 
 
 class Metrics:
-    """Writes the metrics of a run."""
+    """Writes the metrics of a run. Raises ``StorageError`` if the system refuses to write."""
 
     def __init__(self, run: RunDirectory, config: TrainConfig, step: int, run_id: str):
         """Open the file and drop the lines after ``step``, whose steps will be repeated.
 
         Raises:
             UsageError: TensorBoard or Weights & Biases is requested but not installed.
-            StorageError: the system refused to write.
         """
         file = run.path / _FILE
         kept = [line for line in read_metrics(run) if line["step"] <= step]
@@ -47,11 +46,7 @@ class Metrics:
             )
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append the line of one step.
-
-        Raises:
-            StorageError: the system refused to write.
-        """
+        """Append the line of one step."""
         data = (json.dumps(values) + "\n").encode()
         with storage_errors(self._path):
             while data:  # a full disk may take only a part

@@ -16,6 +16,8 @@ from tli_jax.training.run_identity import parse_facts
 class RemoteDirectory:
     """A run directory in object storage, and its copy on this machine.
 
+    Methods raise ``UsageError`` if gcsfs is not installed, and ``UnavailableError`` if object storage does not answer.
+
     Attributes:
         url: an ``epath.Path``, ``gs://…``.
         copy: the local directory.
@@ -50,24 +52,19 @@ class RemoteDirectory:
             ) from error
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of an object, or None if it does not exist.
-
-        Raises:
-            UsageError: gcsfs is not installed.
-            UnavailableError: object storage refuses access or does not answer.
-        """
+        """Return the content of an object, or None if it does not exist."""
         with self._storage():
             file = self.url / name
             return file.read_bytes() if file.is_file() else None
 
     def names(self) -> set[str]:
-        """Return the names in the directory. Raises like ``read``."""
+        """Return the names in the directory."""
         with self._storage():
             self.url.mkdir(exist_ok=True)  # object storage has no directories, but this fails if there is no bucket
             return {file.name for file in self.url.iterdir()} if self.url.exists() else set()
 
     def upload(self, *names: str) -> None:
-        """Copy local files to object storage. Each object appears complete or not at all. Raises like ``read``."""
+        """Copy local files to object storage. Each object appears complete or not at all."""
         for name in names:
             content = (self.copy / name).read_bytes()
             with self._storage():
@@ -75,7 +72,7 @@ class RemoteDirectory:
                 (self.url / name).write_bytes(content)
 
     def delete_model(self) -> None:
-        """Delete what an interrupted start has uploaded. Raises like ``read``."""
+        """Delete what an interrupted start has uploaded."""
         with self._storage():
             (self.url / "model").rmtree(missing_ok=True)
             (self.url / "growth.json").unlink(missing_ok=True)
@@ -84,9 +81,7 @@ class RemoteDirectory:
         """Update the local copy, except for the metrics. Return whether the run has started.
 
         Raises:
-            UsageError, UnavailableError: see ``read``.
             DataError, MissingInputError: ``run.json`` is damaged or missing.
-            StorageError: the local copy cannot be written.
         """
         self.copy.mkdir(parents=True, exist_ok=True)
         with lock(self.copy / ".fetching"):

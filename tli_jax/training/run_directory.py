@@ -52,6 +52,9 @@ _UNFINISHED_START = {"lock", "model", "data", "start", "run.json", "growth.json"
 class RunDirectory:
     """The directory of one run. Only process 0 writes to it, except for the checkpoints.
 
+    Methods that write raise ``StorageError``. Those of a remote run raise ``UnavailableError`` if object storage does
+    not answer.
+
     Attributes:
         path: the directory, or its local copy if the run is in object storage.
         remote: set if the run is in object storage.
@@ -77,8 +80,7 @@ class RunDirectory:
 
         Raises:
             OutputError: it cannot be created, or contains something else.
-            UsageError: it contains checkpoints of an earlier run, or gcsfs is not installed.
-            UnavailableError: object storage refuses access or does not answer.
+            UsageError: it contains checkpoints of an earlier run.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -100,10 +102,6 @@ class RunDirectory:
 
         Args:
             facts: the keys of ``run.json``, except for ``config`` and ``files``.
-
-        Raises:
-            StorageError: the system refused to write.
-            UnavailableError: object storage refuses access or does not answer.
         """
         if self.remote:
             self.remote.delete_model()
@@ -143,7 +141,6 @@ class RunDirectory:
 
         Raises:
             UsageError: a key differs, with both values; or a file was changed.
-            DataError, MissingInputError: see ``read_facts``.
         """
         facts = self.read_facts()
         check_files(self.path, facts["files"])
@@ -167,7 +164,6 @@ class RunDirectory:
 
         Raises:
             UsageError: the model or the data have changed.
-            DataError, MissingInputError: see ``read_facts``.
         """
         recorded = self.read_facts()
         for key in ("model", "data"):
@@ -209,12 +205,7 @@ class RunDirectory:
         return from_yaml(TrainConfig, self.config)
 
     def write_config(self, config: TrainConfig) -> None:
-        """Write ``config.yaml``, and upload it.
-
-        Raises:
-            StorageError: the system refused to write.
-            UnavailableError: object storage refuses access or does not answer.
-        """
+        """Write ``config.yaml``, and upload it."""
         with storage_errors(self.config), replace_file(self.config) as temporary:
             # The index of this process has no meaning for the next start.
             temporary.write_text(to_yaml(dataclasses.replace(config, process=None)), encoding="utf-8")

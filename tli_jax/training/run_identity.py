@@ -21,11 +21,7 @@ _SAMPLE = 4096  # bytes of each tensor that model_digest reads
 
 
 def parse_facts(content: bytes, where: str) -> dict[str, Any]:
-    """Parse ``run.json``, read from ``where``.
-
-    Raises:
-        DataError: it is damaged, or a key is missing or has the wrong type.
-    """
+    """Parse ``run.json``, read from ``where``. Raise ``DataError`` if a key is missing or damaged."""
     facts = parse_json(content, where)
 
     def is_valid(key: str, kind: type) -> bool:
@@ -50,11 +46,7 @@ def file_digests(folder: Path) -> dict[str, str]:
 
 
 def check_files(folder: Path, recorded: Mapping[str, str]) -> None:
-    """Compare the files of a run directory with the digests in ``run.json``.
-
-    Raises:
-        UsageError: a file was added, changed or removed.
-    """
+    """Raise ``UsageError`` if a file that ``run.json`` covers was added, changed or removed."""
     for name in sorted({*recorded, *_covered(folder)}):
         file = folder / name
         if name not in recorded:
