@@ -285,7 +285,7 @@ def test_identity_follows_jax_distributed():
             process.kill()
     for index, (process, (out, err)) in enumerate(zip(pair, outputs, strict=True)):
         assert process.returncode == 0, err
-        assert out.splitlines()[-1] == f"{index == 0} [0, 1]"
+        assert f"{index == 0} [0, 1]" in out.splitlines()  # besides what Gloo prints
 
 
 def test_single_process():
