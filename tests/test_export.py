@@ -1,4 +1,4 @@
-"""What a trained model says of itself: its own training, what came before, and no proof of other weights."""
+"""The records of a trained model: its training, the trainings before it, and the proof of its weights only."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def read(file: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def chain(once, start) -> Path:
-    """A base that is trained, grown, trained twice and grown again. The earlier of these two is made up."""
+    """A base that is trained, grown, trained twice and grown again. The first of the two trainings is made up."""
 
     def make(folder: Path) -> None:
         common = ["--text", start / "ids.npy", "--batch-size", 8, "--sequence-length", 16, "--remat", "none"]
@@ -49,7 +49,7 @@ def chain(once, start) -> Path:
 
             run("trained", start / "base", "--steps", 2)
             call(upscale.main, "--model", folder / "trained", "--every", 2, "--no-proof", "--output", folder / "grown")
-            file = folder / "grown" / "growth.json"  # as if proved, which would take longer than all else
+            file = folder / "grown" / "growth.json"  # a real proof would take longer than everything else
             sidecar.write_json(file, read(file) | {"proof": PROOF})
             sidecar.write_json(folder / "grown" / "training.json", EARLIER)
             run("again", folder / "grown", "--steps", 1, "--only", "injected")
@@ -72,7 +72,7 @@ def test_training_is_recorded(chain):
     assert not (chain / "trained" / "growth.json").exists()
 
 
-def test_proof_is_of_before_training(chain):
+def test_proof_is_labelled_as_before_training(chain):
     grown, trained = read(chain / "grown" / "growth.json"), read(chain / "again" / "growth.json")
     assert grown["proof"] == PROOF
     assert trained["proof"] is None and trained["proof_before_training"] == PROOF
@@ -86,16 +86,16 @@ def test_records_chain(chain):
     assert second["base"]["name"] == "trained"
     grown, deeper = read(chain / "grown" / "growth.json"), read(chain / "deeper" / "growth.json")
     assert grown["base"]["training"] == read_trainings(chain / "trained")
-    assert [one["run"] for one in grown["base"]["training"]] == [first["run"]]
-    # Of the model that was grown again: what it was trained with is its base's, and none of its own.
-    assert [one["run"] for one in deeper["base"]["training"]] == ["made up", second["run"]]
+    assert [training["run"] for training in grown["base"]["training"]] == [first["run"]]
+    # The trainings belong to the base of the model that was grown again; it has none of its own.
+    assert [training["run"] for training in deeper["base"]["training"]] == ["made up", second["run"]]
     assert [step["base"]["training"] for step in deeper["history"]] == [grown["base"]["training"]]
     assert not deeper.keys() & {"training", "proof_before_training"} and deeper["proof"] is None
     assert read_trainings(chain / "deeper") == []
     assert open_checkpoint(chain / "deeper").growth == deeper
 
 
-def test_cards_say_what_was_done(chain):
+def test_cards(chain):
     names = ("trained", "grown", "again", "deeper")
     cards = {name: (chain / name / "README.md").read_text(encoding="utf-8") for name in names}
     assert "base trained with [tli_jax]" in cards["trained"] and "256 tokens in 2 steps" in cards["trained"]
@@ -124,12 +124,14 @@ def test_no_token_in_any_file(chain):
 
 
 def test_base_on_the_hub(chain, tmp_path):
-    """The folder of the hub's cache says which model and commit it is."""
+    """The folder in the Hub's cache names the model and the commit."""
     folder = tmp_path / "models--meta-llama--Llama-3.2-1B" / "snapshots" / "4e20de362430cd3b72f300e6b0f18e50e7166e08"
     folder.parent.mkdir(parents=True)
     folder.symlink_to(chain / "grown")
-    found = describe_base(open_checkpoint(folder))["base"]
-    assert found == {"name": "meta-llama/Llama-3.2-1B", "revision": folder.name}
+    assert describe_base(open_checkpoint(folder))["base"] == {
+        "name": "meta-llama/Llama-3.2-1B",
+        "revision": folder.name,
+    }
 
 
 @pytest.mark.parametrize(

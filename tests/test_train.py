@@ -443,7 +443,7 @@ def test_damaged_newest_checkpoints(trained, tmp_path, capsys):
     assert run_here(run, export=tmp_path / "out") == 0
     stderr = read_stderr(capsys)
     for step in (STEPS - SAVE, STEPS):
-        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the step before", stderr)
+        assert re.search(rf"{run}/checkpoints/{step}: .*: set aside, resuming from the previous checkpoint", stderr)
     assert f"resuming from step {HALF}\n" in stderr
     assert losses(run) == losses(trained / "run")
     assert state_digests(run) == state_digests(trained / "run")
@@ -496,7 +496,7 @@ def test_another_model_of_the_same_name_is_refused(own, start, capsys):
     file.write_bytes(content)
     capsys.readouterr()
     assert run_here(own) == 2
-    assert "the model is not what the run was started with" in read_stderr(capsys)
+    assert "the model has changed since the run started" in read_stderr(capsys)
 
 
 def test_another_plan_of_the_same_name_is_refused(own, capsys):
@@ -509,7 +509,7 @@ def test_another_plan_of_the_same_name_is_refused(own, capsys):
     file.write_text(json.dumps(growth))
     capsys.readouterr()
     assert run_here(own) == 2
-    assert "the model is not what the run was started with" in read_stderr(capsys)
+    assert "the model has changed since the run started" in read_stderr(capsys)
 
 
 def test_another_text_of_the_same_name_is_refused(own, capsys):
@@ -518,7 +518,7 @@ def test_another_text_of_the_same_name_is_refused(own, capsys):
     np.save(own.parent / "ids.npy", ids)
     capsys.readouterr()
     assert run_here(own) == 2
-    assert "the data is not what the run was started with" in read_stderr(capsys)
+    assert "the data has changed since the run started" in read_stderr(capsys)
 
 
 def test_another_text_of_another_name_is_refused(own, capsys):
@@ -526,7 +526,7 @@ def test_another_text_of_another_name_is_refused(own, capsys):
     ids[7] ^= 1
     np.save(own.parent / "other.npy", ids)
     assert run_here(own, text=own.parent / "other.npy") == 2
-    assert "the data is not what the run was started with" in read_stderr(capsys)
+    assert "the data has changed since the run started" in read_stderr(capsys)
 
 
 def test_text_may_move_and_a_finished_run_needs_none(own, trained, tmp_path, capsys):
@@ -596,7 +596,7 @@ def test_checkpoints_of_another_run_are_refused(start, trained, small, tmp_path,
     (run / "config.yaml").unlink()
     options = usual(start, only="injected")
     assert run_here(run, **options) == 2
-    assert "holds checkpoints of an earlier run" in read_stderr(capsys)
+    assert "contains checkpoints of an earlier run" in read_stderr(capsys)
     # A new run that starts from this one.
     other = tmp_path / "third"
     assert run_here(other, **options | {"model": run, "steps": 1}) != 0
@@ -641,7 +641,11 @@ def replace_in(file, before, after):
         (lambda run: replace_in(run / "run.json", '"id": "', '"id": 1, "was": "'), 65, "run.json: id is missing"),
         (lambda run: replace_in(run / "run.json", '"dtypes"', '"dtype"'), 65, "run.json: dtypes is missing"),
         (lambda run: replace_in(run / "run.json", '"growth.json"', '"../../x"'), 65, "run.json: files is missing"),
-        (lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'), 2, "saved with another run.json"),
+        (
+            lambda run: replace_in(run / "run.json", '"jax": "', '"jax": "1'),
+            2,
+            "the run.json of this run changed",
+        ),
         (lambda run: replace_in(run / "run.json", '"seed": 0', '"seed": 1'), 2, "config.yaml: does not match"),
         (lambda run: replace_in(run / "run.json", '"id": "', '"id": "0'), 2, "belongs to another run"),
         (lambda run: fifo(run / "run.json"), 66, "run.json: is missing"),
@@ -910,10 +914,10 @@ def test_upscale_continues_with_training(small, start, tmp_path, capsys):
     [
         ({"mesh": "data=3,fsdp=2"}, 2, "data 3 × fsdp 2 × expert 1 × tensor 1 does not give the 8 devices"),
         ({"mesh": "data=-1,tensor=3"}, 2, "data -1 × fsdp 1 × expert 1 × tensor 3 does not give the 8 devices"),
-        ({"mesh": "fsdp=-1,tensor=-1"}, 2, "one at most -1"),
+        ({"mesh": "fsdp=-1,tensor=-1"}, 2, "at most one may be -1"),
         ({"mesh": "tensr=2"}, 2, "mesh"),
-        ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 cannot be cut over tensor = 4"),
-        ({"batch-size": 12}, 2, "batch size / grad_accum_steps 12 cannot be cut over fsdp = 8"),
+        ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 is not divisible by tensor = 4"),
+        ({"batch-size": 12}, 2, "batch size / grad_accum_steps 12 is not divisible by fsdp = 8"),
         ({"grad-accum-steps": 3}, 2, "batch_size 8 is not a multiple of grad_accum_steps 3"),
         ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
         ({"steps": "many"}, 2, "steps is 'many'"),

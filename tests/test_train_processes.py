@@ -1,4 +1,4 @@
-"""A run by two real processes with four devices each: what they compute, and how they end together."""
+"""Runs of two real processes with four devices each: what they compute, and how they end together."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
 STEPS = 40
-# The command, slowed down from some step on, so that there is time to do something to it.
+# The command, slowed down after some step, so that there is time to act on it.
 SLOW = """
 import sys, time
 from tli_jax import train
@@ -44,11 +44,11 @@ processes.leave(run_command(train.main, sys.argv[2:]))
 """
 
 
-def words(run, **options):
+def flags(run, **options):
     return [f"--run={run}", *(f"--{name.replace('_', '-')}={value}" for name, value in options.items())]
 
 
-def usual(start):
+def options(start):
     basic = {"model": start / "base", "text": start / "ids.npy", "only": "last_n(2)", "dtypes": "compute=float32"}
     basic |= {"batch_size": 8, "sequence_length": 16, "learning_rate": 0.01, "warmup": 5}
     return basic | {"steps": STEPS, "save_every": 10, "validate_every": 20, "keep": 100}
@@ -59,26 +59,26 @@ def inode(file):
 
 
 class Group:
-    """Processes of one run, which together have eight devices."""
+    """The processes of one run, with eight devices in total."""
 
     def __init__(self, environment, run, options, count=2, since=STEPS):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            where = f"127.0.0.1:{free.getsockname()[1]}"
-        self.run, self.before = run, inode(run / "metrics.jsonl")
-        self.started = []
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.run, self.old_metrics = run, inode(run / "metrics.jsonl")
+        self.processes = []
         for index in range(count):
-            own = {"process": f"{index}/{count}@{where}"} if count > 1 else {}
+            own = {"process": f"{index}/{count}@{address}"} if count > 1 else {}
             devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}"}
-            # What one process compiles and another finds in the cache need not run its collectives in the same order on
-            # a CPU: the two would wait for each other for ever.
+            # No compilation cache for several processes: on a CPU, a program that one process has compiled and another
+            # loads from the cache may run its collectives in another order, and the two would deadlock.
             cached = environment if count == 1 else {}
             script = [sys.executable, "-W", "error", "-c", SLOW, str(since)]
-            self.started.append(
+            self.processes.append(
                 subprocess.Popen(
-                    [*script, *words(run, **options, **own)],
+                    [*script, *flags(run, **options, **own)],
                     env=os.environ | devices | cached,
-                    stdout=subprocess.DEVNULL,  # Gloo tells who connected
+                    stdout=subprocess.DEVNULL,  # Gloo reports connections
                     stderr=subprocess.PIPE,
                     text=True,
                 )
@@ -86,76 +86,76 @@ class Group:
 
     def wait_for(self, step):
         file = self.run / "metrics.jsonl"
-        until = time.monotonic() + 600
-        # A run that goes on puts a new file in the place of the old one.
-        while inode(file) == self.before or file.read_bytes().count(b"\n") < step:
-            ended = [process.poll() for process in self.started]
-            assert ended == [None] * len(ended), [process.communicate()[1] for process in self.started]
-            assert time.monotonic() < until
+        deadline = time.monotonic() + 600
+        # A resumed run replaces the file.
+        while inode(file) == self.old_metrics or file.read_bytes().count(b"\n") < step:
+            ended = [process.poll() for process in self.processes]
+            assert ended == [None] * len(ended), [process.communicate()[1] for process in self.processes]
+            assert time.monotonic() < deadline
             time.sleep(0.01)
         return self
 
     def end(self):
-        """Exit codes, what each said last on stderr, and how many seconds it took from here."""
+        """Return the exit codes, the error messages, and the seconds until all processes have ended."""
         since = time.monotonic()
         try:
-            said = [process.communicate(timeout=600)[1] for process in self.started]
+            outputs = [process.communicate(timeout=600)[1] for process in self.processes]
         finally:
-            for process in self.started:
+            for process in self.processes:
                 process.kill()
-        took = time.monotonic() - since
-        assert not any("Traceback" in text for text in said), said
-        errors = [[line for line in text.splitlines() if line.startswith("error:")] for text in said]
-        return [process.returncode for process in self.started], errors, took
+        seconds = time.monotonic() - since
+        assert not any("Traceback" in text for text in outputs), outputs
+        errors = [[line for line in text.splitlines() if line.startswith("error:")] for text in outputs]
+        return [process.returncode for process in self.processes], errors, seconds
 
 
 def newest(run):
     return max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-def tell_killed(folder, start, environment):
-    """SIGKILL to the first process; then one alone goes on to the end."""
+def kill_and_resume(folder, start, environment):
+    """Kill the first process; then one process alone resumes to the end."""
     run = folder / "killed"
-    group = Group(environment, run, usual(start), since=23).wait_for(24)
+    group = Group(environment, run, options(start), since=23).wait_for(24)
     while newest(run) < 20:
         time.sleep(0.01)
-    group.started[0].send_signal(signal.SIGKILL)
-    found = {"SIGKILL": [*group.end(), newest(run)]}
+    group.processes[0].send_signal(signal.SIGKILL)
+    results = {"SIGKILL": [*group.end(), newest(run)]}
     shutil.copytree(run, folder / "early")
-    return found | {"alone": Group(environment, run, {}, count=1).end()}
+    return results | {"alone": Group(environment, run, {}, count=1).end()}
 
 
 @pytest.fixture(scope="session")
-def stories(once, one, start, compiled):
-    """SIGTERM to the second of two; from there both go on to the end and export, and apart from it one is killed."""
+def pairs(once, one, start, compiled):
+    """Two processes, stopped by SIGTERM to the second. Both resume to the end and export; in a copy, one is killed."""
 
     def make(folder):
-        group = Group(compiled, folder / "both", usual(start), since=5).wait_for(6)
-        group.started[1].send_signal(signal.SIGTERM)
-        found = {"SIGTERM": [*group.end(), newest(folder / "both")]}
+        group = Group(compiled, folder / "both", options(start), since=5).wait_for(6)
+        group.processes[1].send_signal(signal.SIGTERM)
+        results = {"SIGTERM": [*group.end(), newest(folder / "both")]}
         shutil.copytree(folder / "both", folder / "killed")
         with ThreadPoolExecutor(1) as pool:
-            killed = pool.submit(tell_killed, folder, start, compiled)
-            found["both"] = Group(compiled, folder / "both", usual(start) | {"export": folder / "out"}).end()
-            found |= killed.result()
-        (folder / "found.json").write_text(json.dumps(found))
+            killed = pool.submit(kill_and_resume, folder, start, compiled)
+            results["both"] = Group(compiled, folder / "both", options(start) | {"export": folder / "out"}).end()
+            results |= killed.result()
+        (folder / "results.json").write_text(json.dumps(results))
 
     return once("pairs", make)
 
 
 @pytest.fixture(scope="session")
 def one(once, start, compiled):
-    """The same run by one process with eight devices."""
+    """The same run in one process with eight devices."""
 
     def make(folder):
-        assert run_command(train.main, words(folder / "run", **usual(start))) == 0
-        assert run_command(train.main, words(folder / "run", export=folder / "out")) == 0
+        assert run_command(train.main, flags(folder / "run", **options(start))) == 0
+        assert run_command(train.main, flags(folder / "run", export=folder / "out")) == 0
 
     return once("one", make)
 
 
-def found(folder, name):
-    return json.loads((folder / "found.json").read_text())[name]
+def result(folder, name):
+    return json.loads((folder / "results.json").read_text())[name]
 
 
 def losses(run):
@@ -168,76 +168,76 @@ def tensors(folder):
     return {name: read_tensor(tensor) for name, tensor in open_checkpoint(folder).tensors.items()}
 
 
-def test_two_processes_have_the_losses_of_one(stories, one):
-    assert found(stories, "both")[:2] == [[0, 0], [[], []]]
-    np.testing.assert_allclose(losses(stories / "both"), losses(one / "run"), rtol=2e-4)
+def test_two_processes_match_the_losses_of_one(pairs, one):
+    assert result(pairs, "both")[:2] == [[0, 0], [[], []]]
+    np.testing.assert_allclose(losses(pairs / "both"), losses(one / "run"), rtol=2e-4)
 
 
-def test_two_processes_export_what_one_does(stories, one, start):
-    together, alone, before = tensors(stories / "out"), tensors(one / "out"), tensors(start / "base")
+def test_two_processes_export_the_same_as_one(pairs, one, start):
+    together, alone, before = tensors(pairs / "out"), tensors(one / "out"), tensors(start / "base")
     assert together.keys() == alone.keys()
     for name in together:
         np.testing.assert_allclose(together[name], alone[name], rtol=0, atol=1e-3, err_msg=name)
         if not any(f".layers.{layer}." in name for layer in (2, 3)):
             assert together[name].tobytes() == before[name].tobytes()
-    config, params = tli_jax.load_hf(stories / "out")
+    config, params = tli_jax.load_hf(pairs / "out")
     assert np.isfinite(tli_jax.forward(config, params, np.zeros((1, 8), np.int32))).all()
-    assert not [path for path in stories.iterdir() if "partial" in path.name]
+    assert not [path for path in pairs.iterdir() if "partial" in path.name]
 
 
-def test_signal_to_one_stops_both_at_the_same_step(stories):
-    codes, errors, _, saved = found(stories, "SIGTERM")
+def test_a_signal_to_one_stops_both_at_the_same_step(pairs):
+    codes, errors, _, saved = result(pairs, "SIGTERM")
     assert codes == [75, 75]
     (first,), (second,) = errors
     assert first == second and f"stopped at step {saved}, which is saved" in first
     assert 6 <= saved < STEPS
 
 
-def test_kill_of_one_ends_the_other_soon(stories):
-    codes, errors, took, saved = found(stories, "SIGKILL")
+def test_killing_one_ends_the_other(pairs):
+    codes, errors, seconds, saved = result(pairs, "SIGKILL")
     assert codes == [-9, 69]
     assert errors == [[], [f"error: {processes.LOST}"]]
-    assert took < 30
+    assert seconds < 30
     assert saved == 20
 
 
-def test_one_goes_on_with_what_two_began(stories, one):
-    assert found(stories, "alone")[:2] == [[0], [[]]]
-    np.testing.assert_allclose(losses(stories / "killed"), losses(one / "run"), rtol=2e-4)
+def test_one_process_resumes_a_run_of_two(pairs, one):
+    assert result(pairs, "alone")[:2] == [[0], [[]]]
+    np.testing.assert_allclose(losses(pairs / "killed"), losses(one / "run"), rtol=2e-4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_disk_that_is_full_for_one_ends_both(stories, start, compiled, tmp_path, index):
-    """The limit on file sizes stands for the disk: it is of one process alone."""
-    run = shutil.copytree(stories / "early", tmp_path / "run")
-    group = Group(compiled, run, usual(start), since=21).wait_for(22)
-    supervisor = group.started[index].pid
+def test_a_full_disk_of_one_ends_both(pairs, start, compiled, tmp_path, index):
+    """A limit on file sizes, which applies to one process only, stands for the disk."""
+    run = shutil.copytree(pairs / "early", tmp_path / "run")
+    group = Group(compiled, run, options(start), since=21).wait_for(22)
+    supervisor = group.processes[index].pid
     (child,) = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
     log = (run / "metrics.jsonl").stat().st_size
-    resource.prlimit(int(child), resource.RLIMIT_FSIZE, (log + 8000, log + 8000))  # the log has room, a step has not
-    codes, errors, took = group.end()
+    resource.prlimit(int(child), resource.RLIMIT_FSIZE, (log + 8000, log + 8000))  # enough for the log, not for a step
+    codes, errors, seconds = group.end()
     assert (codes[index], codes[1 - index]) in [(74, 69), (74, 74)]
     assert "writing a checkpoint failed" in errors[index][0]
-    assert took < 60  # from step 22 on, slowed down, and 30 s from the save
+    assert seconds < 60  # of slowed-down steps, and 30 s after the save
     assert newest(run) == 20
     assert Group(compiled, run, {}).end()[0] == [0, 0]
-    np.testing.assert_allclose(losses(run), losses(stories / "both"), rtol=2e-4)
+    np.testing.assert_allclose(losses(run), losses(pairs / "both"), rtol=2e-4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("index", [0, 1])
-def test_failure_of_one_ends_the_other(stories, start, compiled, tmp_path, index):
-    """SIGKILL to the second process, and to the child of the first, which its supervisor tells of; two go on."""
-    run = shutil.copytree(stories / "early", tmp_path / "run")
-    group = Group(compiled, run, usual(start), since=21).wait_for(24)
-    victim = group.started[index].pid
+def test_the_failure_of_one_ends_the_other(pairs, start, compiled, tmp_path, index):
+    """SIGKILL to the second process, or to the child of the first, as its supervisor reports. Then two resume."""
+    run = shutil.copytree(pairs / "early", tmp_path / "run")
+    group = Group(compiled, run, options(start), since=21).wait_for(24)
+    victim = group.processes[index].pid
     if index == 0:
         (child,) = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
         victim = int(child)
     os.kill(victim, signal.SIGKILL)
-    codes, _, took = group.end()
+    codes, _, seconds = group.end()
     assert codes == ([137, 69] if index == 0 else [69, -9])
-    assert took < 30
+    assert seconds < 30
     assert Group(compiled, run, {}).end()[0] == [0, 0]
-    np.testing.assert_allclose(losses(run), losses(stories / "both"), rtol=2e-4)
+    np.testing.assert_allclose(losses(run), losses(pairs / "both"), rtol=2e-4)

@@ -1,6 +1,6 @@
-"""A run in object storage: a server on this machine that speaks as much of Google's JSON API as gcsfs and TensorStore.
+"""Runs in object storage, on a local server with the part of Google's JSON API that gcsfs and TensorStore use.
 
-Unlike gcp-storage-emulator 2026.7 it knows the generations of objects, without which TensorStore does not write.
+Unlike gcp-storage-emulator 2026.7 it has generations of objects, without which TensorStore does not write.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import pytest
 from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
 
 STEPS = 20
-# The command, ended by SIGKILL when it has done some step: of the step saved before, nobody knows how much is there.
+# The command, killed after some step. How much of the last checkpoint is stored is not known.
 KILLED = """
 import os, signal, sys
 from tli_jax import train
@@ -40,14 +40,19 @@ def until(self, values):
 Metrics.write = until
 run_command(train.main, sys.argv[2:])
 """
-LACKING = "import sys; sys.modules['gcsfs'] = None; from tli_jax import command, train; "
-LACKING += "sys.exit(run_command(train.main, sys.argv[1:]))"
+WITHOUT_GCSFS = """
+import sys
+sys.modules["gcsfs"] = None
+from tli_jax import train
+from tli_jax.cli.frame import run_command
+sys.exit(run_command(train.main, sys.argv[1:]))
+"""
 
 needs_gcsfs = pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One bucket, ``bucket``: name → generation and content. What it does not know of the API it answers with 501."""
+    """One bucket, ``bucket``: name → generation and content. Answers unknown requests with 501."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
@@ -72,7 +77,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if query["uploadType"] == "resumable" and "part" not in query:
                     location = f"http://{self.headers['Host']}{self.path}&part=1"
                     return self.answer(200, extra={"Location": location})
-                if self.headers.get("Content-Range", "").endswith("/*"):  # more than one part
+                if self.headers.get("Content-Range", "").endswith("/*"):  # a multi-part upload
                     return self.answer(501)
                 return self.put(name, body) if self.matches(name, query) else self.answer(412)
             if name is None:
@@ -112,7 +117,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return {"name": name, "bucket": "bucket", "generation": str(generation), "size": str(len(content))}
 
     def listing(self, query):
-        """All of it: a client that asks for pages gets one."""
+        """All objects in one page."""
         prefix, delimiter, start = (query.get(key, "") for key in ("prefix", "delimiter", "startOffset"))
         items, folders = [], set()
         for name in sorted(name for name in self.objects if name.startswith(prefix) and name >= start):
@@ -127,7 +132,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         headers = dict(extra or {}) | ({"x-goog-generation": str(generation)} if generation else {})
         if code not in (204, 304):
             headers["Content-Length"] = str(len(data))
-        with contextlib.suppress(ConnectionError):  # whoever asked has gone
+        with contextlib.suppress(ConnectionError):  # the client is gone
             self.send_response(code)
             for key, value in headers.items():
                 self.send_header(key, value)
@@ -140,7 +145,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def storage(compiled):
-    """Environment of processes that see the bucket; and its objects."""
+    """Environment of processes that use the bucket; and its objects."""
     objects = {}
     facts = {"objects": objects, "generations": itertools.count(1), "lock": threading.Lock()}
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Bucket", (Handler,), facts))
@@ -148,7 +153,7 @@ def storage(compiled):
     thread.start()
     url = f"http://127.0.0.1:{server.server_port}"
     google = {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "FSSPEC_GCS_TOKEN": "anon"}
-    # Neither asks Google what kind of a bucket, nor of a machine, this is.
+    # No questions to Google about the kind of bucket or of machine.
     google |= {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "GCE_METADATA_ROOT": "127.0.0.1:1", "NO_GCE_CHECK": "true"}
     yield compiled | google, objects
     server.shutdown()
@@ -161,7 +166,7 @@ def under(objects, name):
 
 
 def command(environment, *arguments, code=0, script=("-m", "tli_jax.train")):
-    """What it said."""
+    """Run a command and return its output."""
     device = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
     done = subprocess.run(
         [sys.executable, *script, *map(str, arguments)],
@@ -183,8 +188,8 @@ def options(start, model, steps=STEPS):
 
 
 def losses(lines):
-    found = [json.loads(line) for line in lines.splitlines()]
-    return [(line["step"], line["loss"], line.get("validation_loss")) for line in found]
+    parsed = [json.loads(line) for line in lines.splitlines()]
+    return [(line["step"], line["loss"], line.get("validation_loss")) for line in parsed]
 
 
 def digests(meta):
@@ -197,7 +202,7 @@ def tensors(folder):
 
 @needs_gcsfs
 @pytest.mark.long
-def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
+def test_resumes_on_another_machine_bit_for_bit(storage, start, tmp_path):
     environment, objects = storage
     model = shutil.copytree(start / "grown", tmp_path / "model")
     (model / "LICENSE").write_text("a licence")
@@ -208,15 +213,15 @@ def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
     run = "gs://bucket/some/run"
     command(here, *options(start, model), "--run", tmp_path / "run", "--export", tmp_path / "straight")
 
-    # 10 may be whole or not; 5 is, or 10 would not have been begun.
+    # Step 10 may be incomplete. Step 5 is complete, else step 10 would not have been started.
     command(here, 13, *options(start, model), "--run", run, code=-signal.SIGKILL, script=("-c", KILLED))
-    left = under(objects, "some/run")
-    assert [step for step, *_ in losses(left["metrics.jsonl"])] == list(range(1, 11))
-    assert {"config.yaml", "run.json", "growth.json", "model/config.json", "model/LICENSE"} <= left.keys()
+    uploaded = under(objects, "some/run")
+    assert [step for step, *_ in losses(uploaded["metrics.jsonl"])] == list(range(1, 11))
+    assert {"config.yaml", "run.json", "growth.json", "model/config.json", "model/LICENSE"} <= uploaded.keys()
 
     shutil.rmtree(model)
-    said = command(there, "--run", run, "--export", tmp_path / "out")
-    assert f"run {run}: object storage has no lock" in said
+    output = command(there, "--run", run, "--export", tmp_path / "out")
+    assert f"run {run}: object storage has no lock" in output
     done = under(objects, "some/run")
     assert losses(done["metrics.jsonl"]) == losses((tmp_path / "run" / "metrics.jsonl").read_text())
     meta = f"checkpoints/{STEPS}/meta/meta.json"
@@ -229,7 +234,7 @@ def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
     assert "run" in command(here, run, script=("-m", "tli_jax.report"))
     command(here, *options(start, run, steps=2), "--run", "gs://bucket/next")
     assert len(losses(under(objects, "next")["metrics.jsonl"])) == 2
-    # Another run of that name: nothing of this machine's copy of the old one is taken for its own.
+    # A new run of the same name uses nothing from the local copy of the old one.
     for name in [name for name in objects if name.startswith("some/run/")]:
         del objects[name]
     command(there, *options(start, start / "base", steps=2)[:-2], "--only", "all", "--run", run)
@@ -240,21 +245,23 @@ def test_goes_on_on_another_machine_bit_for_bit(storage, start, tmp_path):
 
 
 @needs_gcsfs
-def test_what_is_refused(storage, start, tmp_path):
+def test_unusable_buckets_are_refused(storage, start, tmp_path):
     environment, objects = storage
     environment = {**environment, "XDG_CACHE_HOME": tmp_path}
-    every = options(start, start / "grown")
-    said = command(environment, *every, "--run", "gs://no-bucket/run", code=69)
-    assert "run gs://no-bucket/run: object storage refuses or does not answer" in said
+    flags = options(start, start / "grown")
+    output = command(environment, *flags, "--run", "gs://no-bucket/run", code=69)
+    assert "run gs://no-bucket/run: object storage refuses access or does not answer" in output
     objects["mine/letter.txt"] = 1, b"Dear"
     assert "is not a run and not empty (letter.txt)" in command(
-        environment, *every, "--run", "gs://bucket/mine", code=73
+        environment, *flags, "--run", "gs://bucket/mine", code=73
     )
 
 
-def test_what_no_bucket_is_asked_for(start, tmp_path):
-    every = options(start, start / "grown")
-    assert "only Google's" in command({}, *every, "--run", "s3://bucket/run", code=2)
-    assert "to a folder only" in command({}, *every, "--run", tmp_path / "run", "--export", "gs://bucket/out", code=2)
-    said = command({"XDG_CACHE_HOME": tmp_path}, *every, "--run", "gs://bucket/run", code=2, script=("-c", LACKING))
-    assert "run gs://bucket/run: object storage needs pip install 'tli_jax[gcs]'" in said
+def test_refused_without_a_request(start, tmp_path):
+    flags = options(start, start / "grown")
+    assert "only Google Cloud Storage" in command({}, *flags, "--run", "s3://bucket/run", code=2)
+    assert "to a folder only" in command({}, *flags, "--run", tmp_path / "run", "--export", "gs://bucket/out", code=2)
+    output = command(
+        {"XDG_CACHE_HOME": tmp_path}, *flags, "--run", "gs://bucket/run", code=2, script=("-c", WITHOUT_GCSFS)
+    )
+    assert "run gs://bucket/run: object storage needs pip install 'tli_jax[gcs]'" in output

@@ -1,4 +1,4 @@
-"""Meshes: what is refused, what lies where, and which rows a process holds."""
+"""Meshes, sharding rules, and the rows of a batch that a process holds."""
 
 import jax
 import pytest
@@ -34,12 +34,12 @@ def test_degrees(degrees, shape):
         ({"data": 16, "fsdp": 1}, "does not give the 8 devices"),
         (
             {"data": -1, "fsdp": -1},
-            "mesh: data -1 × fsdp -1 × expert 1 × tensor 1: every axis must be 1 or more, and one at most",
+            "mesh: data -1 × fsdp -1 × expert 1 × tensor 1: every axis must be 1 or more, and at most one",
         ),
         ({"tensor": 0}, "every axis must be 1 or more"),
     ],
 )
-def test_what_does_not_multiply_is_refused(degrees, words):
+def test_degrees_that_do_not_multiply_to_the_devices_are_refused(degrees, words):
     with pytest.raises(UsageError) as error:
         make_mesh(degrees)
     assert words in str(error.value)
@@ -48,26 +48,26 @@ def test_what_does_not_multiply_is_refused(degrees, words):
 @pytest.mark.parametrize(
     ("sizes", "batch", "words"),
     [
-        ({"K": 1}, 8, "key/value heads 1 cannot be cut over tensor = 2"),
-        ({"V": 63}, 8, "vocabulary 63 cannot be cut over tensor = 2"),
-        ({"D": 31}, 8, "hidden size 31 cannot be cut over fsdp = 2"),
-        ({}, 6, "batch size / grad_accum_steps 6 cannot be cut over data × fsdp = 4"),
+        ({"K": 1}, 8, "key/value heads 1 is not divisible by tensor = 2"),
+        ({"V": 63}, 8, "vocabulary 63 is not divisible by tensor = 2"),
+        ({"D": 31}, 8, "hidden size 31 is not divisible by fsdp = 2"),
+        ({}, 6, "batch size / grad_accum_steps 6 is not divisible by data × fsdp = 4"),
     ],
 )
-def test_sizes_that_cannot_be_cut_are_refused(sizes, batch, words):
+def test_indivisible_sizes_are_refused(sizes, batch, words):
     with pytest.raises(UsageError) as error:
         check_fits(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), SIZES | sizes, batch)
     assert words in str(error.value)
     check_fits(make_mesh({"data": 2, "fsdp": 2, "tensor": 2}), SIZES, 8)
 
 
-def test_dims_say_where_an_array_lies():
+def test_sharding_follows_dims():
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     assert param_sharding(mesh, ("L", "Hh", "D")).spec == P(None, "tensor", "fsdp")
     assert param_sharding(mesh, ("L", "D", "F")).spec == P(None, "fsdp", "tensor")
     assert param_sharding(mesh, ("V", "D")).spec == P("tensor", "fsdp")
     assert batch_sharding(mesh, ("A", "B", "T")).spec == P(None, ("data", "fsdp"), None)
-    # A weight as it is used: whole but for what tensor parallelism keeps apart.
+    # A weight in use: all-gathered over fsdp, but not over tensor.
     assert batch_sharding(mesh, ("V", "D")).spec == P("tensor", None)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: bit-equal, whole or absent, and never silently wrong."""
+"""Checkpoints of a training run: bit-identical, complete or absent, and never silently wrong."""
 
 import contextlib
 import json
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,9 @@ from jax.sharding import PartitionSpec as P
 from tli_jax.errors import DataError, OutputError, StorageError, UsageError
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.digest import _program, digests
-from tli_jax.training.failures import DamagedError, system_error, together
+from tli_jax.training.failures import DamagedError, on_all_processes, system_error
+
+RunScript = Callable[..., subprocess.Popen[str]]
 
 
 class Moments(NamedTuple):
@@ -68,11 +70,13 @@ def make_state(mesh: Mesh, seed: int = 0) -> dict[str, Any]:
 
 
 def abstract(state: Any, mesh: Mesh) -> Any:
-    """The shapes of a state, with other shardings where its first dimension can be cut."""
+    """Return the shapes of a state, with other shardings if its first dimension is divisible."""
 
     def leaf(array: jax.Array) -> jax.ShapeDtypeStruct:
-        cut = array.ndim and array.shape[0] and array.shape[0] % mesh.shape["tensor"] == 0
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, P("tensor") if cut else P()))
+        is_divisible = array.ndim and array.shape[0] and array.shape[0] % mesh.shape["tensor"] == 0
+        return jax.ShapeDtypeStruct(
+            array.shape, array.dtype, sharding=NamedSharding(mesh, P("tensor") if is_divisible else P())
+        )
 
     return jax.tree.map(leaf, state)
 
@@ -94,7 +98,7 @@ def checkpoints(tmp_path: Path) -> Iterator[Checkpoints]:
 
 
 def refuse(line: str) -> None:
-    raise AssertionError(f"given up: {line}")
+    raise AssertionError(f"set aside: {line}")
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
@@ -102,10 +106,8 @@ def test_round_trip_on_another_mesh(checkpoints: Checkpoints, kind: AxisType):
     state = make_state(make_mesh(4, 2, kind=kind))
     meta = {"position": {"source": [1, 2], "share": 0.1}, "text": "한"}
     assert checkpoints.restore_newest(abstract(state, make_mesh(2, 4)), refuse) is None
-    assert checkpoints.read_meta() is None
     assert checkpoints.save(7, state, meta)
     checkpoints.finish()
-    assert checkpoints.read_meta() == meta
     wanted = abstract(state, make_mesh(2, 4, kind=kind))
     found = checkpoints.restore_newest(wanted, refuse)
     assert found is not None
@@ -115,7 +117,8 @@ def test_round_trip_on_another_mesh(checkpoints: Checkpoints, kind: AxisType):
     assert raw(restored) == raw(state)
     assert jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored, wanted))
     assert not checkpoints.save(7, state, {"position": "another"})
-    assert checkpoints.read_meta() == meta
+    found = checkpoints.restore_newest(wanted, refuse)
+    assert found is not None and found[2] == meta
 
 
 def test_arrays_may_be_donated_at_once(checkpoints: Checkpoints, mesh: Mesh):
@@ -143,7 +146,7 @@ def test_keeps_the_newest_and_the_frozen(checkpoints: Checkpoints, mesh: Mesh, t
     assert raw(checkpoints.restore_frozen(abstract(frozen, mesh))) == raw(frozen)
 
 
-def test_every_damage_to_every_file_is_found(tmp_path: Path, mesh: Mesh):
+def test_any_damage_to_any_file_is_detected(tmp_path: Path, mesh: Mesh):
     whole, folder = tmp_path / "whole", tmp_path / "run"
     states = {1: make_state(mesh, 1), 2: make_state(mesh, 2)}
     checkpoints = Checkpoints(whole, keep=2)
@@ -183,7 +186,7 @@ def test_every_damage_to_every_file_is_found(tmp_path: Path, mesh: Mesh):
     assert {("meta", "flip", 1), ("state", "flip", 1), ("state", "cut", 1), ("state", "delete", 1)} <= outcomes
     shutil.rmtree(folder / "2", ignore_errors=True)
     assert {"meta/meta.json:", "state:", "params.layers.mlp.up_proj.weight"} <= whys
-    # The number is free again, and what was set aside goes once it is taken.
+    # The step can be saved again, which deletes the damaged one.
     assert (folder / "2.damaged").exists()
     checkpoints.save(2, states[2], {"step": 2})
     checkpoints.close()
@@ -192,18 +195,18 @@ def test_every_damage_to_every_file_is_found(tmp_path: Path, mesh: Mesh):
     assert found is not None and raw(found[1]) == raw(states[2])
 
 
-def test_another_run_is_only_read(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
+def test_read_only_changes_nothing(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
     state = {"a": place(mesh, np.ones(8, np.float32))}
     for step in (1, 2):
         checkpoints.save(step, state, {})
     checkpoints.finish()
     folder = tmp_path / "checkpoints"
     (folder / "2" / "meta" / "meta.json").unlink()
-    (folder / "3.orbax-checkpoint-tmp").mkdir()  # is being written
+    (folder / "3.orbax-checkpoint-tmp").mkdir()  # another process is writing it
     reader = Checkpoints(folder, keep=1, read_only=True)
     found = reader.restore_newest(state, lambda _: None)
     assert found is not None and found[0] == 1
-    with pytest.raises(ValueError, match="read only"):
+    with pytest.raises(ValueError, match="read-only"):
         reader.save(4, state, {})
     reader.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2", "3.orbax-checkpoint-tmp"]
@@ -211,20 +214,20 @@ def test_another_run_is_only_read(checkpoints: Checkpoints, mesh: Mesh, tmp_path
     assert not (tmp_path / "none").exists()
 
 
-def test_no_good_step_is_not_no_step(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
+def test_only_damaged_steps_are_an_error(checkpoints: Checkpoints, mesh: Mesh, tmp_path: Path):
     state = make_state(mesh)
     for step in (1, 2):
         checkpoints.save(step, state, {})
     checkpoints.finish()
     for file in (tmp_path / "checkpoints").glob("*/meta/meta.json"):
         file.write_bytes(file.read_bytes().replace(b'"shape"', b'"shale"', 1))
-    for _ in range(2):  # and stays so
+    for _ in range(2):
         reports: list[str] = []
-        with pytest.raises(DataError, match=r"checkpoints/1: meta/meta.json: .*not what was saved.*no other step"):
+        with pytest.raises(
+            DataError, match=r"checkpoints/1: meta/meta.json: .*does not match its digest.*no other step"
+        ):
             checkpoints.restore_newest(abstract(state, mesh), reports.append)
         assert len(reports) == 2
-        with pytest.raises(DataError, match="not what was saved"):
-            checkpoints.read_meta()
     assert checkpoints.steps() == [1, 2]
 
 
@@ -253,7 +256,7 @@ def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: 
     checkpoints.save_frozen(frozen)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
     assert raw(checkpoints.restore_frozen(abstract(frozen, other))) == raw(frozen)
-    with pytest.raises(DataError, match="frozen: q is not what this run started with"):
+    with pytest.raises(DataError, match="frozen: q differs from the start of this run"):
         checkpoints.save_frozen(frozen | {"q": frozen["q"] + 1})
     assert checkpoints.steps() == []
     assert checkpoints.restore_frozen({}) == {}  # nothing is frozen
@@ -265,39 +268,48 @@ def test_frozen_is_written_once(checkpoints: Checkpoints, mesh: Mesh, tmp_path: 
         content = bytearray(file.read_bytes())
         content[content.index(np.arange(8192, dtype=np.float32).tobytes()[8:16])] ^= 1
         file.write_bytes(content)
-    with pytest.raises(DataError, match="frozen: q is not what was saved"):
+    with pytest.raises(DataError, match="frozen: q does not match its digest"):
         checkpoints.restore_frozen(abstract(frozen, other))
     (folder / "meta" / "meta.json").unlink()
     with pytest.raises(DataError, match=r"frozen: meta/meta\.json: .*No such file"):
         checkpoints.restore_frozen(abstract(frozen, other))
 
 
-def run_script(*arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
-    script = textwrap.dedent("""
-        import os, sys
-        import jax, numpy as np
-        if len(sys.argv) > 4:
-            jax.config.update("jax_num_cpu_devices", 4)
-            jax.config.update("jax_cpu_collectives_implementation", "gloo")
-            jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", int(sys.argv[4]), int(sys.argv[2]))
-        from jax.sharding import NamedSharding, PartitionSpec as P
-        from tli_jax.training.checkpoints import Checkpoints
-        mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-        def put(array):
-            return jax.device_put(array, NamedSharding(mesh, P("fsdp")))
-        abstract = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
-    """)
-    flags = {} if len(arguments) < 5 else {"XLA_FLAGS": ""}  # the number of devices is set in another way
-    return subprocess.Popen(
-        [*prefix, sys.executable, "-c", script + textwrap.dedent(arguments[0]), *arguments[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | flags,
-    )
+SCRIPT = """
+import os, sys
+import jax, numpy as np
+if len(sys.argv) > 4:
+    jax.config.update("jax_num_cpu_devices", 4)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(f"127.0.0.1:{sys.argv[3]}", int(sys.argv[4]), int(sys.argv[2]))
+from jax.sharding import NamedSharding, PartitionSpec as P
+from tli_jax.training.checkpoints import Checkpoints
+mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+def put(array):
+    return jax.device_put(array, NamedSharding(mesh, P("fsdp")))
+abstract = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(mesh, P("fsdp")))}
+"""
 
 
-def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
+@pytest.fixture(scope="module")
+def run_script(compiled: dict[str, str]) -> RunScript:
+    """Starts a script in a folder; or one of several processes, with its index, a port and their number."""
+
+    def start(source: str, *arguments: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+        # The script sets the number of devices of several processes, which must not share compiled programs.
+        variables = compiled if len(arguments) < 4 else {"XLA_FLAGS": ""}
+        return subprocess.Popen(
+            [*prefix, sys.executable, "-c", SCRIPT + textwrap.dedent(source), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | variables,
+        )
+
+    return start
+
+
+def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     script = """
         checkpoints = Checkpoints(sys.argv[1], keep=2)
         assert not [name for name in os.listdir(sys.argv[1]) if not name.isdecimal() and name != "frozen"]
@@ -321,7 +333,7 @@ def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
         with run_script(script, str(tmp_path)) as process:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n", process.communicate()[1]
-            while max(numbers(), default=0) <= newest:  # however busy the machine is
+            while max(numbers(), default=0) <= newest:  # no timeout, since the machine may be busy
                 assert process.poll() is None, process.communicate()[1]
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.4))
@@ -339,7 +351,7 @@ def test_kill_at_any_moment(tmp_path: Path, mesh: Mesh):
     checkpoints.close()
 
 
-def test_kill_while_frozen_is_written(tmp_path: Path, mesh: Mesh):
+def test_kill_while_frozen_is_written(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     script = """
         frozen = {"a": put(np.ones(2**24, np.float32))}
         checkpoints = Checkpoints(sys.argv[1], keep=2)
@@ -364,8 +376,8 @@ def test_kill_while_frozen_is_written(tmp_path: Path, mesh: Mesh):
     checkpoints.close()
 
 
-def test_nothing_but_the_report(tmp_path: Path, mesh: Mesh):
-    """Orbax would write pages of tracebacks to stderr."""
+def test_only_the_report_is_printed(tmp_path: Path, mesh: Mesh, run_script: RunScript):
+    """Orbax by itself writes pages of tracebacks to stderr."""
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2):
         checkpoints.save(step, {"a": place(mesh, np.full((64, 512), step, np.float32), "fsdp")}, {})
@@ -382,11 +394,11 @@ def test_nothing_but_the_report(tmp_path: Path, mesh: Mesh):
     with run_script(script, str(tmp_path)) as process:
         out, err = process.communicate()
     assert not err
-    assert re.fullmatch(rf"{tmp_path}/2: state: .*: set aside, resuming from the step before\n", out)
+    assert re.fullmatch(rf"{tmp_path}/2: state: .*: set aside, resuming from the previous checkpoint\n", out)
 
 
 @pytest.mark.parametrize("way", ["tmpfs", "limit"])
-def test_disk_full(tmp_path: Path, way: str):
+def test_disk_full(tmp_path: Path, way: str, run_script: RunScript):
     folder = tmp_path / "disk"
     folder.mkdir()
     script = """
@@ -449,7 +461,7 @@ def names(folder: Path) -> list[str]:
 
 
 def save_run(folder: Path, mesh: Mesh, run: dict[str, str], *steps: int, keep: int = 9) -> None:
-    """Steps of a run, each full of its number, and what is frozen."""
+    """Save steps, each filled with its number, and frozen parameters."""
     checkpoints = Checkpoints(folder, keep, run)
     checkpoints.save_frozen({"f": place(mesh, np.ones(8, np.float32))})
     for step in steps:
@@ -464,24 +476,18 @@ def test_checkpoints_of_another_run_are_set_aside(tmp_path: Path, mesh: Mesh):
     for step in ("4", "6"):
         shutil.rmtree(tmp_path / "mine" / step)
         shutil.copytree(tmp_path / "other" / step, tmp_path / "mine" / step)
-    (tmp_path / "mine" / "6.foreign").mkdir()  # someone else's
+    (tmp_path / "mine" / "6.foreign").mkdir()  # belongs to somebody else
     wanted = {"a": place(mesh, np.ones(8, np.float32))}
     before = names(tmp_path / "mine")
     reader, reports = Checkpoints(tmp_path / "mine", 1, mine, read_only=True), []
     found = reader.restore_newest(wanted, reports.append)
     assert found is not None and found[0] == 2 and names(tmp_path / "mine") == before
-    assert reader.read_meta() == {"step": 2}
+    assert found[2] == {"step": 2}
     checkpoints = Checkpoints(tmp_path / "mine", 1, mine)
     found = checkpoints.restore_newest(wanted, reports.append)
     assert found is not None and found[0] == 2 and (np.asarray(found[1]["a"]) == 2).all()
-    assert (
-        reports[2:]
-        == reports[:2]
-        == [
-            f"{tmp_path}/mine/{step}: belongs to another run (id other): set aside, resuming from the step before"
-            for step in (6, 4)
-        ]
-    )
+    why = "belongs to another run (id other): set aside, resuming from the previous checkpoint"
+    assert reports[2:] == reports[:2] == [f"{tmp_path}/mine/{step}: {why}" for step in (6, 4)]
     checkpoints.save(8, wanted, {})
     checkpoints.close()
     assert names(tmp_path / "mine") == ["4.foreign", "6.foreign", "6.foreign-2", "8", "frozen"]
@@ -493,8 +499,6 @@ def test_only_checkpoints_of_another_run_are_refused(tmp_path: Path, mesh: Mesh)
     wanted = {"a": place(mesh, np.ones(8, np.float32))}
     with pytest.raises(UsageError, match=r"/4: belongs to another run \(id other\); no other step is of this run"):
         checkpoints.restore_newest(wanted, lambda _: None)
-    with pytest.raises(UsageError, match="belongs to another run"):
-        checkpoints.read_meta()
     frozen = {"f": place(mesh, np.ones(8, np.float32))}
     for refused in (checkpoints.restore_frozen, checkpoints.save_frozen):
         with pytest.raises(UsageError, match="frozen: belongs to another run"):
@@ -502,10 +506,12 @@ def test_only_checkpoints_of_another_run_are_refused(tmp_path: Path, mesh: Mesh)
     assert names(tmp_path) == ["4", "frozen"]
 
 
-def test_a_run_whose_own_facts_changed_is_refused(tmp_path: Path, mesh: Mesh):
+def test_a_run_whose_digests_changed_is_refused(tmp_path: Path, mesh: Mesh):
     save_run(tmp_path, mesh, {"id": "mine", "data": "1", "plan": "1"}, 2, 4)
     checkpoints = Checkpoints(tmp_path, 1, {"id": "mine", "data": "2", "plan": "1"})
-    with pytest.raises(UsageError, match="/4: was saved with another data: restore that"):
+    with pytest.raises(
+        UsageError, match="/4: the data of this run changed after this checkpoint was saved: restore a copy"
+    ):
         checkpoints.restore_newest({"a": place(mesh, np.ones(8, np.float32))}, refuse)
     assert names(tmp_path) == ["2", "4", "frozen"]
 
@@ -513,12 +519,12 @@ def test_a_run_whose_own_facts_changed_is_refused(tmp_path: Path, mesh: Mesh):
 def test_a_step_under_another_number_is_damaged(tmp_path: Path, mesh: Mesh):
     save_run(tmp_path, mesh, {"id": "mine"}, 2, 4)
     shutil.copytree(tmp_path / "2", tmp_path / "6")
-    for name in ("08", "٣", "1" * 30):  # no steps
+    for name in ("08", "٣", "1" * 30):  # not step numbers
         (tmp_path / name).mkdir()
     checkpoints, reports = Checkpoints(tmp_path, 9, {"id": "mine"}), []
     found = checkpoints.restore_newest({"a": place(mesh, np.ones(8, np.float32))}, reports.append)
     assert found is not None and found[0] == 4 and checkpoints.steps() == [2, 4]
-    assert reports == [f"{tmp_path}/6: is a copy of 2: set aside, resuming from the step before"]
+    assert reports == [f"{tmp_path}/6: is a copy of 2: set aside, resuming from the previous checkpoint"]
 
 
 @pytest.mark.parametrize("file", ["meta/meta.json", "state/manifest.ocdbt"])
@@ -530,12 +536,12 @@ def test_a_fifo_does_not_hang(tmp_path: Path, mesh: Mesh, file: str):
     assert found is not None and found[0] == 2
 
 
-# Without the capabilities that let root read everything.
+# Drop the capabilities that let root read everything.
 PLAIN = "--bounding-set=-dac_override,-dac_read_search,-fowner,-chown"
 PLAIN_USER = ["setpriv", PLAIN, PLAIN.replace("bounding-set", "inh-caps")]
 
 
-def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh):
+def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh, run_script: RunScript):
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("root can read everything, and setpriv is missing")
     save_run(tmp_path / "run", mesh, {}, 2, 4)
@@ -549,9 +555,9 @@ def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh):
             return checkpoints.restore_newest(wanted, print)[0], checkpoints.restore_frozen({"f": wanted["a"]}) is None
         parts = [folder, *(p for name in ("4", "frozen") for p in [folder / name, *(folder / name).rglob("*")])]
         before = sorted(folder.rglob("*"))
-        # Orbax reads no step's own metadata.
+        # Orbax does not read these.
         for path in [path for path in parts if path.name not in ("_CHECKPOINT_METADATA", "commit_success.txt")]:
-            for mode in (0, 0o444) if path.is_dir() else (0,):  # without x, names are all that can be read
+            for mode in (0, 0o444) if path.is_dir() else (0,):  # without x, only names can be read
                 path.chmod(mode)
                 try:
                     print("restored", path, mode, restore())
@@ -569,7 +575,7 @@ def test_a_read_error_is_not_damage(tmp_path: Path, mesh: Mesh):
     assert int(count) > 20 and rest == "(4, False)\n"
 
 
-def test_which_errors_are_the_system_s():
+def test_errors_of_the_system():
     import errno
 
     def wrapped(inner: Exception) -> Exception:
@@ -586,19 +592,19 @@ def test_which_errors_are_the_system_s():
         assert system_error(error) and system_error(wrapped(error)) == system_error(error)
         assert system_error(ExceptionGroup("several", [ValueError("x"), error])) == system_error(error)
         with pytest.raises(StorageError, match=r"file: .*nothing was changed"):
-            together("file", lambda error=error: (_ for _ in ()).throw(error))
+            on_all_processes("file", lambda error=error: (_ for _ in ()).throw(error))
     assert system_error(tensorstore) == "Permission denied"
     assert "RESOURCE_EXHAUSTED" in (system_error(RuntimeError("RESOURCE_EXHAUSTED: Out of memory")) or "")
     missing = ValueError("NOT_FOUND [os_error_code='2']")
     for error in (FileNotFoundError(errno.ENOENT, "x"), missing, ValueError("x"), json.JSONDecodeError("x", "y", 0)):
         assert system_error(error) is None
         with pytest.raises(DamagedError):
-            together("file", lambda error=error: (_ for _ in ()).throw(error))
+            on_all_processes("file", lambda error=error: (_ for _ in ()).throw(error))
 
 
 @pytest.mark.parametrize("what", ["inodes", "bytes", "read only"])
-def test_a_save_that_fails_at_any_of_its_steps(tmp_path: Path, what: str):
-    """With room for one more file, or some kB more, at a time, until it succeeds."""
+def test_save_fails_at_every_point(tmp_path: Path, what: str, run_script: RunScript):
+    """Allow one more file, or 16 KiB more, at a time, until the save succeeds."""
     script = """
         import subprocess, time
         from tli_jax.errors import StorageError
@@ -639,7 +645,7 @@ def test_a_save_that_fails_at_any_of_its_steps(tmp_path: Path, what: str):
         pytest.skip("only root may mount")
     try:
         with run_script(script, str(tmp_path), what) as process:
-            out, err = process.communicate(timeout=120)  # which it would not keep to if a thread stayed behind
+            out, err = process.communicate(timeout=120)  # a thread left behind would take longer
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert not err and process.returncode == 0
@@ -648,12 +654,12 @@ def test_a_save_that_fails_at_any_of_its_steps(tmp_path: Path, what: str):
     assert slowest < 10
 
 
-def test_two_processes(tmp_path: Path):
-    """Saved by two, damaged for the second alone, restored by two and by one."""
+def test_two_processes(tmp_path: Path, run_script: RunScript):
+    """Saved by two processes, damaged for the second only, restored by two and by one."""
     script = """
         index, count = int(sys.argv[2]), int(sys.argv[4])
         if index == 1:
-            from tli_jax.training import checkpoints as state
+            from tli_jax.training import checkpoint_reader as state
             sha256 = state._sha256
             def fail(content):
                 if content["meta"] == {"step": 2}:
@@ -669,7 +675,6 @@ def test_two_processes(tmp_path: Path):
             checkpoints.save(step, {"a": put(np.full((64, 512), step, np.float32))}, {"step": step})
         checkpoints.finish()
         assert not checkpoints.save(2, {"a": put(np.zeros((64, 512), np.float32))}, {})
-        assert checkpoints.read_meta() == {"step": 2}
         if index == 1:
             state._sha256 = fail
         step, restored, meta = checkpoints.restore_newest(abstract, print)
@@ -690,7 +695,7 @@ def test_two_processes(tmp_path: Path):
             out, err = process.communicate(timeout=60)
             assert not process.returncode, err
             why = "ValueError: garbage" if index else "process 1 cannot read it"
-            given_up = f"{tmp_path}/2: meta/meta.json: {why}: set aside, resuming from the step before"
+            given_up = f"{tmp_path}/2: meta/meta.json: {why}: set aside, resuming from the previous checkpoint"
             assert [line for line in out.splitlines() if "Gloo" not in line] == [given_up]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "frozen"]
     checkpoints = Checkpoints(tmp_path, keep=2)
@@ -720,8 +725,8 @@ _BITS = {"float32": np.uint32, "bfloat16": np.uint16, "int8": np.uint8}
 
 
 @given(st.data(), st.sampled_from(sorted(_BITS)))
-def test_digest_shows_every_bit(data: st.DataObject, dtype: str):
-    """NaN payloads, signed zeros and denormals too."""
+def test_digest_covers_every_bit(data: st.DataObject, dtype: str):
+    """Including NaN payloads, signed zeros and denormals."""
     width = 8 * np.dtype(_BITS[dtype]).itemsize
     draw = np.random.default_rng(data.draw(st.integers(0, 9)))
     bits = draw.integers(0, 2**width, (3, 5), dtype=_BITS[dtype])
@@ -738,16 +743,16 @@ def test_digest_shows_every_bit(data: st.DataObject, dtype: str):
 
 
 def test_digest_gathers_nothing(mesh: Mesh):
-    everywhere = NamedSharding(mesh, P())
+    replicated = NamedSharding(mesh, P())
     specs = [("fsdp", "tensor"), ("tensor", None), (None, "fsdp"), ()]
     arrays = [
         jax.ShapeDtypeStruct((256, 512), dtype, sharding=NamedSharding(mesh, P(*spec)))
         for spec in specs
         for dtype in ("float32", "bfloat16")
     ]
-    compiled = _program(everywhere).lower(arrays).compile()
+    compiled = _program(replicated).lower(arrays).compile()
     text = compiled.as_text()
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text)
-    assert "all-gather(" in text  # of the sums
+    assert "all-gather(" in text  # only of the sums
     assert all(math.prod(map(int, filter(None, shape.split(",")))) <= 8 for shape in shapes)
     assert compiled.memory_analysis().temp_size_in_bytes < 2**14

@@ -1,4 +1,4 @@
-"""What a run measures is written down a line a step, also for TensorBoard and Weights & Biases; and drawn."""
+"""Metrics of a run: one line per step, also for TensorBoard and Weights & Biases; and their plots."""
 
 import json
 import os
@@ -21,7 +21,7 @@ def line(step: int) -> dict:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run of ten steps, with validation before, in the middle and at the end."""
+    """A run of ten steps, validated before training, in the middle and at the end."""
     metrics = Metrics(RunDirectory(tmp_path), TrainConfig(), 0, "id")
     for step in range(1, 11):
         before = {"validation_loss_before": 4.0} if step == 1 else {}
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_line_a_step_cut_back_to_where_a_run_goes_on(folder):
+def test_lines_after_the_resumed_step_are_dropped(folder):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 11, "lo')  # killed while writing
     assert [entry["step"] for entry in read_metrics(RunDirectory(folder))] == list(range(1, 11))
@@ -45,20 +45,20 @@ BAD = {
     "not UTF-8": b"\xff\xfe",
     "null": b"null",
     "empty": b"{}",
-    "no JSON": b"{'step': 3}",
+    "not JSON": b"{'step': 3}",
     "wrong key": json.dumps({**line(3), "stdp": 3} | {"step": None}).encode(),
-    "lacks one": json.dumps({k: v for k, v in line(3).items() if k != "skipped"}).encode(),
-    "text": json.dumps(line(3) | {"loss": "3.0"}).encode(),
-    "truth": json.dumps(line(3) | {"skipped": True}).encode(),
+    "missing key": json.dumps({k: v for k, v in line(3).items() if k != "skipped"}).encode(),
+    "string": json.dumps(line(3) | {"loss": "3.0"}).encode(),
+    "boolean": json.dumps(line(3) | {"skipped": True}).encode(),
     "list": json.dumps(line(3) | {"validation_loss": [1]}).encode(),
     "NaN": json.dumps(line(3) | {"loss": float("nan")}).encode(),
-    "huge": json.dumps(line(3)).encode().replace(b"100.0", b"1e999"),
-    "long": json.dumps(line(3)).encode().replace(b"24", b"2" * 5000),
-    "large": json.dumps(line(3) | {"loss": 10**400}).encode(),
-    "deep": b"[" * 100_000,
+    "infinite rate": json.dumps(line(3)).encode().replace(b"100.0", b"1e999"),
+    "too many digits": json.dumps(line(3)).encode().replace(b"24", b"2" * 5000),
+    "beyond floats": json.dumps(line(3) | {"loss": 10**400}).encode(),
+    "nested too deeply": b"[" * 100_000,
     "no rate": json.dumps(line(3) | {"tokens_per_second": 0}).encode(),
-    "before": json.dumps(line(1)).encode(),
-    "twice": json.dumps(line(2)).encode(),
+    "earlier step": json.dumps(line(1)).encode(),
+    "repeated step": json.dumps(line(2)).encode(),
     "far ahead": json.dumps(line(10**6)).encode(),
     "negative": json.dumps(line(3) | {"step": -3}).encode(),
 }
@@ -69,22 +69,22 @@ def test_a_damaged_line_is_dropped_and_counted(folder, name, capsys):
     file = folder / "metrics.jsonl"
     lines = file.read_bytes().splitlines()
     file.write_bytes(b"\n".join([*lines[:2], BAD[name], *lines[2:], b'{"step": 11, "lo']))
-    whole = [json.loads(text) for text in lines]
-    assert read_run(folder) == whole
+    intact = [json.loads(text) for text in lines]
+    assert read_run(folder) == intact
     assert f"{file}: 1 of 11 lines are damaged and ignored" in capsys.readouterr().err
     make_table({"a": summarise(read_run(folder))})
     Metrics(RunDirectory(folder), TrainConfig(), 7, "id").close()
     capsys.readouterr()
-    assert read_run(folder) == whole[:7] and not capsys.readouterr().err
+    assert read_run(folder) == intact[:7] and not capsys.readouterr().err
 
 
-def test_nothing_but_damage(folder, capsys):
+def test_only_damaged_lines(folder, capsys):
     (folder / "metrics.jsonl").write_bytes(os.urandom(2000) + b"\n")
     assert read_metrics(RunDirectory(folder)) == []
     assert "damaged" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path):
+def test_full_disk(tmp_path):
     metrics = Metrics(RunDirectory(tmp_path), TrainConfig(), 0, "id")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
@@ -116,13 +116,13 @@ def test_weights_and_biases(tmp_path, monkeypatch):
     metrics.write(line(1))
     metrics.close()
     (log,) = (tmp_path / "wandb").glob("offline-run-*-abc123/run-abc123.wandb")
-    deadline = time.monotonic() + 20  # a process of its own writes it
+    deadline = time.monotonic() + 20  # written by another process
     while b"tokens_per_second" not in log.read_bytes():
-        assert time.monotonic() < deadline, "nothing was logged"
+        assert time.monotonic() < deadline, "wandb logged nothing"
         time.sleep(0.05)
 
 
-def test_the_report_reads_draws_and_tabulates(folder, tmp_path):
+def test_report_of_a_run(folder, tmp_path):
     lines = read_run(folder)
     assert validation(lines) == [(0, 4.0), (40, 3.5), (80, 3.0)]
     (row,) = make_table({"a run": summarise(lines)}).rows

@@ -43,7 +43,7 @@ def compare(config: CompareConfig, command: str) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"output {output}: cannot be created ({error.strerror}): choose another") from error
-    with processes.lock(output):
+    with lock_directory(output):
         space = Workspace(config, output)
         _cache_compilations(output / "compiled")
         results = _collect(space, command, measure_starts(space), train_all(space))

@@ -23,12 +23,14 @@ from tli_jax.comparison.contenders import Contender, make_contenders
 from tli_jax.data.embedded import held_out_modules
 from tli_jax.errors import OutputError, UsageError
 from tli_jax.evaluation.tasks import open_tasks
+from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf import hub, sidecar
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.results import BASE, OLD_LAYERS
-from tli_jax.training.run_directory import model_digest, replacing
+from tli_jax.training.run_directory import 
+from tli_jax.training.run_identity import model_digest
 from tli_jax.training.text import open_text, replace_embedded, sequence_length
 
 if TYPE_CHECKING:
@@ -90,7 +92,7 @@ class Workspace:
                 )
         elif foreign := sorted(path.name for path in self.output.iterdir() if path.name != "lock"):
             raise OutputError(f"output {self.output}: is not a comparison and not empty ({foreign[0]}): choose another")
-        with replacing(file) as temporary:
+        with storage_errors(file), replace_file(file) as temporary:
             temporary.write_text(to_yaml(self.config), encoding="utf-8")
 
     def _open_text(self, **changes: Any) -> "Data":
@@ -113,5 +115,5 @@ class Workspace:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a file atomically."""
-    with replacing(file) as temporary:
+    with storage_errors(file), replace_file(file) as temporary:
         sidecar.write_json(temporary, content)

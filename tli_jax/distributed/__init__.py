@@ -1,1 +1,1 @@
-"""Where things lie: mesh and sharding rules, and the processes of a run."""
+"""Device meshes and sharding rules, kernels that need a mesh, and the processes of a distributed run."""

@@ -1,20 +1,19 @@
-"""TPU slices by the names that users know, as devices to compile for where there is no TPU."""
+"""TPU topologies by slice name, and libtpu on machines without a TPU."""
 
-import contextlib
 import dataclasses
+import glob
+import importlib.metadata
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tli_jax.errors import UsageError, nearest
 
-# Chips of a slice -> how they are linked, as Google Cloud hands them out where no topology is asked for.
-_FLAT = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-_CUBE = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
-_CUBE |= {512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 3072: "12x16x16", 4096: "16x16x16"}
+# Chips per slice -> the topology that Google Cloud assigns by default.
+_2D = {4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+_3D |= {512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16", 3072: "12x16x16", 4096: "16x16x16"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,33 +21,33 @@ class Generation:
     """A generation of TPUs.
 
     Attributes:
-        shapes: chips of a slice -> topology.
-        units: what the number in a slice's name counts, for each chip: v5p-256 counts TensorCores.
-        hbm: bytes of memory that a program on one of JAX's devices can have, as its compiler says.
+        shapes: chips per slice -> topology.
+        units_per_chip: what the number in a slice name counts, per chip. ``v5p-256`` counts TensorCores.
+        hbm: bytes per JAX device that a program can use, as reported by the compiler.
     """
 
     shapes: dict[int, str]
-    units: int
+    units_per_chip: int
     hbm: float
 
 
 _GIB = 2**30
 GENERATIONS = {
-    "v5e": Generation(_FLAT, 1, 15.75 * _GIB),
-    "v6e": Generation(_FLAT, 1, 31.25 * _GIB),
-    "v5p": Generation(_CUBE, 2, 95.74 * _GIB),
-    "tpu7x": Generation(_CUBE, 1, 94.75 * _GIB),  # two devices a chip
+    "v5e": Generation(_2D, 1, 15.75 * _GIB),
+    "v6e": Generation(_2D, 1, 31.25 * _GIB),
+    "v5p": Generation(_3D, 2, 95.74 * _GIB),
+    "tpu7x": Generation(_3D, 1, 94.75 * _GIB),  # two devices per chip
 }
-GENERATIONS |= {"v5litepod": GENERATIONS["v5e"]}  # what Cloud TPU's own commands call it
+GENERATIONS |= {"v5litepod": GENERATIONS["v5e"]}  # the name in Cloud TPU commands
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Slices of one kind.
+    """One or more identical slices.
 
     Attributes:
-        name: as the compiler knows it, e.g. ``v5p:4x4x8``.
-        slices: how many of them, linked by the data centre's network.
+        name: the compiler's name, such as ``v5p:4x4x8``.
+        slices: number of slices, connected by the data center network.
     """
 
     name: str
@@ -59,68 +58,82 @@ class Topology:
 
     @property
     def hbm(self) -> float:
-        """Bytes of memory a device."""
+        """Bytes of memory per device."""
         return GENERATIONS[self.name.split(":")[0]].hbm
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
-    """``v5p:4x4x8`` or, by the name of a slice, ``v5p-256``.
+    """Parse a topology such as ``v5p:4x4x8``, or a slice name such as ``v5p-256``.
 
     Raises:
-        UsageError: not one of the two, or a slice of that size does not exist; says which do.
+        UsageError: the text is neither, or no such slice exists. The message lists the valid ones.
     """
-    found = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower())
-    if found is None:
-        raise UsageError(f"topology: {text!r} is not a slice like v5p-256, or a topology like v5p:4x4x8")
-    generation = GENERATIONS.get(found[1])
+    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+){1,2}))", text.strip().lower())
+    if match is None:
+        raise UsageError(f"topology: {text!r} is neither a slice name like v5p-256 nor a topology like v5p:4x4x8")
+    kind, units, shape = match.groups()
+    generation = GENERATIONS.get(kind)
     if generation is None:
-        raise UsageError(
-            f"topology: {found[1]!r} is not known{nearest(found[1], GENERATIONS)}; there are {', '.join(GENERATIONS)}"
-        )
-    kind = "v5e" if found[1] == "v5litepod" else found[1]
-    if found[3]:
-        if found[3] not in generation.shapes.values():
-            there = ", ".join(generation.shapes.values())
-            raise UsageError(f"topology: {kind} has no slice {found[3]}, it has {there}")
-        return Topology(f"{kind}:{found[3]}", slices)
-    chips, rest = divmod(int(found[2]), generation.units)
+        raise UsageError(f"topology: {kind!r} is not known{nearest(kind, GENERATIONS)}; use {', '.join(GENERATIONS)}")
+    kind = "v5e" if kind == "v5litepod" else kind
+    if shape:
+        if shape not in generation.shapes.values():
+            raise UsageError(f"topology: {kind} has no slice {shape}; use {', '.join(generation.shapes.values())}")
+        return Topology(f"{kind}:{shape}", slices)
+    chips, rest = divmod(int(units), generation.units_per_chip)
     if rest or chips not in generation.shapes:
-        there = ", ".join(f"{kind}-{chips * generation.units}" for chips in generation.shapes)
-        raise UsageError(f"topology: there is no {text}, there are {there}")
+        valid = ", ".join(f"{kind}-{chips * generation.units_per_chip}" for chips in generation.shapes)
+        raise UsageError(f"topology: {text} does not exist; use {valid}")
     return Topology(f"{kind}:{generation.shapes[chips]}", slices)
 
 
 def has_compiler() -> bool:
-    """Whether the TPU compiler is installed, the extra ``tpu``."""
+    """Return whether libtpu, the TPU compiler and runtime, is installed (extra ``tpu``)."""
     return importlib.util.find_spec("libtpu") is not None
 
 
+# Where libtpu looks for the type and the hosts of its TPU, before it asks the metadata server, and its log levels.
+_QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+_NOT_A_TPU = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}  # set by JAX and libtpu on every machine
+
+
+def _may_have_tpu() -> bool:
+    devices = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/[0-9]*")  # noqa: PTH207
+    return bool(devices) or any(name.startswith("TPU_") and name not in _NOT_A_TPU for name in os.environ)
+
+
+def silence_libtpu() -> None:
+    """Keep libtpu quiet on a machine without a TPU; elsewhere, do nothing. Call before JAX is imported.
+
+    JAX loads every installed backend. Without a TPU, libtpu waits for a metadata server and prints warnings from C++.
+    If no other accelerator plugin is installed, JAX is told to use the CPU and does not load libtpu at all.
+    """
+    if not has_compiler() or _may_have_tpu():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if not importlib.metadata.entry_points(group="jax_plugins") and importlib.util.find_spec("jax_plugins") is None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
 def compile_only_devices(topology: Topology) -> list[Any]:
-    """Devices to compile for, none of which is there.
+    """Return devices of a TPU that this machine does not need to have, to compile for.
 
     Raises:
         UsageError: the compiler does not know the topology.
     """
+    silence_libtpu()
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing runs on a TPU here, so nothing is shared
     from jax.experimental import topologies
 
-    several = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    with _quiet():
-        try:
-            return list(topologies.get_topology_desc(topology.name, platform="tpu", **several).devices)
-        except Exception as error:
-            raise UsageError(f"topology {topology}: {' '.join(str(error).split())[:200]}") from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """libtpu looks for a TPU around it when it is loaded, and complains at length, from C++, that there is none."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here runs on a TPU, so nothing is shared
-    before = os.dup(2)
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
     try:
-        yield
-    finally:
-        os.dup2(before, 2)
-        os.close(before)
+        return list(topologies.get_topology_desc(topology.name, platform="tpu", **options).devices)
+    except Exception as error:
+        raise UsageError(f"topology {topology}: {' '.join(str(error).split())[:200]}") from error

@@ -1,7 +1,7 @@
-"""What went wrong with a checkpoint: is it damaged, or did the system refuse to read it?
+"""Classify errors of a checkpoint: is the checkpoint damaged, or did the system refuse to read it?
 
-Orbax and TensorStore report both as whatever exception is at hand. The difference matters: a damaged checkpoint is set
-aside, but nothing may be given up because a disk was unplugged or a permission is missing.
+Orbax and TensorStore raise all kinds of exceptions for both. The difference matters: a damaged checkpoint is set aside,
+but an unplugged disk or a missing permission is no reason to give one up.
 """
 
 import errno
@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tli_jax.errors import StorageError
+from tli_jax.errors import DataError, StorageError, UsageError
 
-# Error numbers of a file that is missing, or replaced by something else. All others come from the system.
+# The file is missing, or replaced by something else. All other error numbers are the system's.
 _MISSING = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP}
-# Status codes of TensorStore, XLA and Google Cloud Storage that say nothing about the content of a file.
+# Status codes of TensorStore, XLA and Google Cloud Storage that do not depend on the content of a file.
 _STATUS = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED)\b")
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -31,18 +31,26 @@ _T = TypeVar("_T")
 class DamagedError(Exception):
     """A checkpoint cannot be restored; the message says why."""
 
+    kind, lack, suffix = DataError, "is intact", ".damaged"
 
-def together(what: str, action: Callable[[], _T]) -> _T:
-    """The result of ``action``, if it succeeds in every process; otherwise the same error in every process.
+
+class ForeignError(Exception):
+    """A checkpoint belongs to another run; the message says to which."""
+
+    kind, lack, suffix = UsageError, "is of this run", ".foreign"
+
+
+def on_all_processes(what: str, action: Callable[[], _T]) -> _T:
+    """Return the result of ``action``, or raise the same error on every process if it fails on any.
 
     Raises:
-        DamagedError: what was read is damaged or missing.
+        DamagedError: the content is damaged or missing.
         StorageError: the system refused to read, or is out of memory.
     """
     result, failure = None, None
     try:
         result = action()
-    except Exception as error:  # a damaged file shows as whatever its reader stumbles over
+    except Exception as error:  # readers raise anything for a damaged file
         failure = error
     refusal = failure and system_error(failure)
     codes = [0 if failure is None else 2 if refusal else 1]
@@ -55,59 +63,59 @@ def together(what: str, action: Callable[[], _T]) -> _T:
             f"{what}: {why}: nothing was changed; make it readable, then run the same command again"
         ) from failure
     if worst == 1:
-        raise DamagedError(f"{what}: {line(failure) if failure else f'process {codes.index(1)} cannot read it'}") from (
-            failure
-        )
+        why = one_line(failure) if failure else f"process {codes.index(1)} cannot read it"
+        raise DamagedError(f"{what}: {why}") from failure
     return result  # pyright: ignore[reportReturnType]
 
 
 def system_error(error: BaseException) -> str | None:
-    """Why the system refused, if that caused the error; None if the error says something about the content."""
-    for one in _causes(error):
-        text = str(one)
-        code = one.errno if isinstance(one, OSError) else None
-        if code is None and (found := _OS_ERROR.search(text)):
-            code = int(found[1])
+    """Return why the system refused, or None if the error is about the content."""
+    for cause in _causes(error):
+        text = str(cause)
+        code = cause.errno if isinstance(cause, OSError) else None
+        if code is None and (match := _OS_ERROR.search(text)):
+            code = int(match[1])
         if code is not None and code not in _MISSING:
             return os.strerror(code)
-        if isinstance(one, MemoryError):
+        if isinstance(cause, MemoryError):
             return "out of memory"
-        if code is None and (found := _STATUS.search(text)):
-            return f"{found[1]}: {_short(text)}"
+        if code is None and (match := _STATUS.search(text)):
+            return f"{match[1]}: {_shorten(text)}"
     return None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     yield error
-    inner = list(error.exceptions) if isinstance(error, BaseExceptionGroup) else []
-    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    for one in [*inner, *([before] if before else [])]:
-        yield from _causes(one)
+    causes = list(error.exceptions) if isinstance(error, BaseExceptionGroup) else []
+    if cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        causes.append(cause)
+    for cause in causes:
+        yield from _causes(cause)
 
 
-def line(error: BaseException) -> str:
-    """An exception in one line."""
-    if code := _OS_ERROR.search(str(error)):  # at the end of pages from TensorStore
+def one_line(error: BaseException) -> str:
+    """Describe an exception in one line."""
+    if code := _OS_ERROR.search(str(error)):  # at the end of a page from TensorStore
         return os.strerror(int(code[1]))
-    text = _short(str(error))
+    text = _shorten(str(error))
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _short(text: str) -> str:
+def _shorten(text: str) -> str:
     return " ".join(text.split())[:300]
 
 
-def first(value: int) -> int:
-    """The value that the first process has."""
+def broadcast(value: int) -> int:
+    """Return process 0's value on every process."""
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
 
 
 @functools.cache
-def hush_orbax() -> None:
-    """Keep Orbax's tracebacks off stderr, where the user gets one line: what matters in them is raised too.
+def silence_orbax() -> None:
+    """Keep Orbax's tracebacks off stderr: it also raises the errors, and the user gets them in one line.
 
-    On the first error it also closes its event loop under everything that is still reading or writing; each of those
-    would then leave a traceback of its own, some of them much later.
+    On its first error, Orbax also closes its event loop under everything that is still reading or writing. Each of
+    those would leave a traceback, some of them much later.
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())

@@ -104,7 +104,7 @@ class Loop:
                     # Metrics first: a run that is stopped here must not count a step as done without its metrics.
                     is_stopped = reader.read() or is_stopped
                     if self.metrics is not None:
-                        self.metrics.mirror()
+                        self.metrics.upload()
                     self.checkpoints.save(step, state, self.facts | {"step": step, "tokens": step * self.tokens})
                     self.report(f"saving checkpoint at step {step:,}")
                     reader.restart()

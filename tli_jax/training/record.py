@@ -1,4 +1,4 @@
-"""The record that a trained model carries: ``training.json``."""
+"""``training.json``: the record that a trained model carries."""
 
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ from tli_jax.training.run_directory import RunDirectory
 
 
 def describe_base(weights: Checkpoint) -> dict[str, Any]:
-    """What ``run.json`` says of the model that a run starts from.
+    """Return the keys of ``run.json`` about the model that a run starts from.
 
-    Returns:
-        ``base``, the hub id and commit that the model goes back to, or else the name of its folder, with the revision
-        null; ``earlier``, what ``read_trainings`` finds.
+    ``base`` is the Hub id and commit of the original model, or else its folder name with revision null. ``earlier`` is
+    the result of ``read_trainings``.
     """
     earlier, growth = read_trainings(weights.folder), (weights.growth or {}).get("base", {})
-    if (found := hub.origin(weights.folder)) is not None:
-        base = {"name": found[0], "revision": found[1]}
+    if (origin := hub.origin(weights.folder)) is not None:
+        base = {"name": origin[0], "revision": origin[1]}
     elif earlier:
         base = earlier[-1]["base"]
     elif growth.get("name"):
@@ -33,18 +32,18 @@ def describe_base(weights: Checkpoint) -> dict[str, Any]:
 
 
 def describe_training(run: RunDirectory, config: TrainConfig, outer: list[str], T: int, step: int) -> dict[str, Any]:
-    """What ``training.json`` says of a run, up to one of its steps. It names no path.
+    """Return ``training.json`` for a run up to one of its steps. It contains no paths.
 
     Args:
-        outer: the tensors outside the layers that train.
-        T: tokens a sequence.
+        outer: the trainable tensors outside the layers.
+        T: tokens per sequence.
 
     Returns:
-        ``run``, its id; ``step`` and ``tokens``; ``losses``, see ``report.run.losses``; ``only`` and ``outer``, what
-        trained; ``optimizer`` and peak ``learning_rate`` by group; ``text``, the digest of the data; ``base``, what it
-        started from; ``earlier``, the records of the trainings before, since the model was last grown; ``versions``.
+        ``run``, its id; ``step`` and ``tokens``; ``losses``, see ``metrics.losses``; ``only`` and ``outer``, the
+        trainable parameters; ``optimizer`` and peak ``learning_rate`` by group; ``text``, the digest of the data;
+        ``base``; ``earlier``, the trainings since the model was last grown; ``versions``.
     """
-    facts = run.check_facts({})
+    facts = run.read_facts()
     return {
         "run": facts["id"],
         "step": step,

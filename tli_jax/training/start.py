@@ -15,7 +15,8 @@ from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
 from tli_jax.hf.headers import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.record import describe_training
-from tli_jax.training.run_directory import RunDirectory, model_digest
+from tli_jax.training.run_directory import RunDirectory
+from tli_jax.training.run_identity import model_digest
 
 
 @dataclasses.dataclass(frozen=True)

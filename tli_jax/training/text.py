@@ -10,11 +10,12 @@ from tli_jax.cli.config import Recipe
 from tli_jax.cli.values import Source
 from tli_jax.data.embedded import topics
 from tli_jax.distributed import processes
+from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf import hub
 from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.tokenizer import tokenizer_digest
 from tli_jax.models.config import LlamaConfig
-from tli_jax.training.run_directory import replacing
+from tli_jax.training.run_directory import 
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
@@ -73,7 +74,7 @@ def replace_embedded(
             return source
         if processes.is_first() or not file.is_file():  # machines of a run in object storage each need the file
             file.parent.mkdir(exist_ok=True)
-            with replacing(file) as temporary:
+            with storage_errors(file), replace_file(file) as temporary:
                 lines = [json.dumps({field: document}) for document in read()]
                 temporary.write_text("\n".join(lines), encoding="utf-8")
         return dataclasses.replace(source, path=str(file))

@@ -16,7 +16,8 @@ from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
-from tli_jax.training.run_directory import RunDirectory, model_digest
+from tli_jax.training.run_directory import RunDirectory, lock_directory
+from tli_jax.training.run_identity import model_digest
 from tli_jax.training.start import open_start
 from tli_jax.training.text import open_text
 
@@ -56,7 +57,7 @@ def train(config: TrainConfig, cache: Path | None = None, advance: Advance | Non
     if processes.is_first():
         run.create()
     processes.barrier("run")
-    with processes.lock(run.path):
+    with lock_directory(run.path):
         if run.remote is not None:
             _report(f"run {run}: object storage has no locks: make sure that only one job writes to it")
         return _train(config, run, cache or run.data, advance)
