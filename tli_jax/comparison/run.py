@@ -12,11 +12,11 @@ from tli_jax.comparison.runs import train_all
 from tli_jax.comparison.starts import measure_starts
 from tli_jax.comparison.statistics import analyse
 from tli_jax.comparison.workspace import Workspace, write_json
-from tli_jax.distributed import processes
 from tli_jax.errors import OutputError, UsageError
 from tli_jax.hf import sidecar
 from tli_jax.reporting.page import require_libraries, write_report
 from tli_jax.reporting.results import BASE
+from tli_jax.training.run_directory import lock_directory
 
 Records = list[dict[str, Any]]
 _PACKAGES = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")

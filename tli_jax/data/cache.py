@@ -50,7 +50,7 @@ class CacheEntry:
     def write_record(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Complete the entry. Returns the record: the key and the facts."""
         record = {"key": self.key} | facts
-        with storage_errors(self._json), replace_file(self._json) as output:
+        with replacing(self._json) as output:
             output.write(json.dumps({"record": record, "sha256": sha256_json(record)}, indent=1).encode())
         return record
 
@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def (file: Path) -> Iterator[BinaryIO]:
+def replacing(file: Path) -> Iterator[BinaryIO]:
     """Write a file that appears only once it is complete.
 
     The temporary name is unique to the machine, so the next run overwrites what a killed one left.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tli_jax.data.cache import CacheEntry, locked, sha256_file
+from tli_jax.data.cache import CacheEntry, locked, replacing, sha256_file
 from tli_jax.data.documents import Documents
 from tli_jax.data.sources import Found, find_files
 from tli_jax.data.tokenization import Rules, tokenize
@@ -63,7 +63,7 @@ def open_stream(path: Path, rules: Rules, cache: Path, known_digest: str | None 
         if record is None:
             if is_gone:
                 raise MissingInputError(f"{path}: no such file or folder, and its tokens are not in {cache}")
-            with storage_errors(entry.ids), replace_file(entry.ids) as output, (entry.starts) as starts_output:
+            with replacing(entry.ids) as output, replacing(entry.starts) as starts_output:
                 facts = tokenize(Documents(path, rules.config), rules, output, starts_output)
             record = entry.write_record(facts)
     notes = [*found.notes, *_describe(path, record)]

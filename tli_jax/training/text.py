@@ -10,12 +10,11 @@ from tli_jax.cli.config import Recipe
 from tli_jax.cli.values import Source
 from tli_jax.data.embedded import topics
 from tli_jax.distributed import processes
-from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf import hub
 from tli_jax.hf.encoding import Tokenizer
+from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf.tokenizer import tokenizer_digest
 from tli_jax.models.config import LlamaConfig
-from tli_jax.training.run_directory import 
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
