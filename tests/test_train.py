@@ -913,7 +913,7 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
         ({"export": "RUN/out"}, 2, "must not be the same or lie in each other"),
         ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same or lie in each other"),
         ({"sequence-length": 5000}, 65, "has 4,001 tokens, one window takes 5,001"),
-        ({"batch-size": 256}, 65, "one batch takes 256 × 16 + 1 tokens"),
+        ({"batch-size": 256}, 65, "a batch needs 256 of 16 + 1 tokens"),
     ],
 )
 def test_refused(start, tmp_path, capsys, options, code, said):
