@@ -932,8 +932,8 @@ def test_upscale_continues_with_training(small, start, tmp_path, capsys):
         ({"model": "FOLDER/base", "only": "injected"}, 2, "injected needs a grown model"),
         ({"export": "RUN/out"}, 2, "must not be the same or lie in each other"),
         ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same or lie in each other"),
-        ({"sequence-length": 5000}, 65, "4,001 tokens, one window takes 5,001"),
-        ({"batch-size": 256}, 65, "one batch takes 256 × 16 + 1 tokens"),
+        ({"sequence-length": 5000}, 65, "has 4,001 tokens, one window takes 5,001"),
+        ({"batch-size": 256}, 65, "a batch needs 256 of 16 + 1 tokens"),
     ],
 )
 def test_wrong_options_are_refused(start, tmp_path, capsys, options, code, message):
