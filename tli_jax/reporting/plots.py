@@ -97,7 +97,8 @@ def _draw_forgetting(results: Mapping[str, Any]) -> Figure:
     for limit, key in ((axes.set_xlim, "final"), (axes.set_ylim, "old_after")):
         losses = sorted(row[key]["mean"] for row in rows)
         low, high = losses[0], losses[9 * len(losses) // 10]
-        limit(low - 0.1 * (high - low), high + 0.2 * (high - low))
+        if low < high:
+            limit(low - 0.1 * (high - low), high + 0.2 * (high - low))
     base = results["base"]["old"]
     axes.axhline(base, color=GREY, lw=1, ls="--")
     axes.annotate("base before training", (0.99, base), xycoords=("axes fraction", "data"), ha="right", va="bottom")
