@@ -37,9 +37,10 @@ FLAGS = {
     "--clip-norm": ("--clip",),
     "--validation-fraction": ("--validation-share",),
 }
-KEYS = {"guarantee": ("exactness",)}
-# What a run measures of the machine, or records about it, is not a result.
-IGNORED = {"seconds", "tokens_per_second", "mfu", "memory", "peak_bytes", "machine", "versions", "command", "config"}
+KEYS = {"guarantee": ("exactness",), "optimizer_state": ("moments",)}
+CURRENT = {old: new for new, olds in KEYS.items() for old in olds}
+# Depend on the machine.
+MACHINE = {"seconds", "tokens_per_second", "mfu"}
 
 Results = dict[str, str]
 
@@ -116,10 +117,15 @@ class Revision:
         found = of_folder(self.work / "grown", "grown")
         for run in ("float32", "bfloat16", "resumed"):
             found |= of_run(self.work / run, run) | of_folder(self.work / f"{run}-trained", f"{run}-trained")
-        losses = flatten(read(self.work / "comparison" / "results.json"))
-        return found | {
-            f"comparison/results.json {path}": value for path, value in losses.items() if path.startswith("starts")
-        }
+        for start in read(self.work / "comparison" / "results.json")["starts"]:
+            name = f"comparison/results.json {start['name']}"
+            found |= {f"{name} {key}": repr(start[key]) for key in ("new", "old")}
+            if start["plan"]:
+                found |= {f"{name} · plan row {i}": json.dumps(row) for i, row in enumerate(start["plan"]["rows"])}
+        return found
+
+
+# Values by name. The part of a name before " · " is a group, which the table shows in one line.
 
 
 def of_folder(folder: Path, name: str) -> Results:
@@ -128,21 +134,27 @@ def of_folder(folder: Path, name: str) -> Results:
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
     found = {f"{name}/{file.name} sha256": hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     growth = read(folder / "growth.json")
-    found |= {f"{name} plan row {i}": json.dumps(row, sort_keys=True) for i, row in enumerate(growth["rows"])}
-    for key in ("digests", "proof", "parameters", "guarantee", "injected"):
-        found |= flatten(growth[key], f"{name}/growth.json {key}")
+    found |= {f"{name}/growth.json · plan row {i}": json.dumps(row) for i, row in enumerate(growth["rows"])}
+    for key in ("digests", "parameters", "guarantee", "injected"):
+        found |= flatten(growth[key], f"{name}/growth.json · {key}")
+    if growth["proof"]:
+        # A slow machine proves fewer tokens, and then the other numbers are different ones.
+        found |= flatten(growth["proof"], f"{name}/growth.json proof of {growth['proof']['tokens']} tokens ·")
     return found
 
 
 def of_run(run: Path, name: str) -> Results:
     """Digest of the data, the metrics of each step, and the digests of the arrays in each checkpoint."""
-    found = {f"{name}/run.json data": read(run / "run.json")["data"]}
+    found = {f"{name}/run.json data digest": read(run / "run.json")["data"]}
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        metrics = rename(json.loads(line))
-        found |= flatten(metrics, f"{name}/metrics.jsonl step {metrics['step']}")
+        metrics = json.loads(line)
+        for key, value in metrics.items():
+            if key not in MACHINE:
+                found[f"{name}/metrics.jsonl step {metrics['step']} {'' if 'loss' in key else '· '}{key}"] = repr(value)
     for file in sorted((run / "checkpoints").glob("*/meta/meta.json")):
-        arrays = read(file)["content"]["arrays"]
-        found |= {f"{name} step {file.parts[-3]} {array}": json.dumps(value) for array, value in arrays.items()}
+        for array, value in read(file)["content"]["arrays"].items():
+            top, _, rest = array.partition(".")
+            found[f"{name}/checkpoints/{file.parts[-3]} · {CURRENT.get(top, top)}.{rest}"] = json.dumps(value)
     return found
 
 
@@ -153,38 +165,36 @@ def read(file: Path) -> Any:
 def rename(content: Any) -> Any:
     """JSON with the current names of its keys."""
     if isinstance(content, dict):
-        current = {old: new for new, olds in KEYS.items() for old in olds}
-        return {current.get(key, key): rename(value) for key, value in content.items()}
+        return {CURRENT.get(key, key): rename(value) for key, value in content.items()}
     return [rename(value) for value in content] if isinstance(content, list) else content
 
 
-def flatten(content: Any, path: str = "") -> Results:
-    """Each leaf of a JSON tree by its path; floats as the shortest text that reads back as the same number."""
-    if isinstance(content, dict):
-        # Entries of a list have a name where they are compared by it, not by position.
-        entries = [(key, value) for key, value in content.items() if key not in IGNORED]
-    elif isinstance(content, list):
-        named = all(isinstance(value, dict) and "name" in value for value in content)
-        entries = [(value["name"] if named else str(i), value) for i, value in enumerate(content)]
-    else:
+def flatten(content: Any, path: str) -> Results:
+    """Each leaf of a JSON tree by its path. ``repr`` of a float identifies it exactly."""
+    if not isinstance(content, dict | list):
         return {path: repr(content)}
-    return {key: leaf for name, value in entries for key, leaf in flatten(value, f"{path} {name}".strip()).items()}
+    entries = content.items() if isinstance(content, dict) else enumerate(content)
+    return {
+        key: leaf
+        for name, value in entries
+        if name not in MACHINE
+        for key, leaf in flatten(value, f"{path} {name}").items()
+    }
+
+
+def find_differences(before: Results, after: Results) -> list[str]:
+    return [key for key in before | after if before.get(key) != after.get(key)]
 
 
 def tabulate(before: Results, after: Results) -> Iterator[str]:
-    """A line for each weight file, step and loss; one line for each group of digests, rows and arrays."""
+    """A line for each group or single value, and up to five differences."""
     groups: dict[str, list[str]] = {}
     for key in before | after:
-        words = key.split()
-        is_single = "sha256" in words or "metrics.jsonl" in key or "loss" in key or words[-1] in ("new", "old", "data")
-        groups.setdefault(key if is_single else " ".join(words[:3]), []).append(key)
+        groups.setdefault(key.partition(" · ")[0], []).append(key)
     for group, keys in groups.items():
         different = [key for key in keys if before.get(key) != after.get(key)]
-        if len(keys) == 1:
-            value = before.get(keys[0], "missing")
-            yield f"{'DIFFERENT' if different else 'identical'}  {group}  {value[:24]}"
-        else:
-            yield f"{'DIFFERENT' if different else 'identical'}  {group}  {len(keys) - len(different)} of {len(keys)}"
+        value = f"{len(keys) - len(different)} of {len(keys)}" if " · " in keys[0] else before.get(group, "")[:24]
+        yield f"{'DIFFERENT' if different else 'identical'}  {group}  {value}"
         for key in different[:5]:
             yield f"           {key}: {before.get(key, 'missing')} → {after.get(key, 'missing')}"
 
@@ -215,22 +225,16 @@ def main() -> None:
             shutil.rmtree(work)
     print(f"{args.before} → {args.after or 'working tree'}")
     print(*tabulate(before, after), sep="\n")
-    different = [key for key in before | after if before.get(key) != after.get(key)]
-    # A run that was stopped and resumed, against the same run without a stop.
+    # A run that was stopped and resumed must equal the same run without a stop.
     straight, resumed = (
-        {
-            key.partition(run)[2]: value
-            for key, value in after.items()
-            if key.startswith(f"{run} step") or key.startswith(f"{run}/metrics")
-        }
+        {key.removeprefix(run): value for key, value in after.items() if key.startswith(f"{run}/")}
         for run in ("bfloat16", "resumed")
     )
-    unlike = [key for key in straight | resumed if straight.get(key) != resumed.get(key)]
-    unlike = [key for key in unlike if "validation" not in key]  # a resumed run validates before its first step too
-    print(
-        f"{'DIFFERENT' if unlike else 'identical'}  the resumed run and the uninterrupted one: {len(straight)} values"
-    )
-    print(*(f"           {key}: {straight.get(key)} → {resumed.get(key)}" for key in unlike[:5]), sep="\n", end="")
+    unlike = find_differences(straight, resumed)
+    print(f"{'DIFFERENT' if unlike else 'identical'}  resumed and uninterrupted run  {len(straight)} values")
+    for key in unlike[:5]:
+        print(f"           {key}: {straight.get(key, 'missing')} → {resumed.get(key, 'missing')}")
+    different = find_differences(before, after)
     print(f"{len(before | after) - len(different)} of {len(before | after)} values are identical")
     sys.exit(1 if different or unlike else 0)
 
