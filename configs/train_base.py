@@ -174,15 +174,16 @@ library_name: transformers
 ---
 # The base model of tli_jax
 
-A Llama with {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, and a byte-level BPE
-tokenizer with {config.vocab_size:,} tokens. The project trained it from scratch with `configs/base.yaml`:
+A Llama with {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, and a byte-level
+BPE tokenizer with {config.vocab_size:,} tokens. The project trained it from scratch with `configs/base.yaml`:
 
     python configs/train_base.py --config configs/base.yaml --output base
 
 - Text: the sources of the standard library of Python {facts["python"]}, and their docstrings as plain prose (sha256
   {facts["text_sha256"]}). One file in forty was held out.
 - Excluded as a new domain for continued pretraining: the documentation topics (`pydoc_data.topics`).
-- Training: {facts["train_tokens"]:,} tokens of {facts["bytes_per_token"]} bytes on average, {facts["seconds"]:,} s on a CPU.
+- Training: {facts["train_tokens"]:,} tokens of {facts["bytes_per_token"]} bytes on average, {facts["seconds"]:,} s on
+  a CPU.
 - Held-out loss: {facts["held_out_loss"]} nats per token; {facts["new_domain_loss"]} on the new domain (at most 200
   windows of 512 tokens, each starting with BOS).
 

@@ -40,7 +40,7 @@ def write_random() -> Callable[[Path, tli_jax.LlamaConfig], None]:
 
 @pytest.fixture(scope="session")
 def done(once, start) -> Path:
-    """A folder with ``run``, four steps of the grown model with a checkpoint every two steps, and ``out``, its export."""
+    """A folder with ``run``, four steps of the grown model with two checkpoints, and ``out``, its export."""
 
     def make(folder: Path) -> None:
         call = ["--model", start / "grown", "--text", start / "ids.npy", "--run", folder / "run", *TRAIN, "--steps", 4]
@@ -63,7 +63,9 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     folder.mkdir()
 
     def mount(options: str) -> Path:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True
+        )
         if mounted.returncode:
             pytest.skip(f"cannot mount a file system: {mounted.stderr.strip()}")
         return folder
@@ -75,7 +77,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="session")
 def tli(compiled) -> Callable[..., tuple[int, str, str]]:
-    """Run ``python -m tli_jax.…`` in a process; return exit code, stdout and stderr. It must end within the timeout."""
+    """Run ``python -m tli_jax.…`` in a process with a timeout; return exit code, stdout and stderr."""
 
     def tli(*call: Any, before: list[str] = [], timeout: float = 120, **environment: str):  # noqa: B006
         one = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}

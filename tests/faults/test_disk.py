@@ -72,7 +72,7 @@ def fill(folder: Path, free: int) -> Path:
 
 
 def complete(run: Path) -> list[str]:
-    """Steps that a run can resume from. Leftovers of a failed save have other names and are deleted at the next start."""
+    """Steps that a run can resume from. Leftovers of a failed save have other names."""
     return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
 
 

@@ -1,4 +1,4 @@
-"""Growth under a memory limit succeeds within the documented amount; below it, it fails with a message and no output."""
+"""Growth under a memory limit works within the documented amount; below it, it fails and leaves no output."""
 
 import os
 import shutil

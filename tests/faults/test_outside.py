@@ -30,7 +30,7 @@ def move_and_link(name):
     return damage
 
 
-def point_point_index_to(target):
+def point_index_to(target):
     def damage(base, outside):
         shutil.copy(base / "model.safetensors", outside / "x.safetensors")
         shutil.move(base / "model.safetensors", base / "a.safetensors")
