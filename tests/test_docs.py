@@ -1,10 +1,7 @@
 """The commands and Python snippets of the documentation run as written, links lead somewhere, and tables are current.
 
-Blocks tagged ``bash``, ``sh``, ``console`` and ``python`` run in order, page by page, in one folder per page. An HTML
-comment directly above a block changes that:
-
-- ``<!-- not run: REASON -->`` skips the block;
-- ``<!-- test flags of train: --steps 4 -->`` appends flags to ``tli-jax train`` in the block, to make it small.
+Blocks of shell commands and of Python run in order, page by page, in one folder per page. Numbers that make a command
+slow, such as ``--steps 2000``, are reduced (``SMALL``). ``<!-- not run: REASON -->`` above a block skips it.
 """
 
 import os
@@ -21,8 +18,11 @@ ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 # Pages whose commands run in `make test`; those of the others run in `make test-long`.
 QUICK = ("README.md", "docs/api.md", "docs/methods.md")
-COMMAND = r"(?:tli-jax |python -m tli_jax\.)"
-BASH = ("bash", "sh", "console")
+# Largest numbers of options that decide how long a command takes.
+SMALL = {"steps": 4, "warmup": 1, "seeds": 1, "batch-size": 2, "sequence-length": 64, "limit": 4}
+SHELL = ("bash", "sh", "console")
+# The first words of commands in blocks without a language.
+COMMAND = re.compile(r"^(\$ )?(tli-jax |python -m tli_jax|python benchmarks/|make |pip |launch/)", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -31,7 +31,6 @@ class Block(NamedTuple):
     language: str
     code: str
     not_run: str | None
-    flags: dict[str, str]  # of sub-commands
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -44,14 +43,10 @@ def read_blocks(page: str) -> Iterator[Block]:
         if start is None and line.startswith("```"):
             start = number
         elif start is not None and line.startswith("```"):
-            above = start
-            while above and re.fullmatch(r"<!-- .* -->", lines[above - 1]):
-                above -= 1
-            comments = "\n".join(lines[above:start])
-            not_run = re.search(r"<!-- not run: (.*) -->", comments)
-            flags = dict(re.findall(r"<!-- test flags of (\w+): (.*) -->", comments))
             code = "\n".join(lines[start + 1 : number])
-            yield Block(page, start + 2, lines[start][3:].strip(), code, not_run[1] if not_run else None, flags)
+            language = lines[start][3:].strip() or ("bash" if COMMAND.search(code) else "")
+            not_run = re.fullmatch(r"<!-- not run: (.*) -->", lines[start - 1])
+            yield Block(page, start + 2, language, code, not_run[1] if not_run else None)
             start = None
 
 
@@ -59,35 +54,25 @@ BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 
 
 def to_script(block: Block) -> str:
-    """The commands of a block, with its test flags, as a script that reports the line of a failing command."""
+    """The commands of a block, with small numbers, as a script that reports the line of a failing command."""
     lines = block.code.splitlines()
-    if block.language == "console":  # output is kept as empty lines, so that line numbers stay right
+    if block.language == "console":  # empty lines in place of output keep the line numbers
         lines = [line[2:] if line.startswith("$ ") else "" for line in lines]
-    command = None
-    for number, line in enumerate(lines):
-        found = re.match(rf"{COMMAND}(\w+)", line)
-        command = found[1] if found else command
-        if command in block.flags and not line.endswith("\\"):
-            words, comment = re.fullmatch(r"(.*?)(\s+#.*|\s*)", line).groups()
-            lines[number] = f"{words} {block.flags[command]}{comment}"
-        command = command if line.endswith("\\") else None
+    small = [
+        re.sub(r"--(?:\w+\.)?([\w-]+) (\d+)\b", lambda m: m[0][: m.start(2) - m.start()] + _reduce(m[1], m[2]), line)
+        for line in lines
+    ]
     trap = f"trap 'echo \"{block.page}:$((LINENO + {block.line - 2})): $BASH_COMMAND\" >&2' ERR"
-    return "\n".join([f"set -euo pipefail; {trap}", *lines])
+    return "\n".join([f"set -euo pipefail; {trap}", *small])
+
+
+def _reduce(option: str, value: str) -> str:
+    return str(min(int(value), SMALL.get(option, int(value))))
 
 
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.not_run], ids=str)
 def test_block_that_is_not_run(block):
     pytest.skip(f"{block}: {block.not_run}")
-
-
-def test_every_command_is_in_a_block_that_runs_or_says_why_not():
-    commands = rf"^(\$ )?({COMMAND}|make |pip |launch/|python benchmarks/)"
-    untagged = [
-        str(block)
-        for block in BLOCKS
-        if block.language not in BASH and not block.not_run and re.search(commands, block.code, re.MULTILINE)
-    ]
-    assert not untagged, f"tag these blocks as bash, or put <!-- not run: REASON --> above: {', '.join(untagged)}"
 
 
 @pytest.fixture
@@ -115,7 +100,7 @@ def test_commands_and_snippets_run(page, tmp_path, environment):
     for block in BLOCKS:
         if block.page != page or block.not_run:
             continue
-        if block.language in BASH:
+        if block.language in SHELL:
             call = ["bash", "-c", to_script(block)]
         elif block.language == "python":
             # Empty lines in front give tracebacks the line numbers of the page.
@@ -133,6 +118,8 @@ def write_inputs(folder: Path) -> None:
     """Small files under the names that the pages use for a reader's own, and the folders of the repository."""
     for name in ("configs", "benchmarks", "launch"):
         (folder / name).symlink_to(ROOT / name)
+    for name in ("DIR", "DIR_OR_HUB_ID"):
+        (folder / name).symlink_to(ROOT / "tli_jax" / "assets" / "base")
     rows = [f'{{"text": "def f{i}(x):\\n    return x + {i}\\n# Once upon a time {i}"}}\n' for i in range(400)]
     for name in ("corpus", "new", "old", "held_out"):
         (folder / f"{name}.jsonl").write_text("".join(rows))
