@@ -6,6 +6,9 @@ NEWEST := .venv-newest/bin
 PIP_INSTALL := -m pip install -q --disable-pip-version-check --no-compile
 # If set, every process compiles all its imports again: 3.3 s instead of 1.3 s, for hundreds of processes in the tests.
 unexport PYTHONDONTWRITEBYTECODE
+# All cores. Each worker starts with a contiguous part of the tests, so that most fixtures and compilations of a module
+# happen in one worker; idle workers then take over tests from the end of another one's part.
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 # Finds a Python for test-newest, newest first: on PATH, or installed by pyenv. Checking that the program exists is not
 # enough, because pyenv has shims for inactive versions, which fail when started.
@@ -32,7 +35,7 @@ demo-train: .venv/.runtime  ## grow that model and train its injected layers on 
 	@$(BIN)/python -m tli_jax.report out/demo_train/run
 
 test: .venv/.test  ## run the tests, except the long ones
-	$(BIN)/python -m pytest -n 2 -m "not long and not topologies"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not topologies"
 
 test-long: .venv/.test  ## run the long tests only
 	$(BIN)/python -m pytest -m long
@@ -44,7 +47,7 @@ test-newest:  ## run the tests on Python 3.13 or 3.12 with the newest JAX, witho
 	@python=$$($(FIND_NEWEST)); \
 	if [ -z "$$python" ]; then echo "test-newest: skipped, found no Python 3.13 or 3.12"; exit 0; fi; \
 	$(MAKE) --no-print-directory .venv-newest/.test NEWEST_PYTHON="$$python" && \
-	$(NEWEST)/python -m pytest -n 2 -m "not long and not topologies"
+	$(NEWEST)/python -m pytest $(PARALLEL) -m "not long and not topologies"
 
 FUZZ_SECONDS ?= 600
 FUZZ_TARGETS ?= headers config growth yaml tokenizer text tasks run
