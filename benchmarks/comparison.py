@@ -1,8 +1,8 @@
-"""The tables of docs/results.md: what comparisons found, kept in benchmarks/results.
+"""Prints the tables of docs/results.md from the comparisons stored in benchmarks/results.
 
-python benchmarks/comparison.py --keep OUTPUT NAME    # what tli_jax.compare wrote to OUTPUT
-python benchmarks/comparison.py NAME                  # its tables
-python benchmarks/comparison.py NAME --claims
+python benchmarks/comparison.py --keep OUTPUT NAME    # store the results in OUTPUT, a folder written by tli_jax.compare
+python benchmarks/comparison.py NAME                  # print the tables
+python benchmarks/comparison.py NAME --claims         # print the verdicts on the paper's claims
 """
 
 import argparse
@@ -17,12 +17,12 @@ from tli_jax.reporting.results import TRAINED
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "accuracy")
 COLUMNS += ("seconds", "memory")
-# One row a claim and a contender would be some hundred: the two readings of the paper's method, and the best start.
+# One row per claim and contender would be a hundred rows: show both readings of the paper's method, and the best start.
 CLAIMANTS = ("tli:identity", "tli:copy", "tli:half")
 
 
 def keep(output: Path, name: str) -> None:
-    """Without plans and proofs, which a growth makes again, and without where things lie on this machine."""
+    """Store results without plans and proofs, which growth can reproduce, and without local paths."""
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
     for start in results["starts"]:
         del start["plan"], start["proof"]
@@ -41,7 +41,7 @@ def table(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def tables(results: dict[str, Any]) -> str:
-    """One for each kind of run."""
+    """One table for each set of trainable parameters."""
     found = []
     for only in dict.fromkeys(row["only"] for row in results["summary"]):
         rows = [comparison.cells(row) for row in results["summary"] if row["only"] == only]

@@ -1,26 +1,25 @@
-"""Kills growth and training at random moments, many times over, and checks that nothing was lost.
+"""Kills growth and training at random moments, many times, and checks that nothing is lost.
 
     python benchmarks/killstorm.py [--kills 100] [--seed 0] [--only growth] [--work DIR]
 
-**Growth.** A random model of 0.1 GB is grown 8 → 12 layers, file to file, every other time over an older output. Each
-time SIGKILL comes at a random moment of the command. Then under the final name there must be nothing, or the old
-output, or the new one, complete; and the same command once more must leave the output of a growth that was never
-killed, byte for byte, and nothing beside it.
+**Growth.** A random model of 0.1 GB is grown 8 → 12 layers, file to file, every other time over an older output.
+Each time the command receives SIGKILL at a random moment. The output must then be absent, or the complete old one, or
+the complete new one. Running the same command again must give the output of an uninterrupted growth, byte for byte,
+and leave no other files.
 
 **Training.** The embedded model, grown 12 → 15 layers, trains its injected layers with a checkpoint every five steps.
-The run is killed over and over, while it starts, trains and saves, and the same command goes on. At the end its
-parameters, optimizer state and exported weights must be those of a run that was never killed, bit for bit, and
-``metrics.jsonl`` must have every step once, with the same losses.
+The run is killed repeatedly while it starts, trains and saves, and the same command resumes it. At the end its
+parameters, optimizer state and exported weights must be those of an uninterrupted run, bit for bit, and
+``metrics.jsonl`` must contain every step once, with the same losses.
 
-Prints a summary, writes ``benchmarks/results/killstorm.json``, and exits with 1 where something was lost. It takes some
-minutes; programs are compiled once and kept (``JAX_COMPILATION_CACHE_DIR``), so that a restart is short.
+Prints a summary, writes ``benchmarks/results/killstorm.json``, and exits with 1 if anything was lost. Takes some
+minutes; compiled programs are cached, so restarts are fast.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -30,16 +29,16 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import RESULTS, machine, versions, write_result
 
 import tli_jax
 from tli_jax.hf.checkpoint import expected_shapes
 
-SAVE_EVERY, STEPS_A_KILL = 5, 8
+SAVE_EVERY, STEPS_PER_KILL = 5, 8
 
 
 def start(work: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -53,7 +52,7 @@ def start(work: Path, *arguments: str) -> subprocess.Popen[bytes]:
 
 
 def finish(work: Path, *arguments: str) -> float:
-    """Run a command to its end, which must be 0; seconds."""
+    """Run a command to the end; return its seconds. It must succeed."""
     started = time.monotonic()
     if code := start(work, *arguments).wait(timeout=1800):
         raise SystemExit(f"FAILED: {' '.join(arguments)} left with {code}: {(work / 'log').read_text()[-500:]}")
@@ -61,7 +60,7 @@ def finish(work: Path, *arguments: str) -> float:
 
 
 def digest(folder: Path) -> str | None:
-    """Of every name and byte below a folder; None where there is none."""
+    """Digest of all names and bytes in a folder; None if it does not exist."""
     if not folder.exists():
         return None
     found = hashlib.sha256()
@@ -70,9 +69,9 @@ def digest(folder: Path) -> str | None:
     return found.hexdigest()
 
 
-def expect(is_so: bool, what: str) -> None:
-    if not is_so:
-        raise SystemExit(f"FAILED: {what}")
+def expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise SystemExit(f"FAILED: {message}")
 
 
 # --- Growth.
@@ -117,7 +116,7 @@ def storm_growth(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         time.sleep(rng.uniform(0, 1.05 * usual))
         is_written = any(".partial" in path.name for path in outputs.iterdir())
         process.send_signal(signal.SIGKILL)
-        if process.wait() == 0:  # it was faster than usual
+        if process.wait() == 0:  # it finished before the kill
             moments["too late, not counted"] += 1
             continue
         done += 1
@@ -130,7 +129,7 @@ def storm_growth(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
         else:
             found_there["nothing"] += 1
         finish(work, *new)
-        expect(digest(outputs / "out") == new_digest, f"kill {done}: the growth after it gave something else")
+        expect(digest(outputs / "out") == new_digest, f"kill {done}: the next growth gave another output")
         left = [path.name for path in outputs.iterdir() if path.name != "out"]
         expect(not left, f"kill {done}: left behind: {left}")
         if done % 10 == 0:
@@ -154,7 +153,7 @@ def lines(run: Path) -> int:
 
 
 def arrays(run: Path, step: int) -> dict[str, Any]:
-    """Digest, dtype and shape of every array of a step: parameters, moments and the rest."""
+    """Digest, dtype and shape of every array in the checkpoint of a step."""
     document = json.loads((run / "checkpoints" / str(step) / "meta" / "meta.json").read_text())
     return document["content"]["arrays"]
 
@@ -166,7 +165,7 @@ def losses(run: Path) -> list[tuple[Any, ...]]:
 
 def storm_training(work: Path, kills: int, rng: random.Random) -> dict[str, Any]:
     finish(work, "tli_jax.upscale", "--model", "embedded", "--every", "4", "--no-proof", "--output", "grown")
-    steps = STEPS_A_KILL * kills
+    steps = STEPS_PER_KILL * kills
     call = ["tli_jax.train", "--model", "grown", "--text", "embedded", "--only", "injected", "--batch-size", "2"]
     call += ["--sequence-length", "32", "--dtypes", "compute=float32", "--save-every", str(SAVE_EVERY), "--keep", "2"]
     call += ["--learning-rate", "1e-3", "--steps", str(steps), "--validate-every", str(steps)]
@@ -181,7 +180,7 @@ def storm_training(work: Path, kills: int, rng: random.Random) -> dict[str, Any]
         if rng.random() < 0.3:
             time.sleep(rng.uniform(0, start_takes))
         else:
-            # So many steps after the checkpoint that it goes on from, give or take what a step takes.
+            # Kill it some steps after the checkpoint from which it resumes.
             wanted = rng.randrange(1, 2 * SAVE_EVERY + 4)
             first = -1
             while process.poll() is None:
@@ -192,7 +191,7 @@ def storm_training(work: Path, kills: int, rng: random.Random) -> dict[str, Any]
                         break
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.02))
-        expect(process.poll() is None, f"kill {number}: it has ended by itself: {(work / 'log').read_text()[-500:]}")
+        expect(process.poll() is None, f"kill {number}: it ended by itself: {(work / 'log').read_text()[-500:]}")
         process.send_signal(signal.SIGKILL)
         process.wait()
         folder = run / "checkpoints"
@@ -203,11 +202,11 @@ def storm_training(work: Path, kills: int, rng: random.Random) -> dict[str, Any]
             took = time.monotonic() - started
             print(f"training: {number} of {kills} kills, {took:.0f} s, step {lines(run)} of {steps}", file=sys.stderr)
     again = finish(work, *killed)
-    expect(losses(run) == losses(work / "straight"), "the metrics are not those of the run that was never killed")
-    expect([line[0] for line in losses(run)] == list(range(1, steps + 1)), "a step is missing, or twice")
+    expect(losses(run) == losses(work / "straight"), "the metrics differ from the uninterrupted run")
+    expect([line[0] for line in losses(run)] == list(range(1, steps + 1)), "a step is missing or repeated")
     expect(arrays(run, steps) == arrays(work / "straight", steps), "parameters or optimizer state differ")
     names = [sorted(path.name for path in (work / name).glob("*.safetensors")) for name in "ab"]
-    expect(names[0] == names[1] != [], "the exports have other files")
+    expect(names[0] == names[1] != [], "the exports have different files")
     same = all((work / "a" / name).read_bytes() == (work / "b" / name).read_bytes() for name in names[0])
     expect(same, "the exported weights differ")
     left = [
@@ -227,10 +226,10 @@ def storm_training(work: Path, kills: int, rng: random.Random) -> dict[str, Any]
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = ["| of | kills | at which moment | seconds | what came of them |", "|---|---|---|---|---|"]
+    lines = ["| command | kills | moment of the kill | seconds | result |", "|---|---|---|---|---|"]
     for name, came in {
-        "growth": "{kills} outputs absent or complete; {kills} outputs equal after one more try, byte for byte",
-        "training": "{steps} steps, each once; {arrays_compared} arrays and the export equal, bit for bit",
+        "growth": "{kills} outputs absent or complete; {kills} outputs identical after a rerun, byte for byte",
+        "training": "{steps} steps, each once; {arrays_compared} arrays and the export identical, bit for bit",
     }.items():
         found = result[name]
         moments = ", ".join(
@@ -242,38 +241,36 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=100, help="of each")
+    parser.add_argument("--kills", type=int, default=100, help="kills of each command")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=["growth", "training"])
-    parser.add_argument("--work", type=Path, help="folder to work in, which keeps what was made (default: a new one)")
-    parser.add_argument("--no-write", action="store_true", help="print the summary only")
-    parser.add_argument("--table", action="store_true", help="print what was written as a table, and do nothing else")
+    parser.add_argument("--work", type=Path, help="working folder, which is kept (default: a temporary one)")
+    parser.add_argument("--no-write", action="store_true", help="do not write the results file")
+    parser.add_argument(
+        "--table", action="store_true", help="print the stored results as a table, without running anything"
+    )
     args = parser.parse_args()
-    file = Path(__file__).parent / "results" / "killstorm.json"
+    file = RESULTS / "killstorm.json"
     if args.table:
         print(table(json.loads(file.read_text(encoding="utf-8"))))
         return
     work = (args.work or Path(tempfile.mkdtemp(prefix="killstorm-"))).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    load = os.getloadavg()
+    facts = machine()
     found = json.loads(file.read_text()) if args.only and file.is_file() else {}
     for name, storm in {"growth": storm_growth, "training": storm_training}.items():
         if args.only in (None, name):
             found[name] = storm(work, args.kills, random.Random(f"{args.seed} {name}"))
             moments = ", ".join(f"{count} {moment}" for moment, count in sorted(found[name]["moments"].items()))
             print(f"{name}: {args.kills} kills ({moments}) in {found[name]['seconds']:.0f} s: nothing lost", flush=True)
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(":")[1].strip() for line in cpu if line.startswith("model name")), platform.processor())
-    machine = {"cpu": model, "cores": os.cpu_count(), "system": platform.platform(), "load_average": load}
-    names = ("tli_jax", "jax", "numpy", "orbax-checkpoint")
     result = {
-        "machine": machine,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in names},
+        "machine": facts,
+        "versions": versions("tli_jax", "jax", "numpy", "orbax-checkpoint"),
         "arguments": {"kills": args.kills, "seed": args.seed},
     }
     result |= {name: found[name] for name in ("growth", "training") if name in found}
     if not args.no_write:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result("killstorm", result)
     if args.work is None:
         shutil.rmtree(work)
 

@@ -1,15 +1,14 @@
-"""Cross-entropy in chunks against the plain one, which holds all logits at once: memory and time of value and gradient.
+"""Compares the chunked cross-entropy with the plain one, which holds all logits at once: memory and time.
 
     python benchmarks/loss.py [--tokens 2048 8192] [--vocab 32000 128256] [--hidden-size 512] [--rounds 10]
 
-Only the loss: hidden states ``[1, tokens, D]`` and a head ``[V, D]``, and the gradients with respect to both, by
-``tli_jax.models.loss.token_losses`` and by the two lines that anyone would write.
+Measures value and gradients for hidden states ``[1, tokens, D]`` and a head ``[V, D]``, with
+``tli_jax.models.loss.token_losses`` and with the obvious two lines.
 
-``temporaries`` is what the compiler sets aside beside arguments and results, the same on every machine of a kind.
-``peak`` is what a process of its own came to hold in one call beyond what it held before it, results included: on a
-CPU its resident set, elsewhere the device's memory. What needs more than ``--limit-gb`` by the compiler's word is
-compiled only. Times are medians of rounds in which both take turns. Results are printed as Markdown and written to
-``benchmarks/results/loss.json``.
+``temporaries`` is the memory that the compiler allocates besides arguments and results. ``peak`` is the additional
+memory of one call in a process of its own, results included: resident memory on a CPU, device memory elsewhere. Cases
+that need more than ``--limit-gb`` are only compiled. Times are medians over rounds in which both methods take turns.
+Prints Markdown and writes ``benchmarks/results/loss.json``.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
-from train import in_process, machine, versions, write_result
+from common import machine, run_in_process, versions, write_result
 
 METHODS = ("chunked", "plain")
 
@@ -36,7 +35,7 @@ class Case(NamedTuple):
 
 
 def programs(case: Case, methods: tuple[str, ...]) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """Value and gradient, compiled, by method; and a call that makes their arguments."""
+    """Compile value and gradient of each method; also return a function that creates their arguments."""
     import jax
     import jax.numpy as jnp
 
@@ -46,7 +45,7 @@ def programs(case: Case, methods: tuple[str, ...]) -> tuple[dict[str, Any], Call
     dtype = case.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
     def chunked(x_BTD: jax.Array, head_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        # All that the loss asks of a model.
+        # The part of a model that the loss uses.
         model = SimpleNamespace(
             config=SimpleNamespace(vocab_size=case.V), head=Linear(head_VD), hidden=lambda *_: (x_BTD, None)
         )
@@ -71,7 +70,7 @@ def programs(case: Case, methods: tuple[str, ...]) -> tuple[dict[str, Any], Call
 
 
 def compile_only(case: Case) -> dict[str, Any]:
-    """Bytes of what each method needs, by the compiler."""
+    """Bytes that each method needs, according to the compiler."""
     compiled, _ = programs(case, METHODS)
     found = {name: program.memory_analysis() for name, program in compiled.items()}
     keys = {"arguments": "argument", "results": "output", "temporaries": "temp"}
@@ -82,7 +81,7 @@ def compile_only(case: Case) -> dict[str, Any]:
 
 
 def peak(case: Case, method: str) -> int:
-    """Bytes that one call adds, at their most."""
+    """Peak bytes that one call adds."""
     import jax
 
     compiled, make = programs(case, (method,))
@@ -92,7 +91,7 @@ def peak(case: Case, method: str) -> int:
         held = device.memory_stats()["bytes_in_use"]
         jax.block_until_ready(compiled[method](*arrays))
         return device.memory_stats()["peak_bytes_in_use"] - held
-    # The compiler, too, had its peak: from here on it is that of the call alone.
+    # Reset the peak, which includes compilation.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     held = _status("VmRSS")
     jax.block_until_ready(compiled[method](*arrays))
@@ -100,10 +99,10 @@ def peak(case: Case, method: str) -> int:
 
 
 def compare(case: Case, methods: tuple[str, ...], rounds: int) -> dict[str, dict[str, Any]]:
-    """Seconds of each round, by method, and that their values and gradients agree.
+    """Return the seconds of each round by method, after checking that values and gradients agree.
 
     Raises:
-        SystemExit: they do not.
+        SystemExit: values or gradients differ.
     """
     import jax
     import numpy as np
@@ -115,9 +114,9 @@ def compare(case: Case, methods: tuple[str, ...], rounds: int) -> dict[str, dict
         for name in methods[:: (-1) ** number]:
             started = time.perf_counter()
             jax.block_until_ready(compiled[name](*arrays))
-            # The first is the warm-up.
+            # Round 0 is the warm-up.
             seconds[name] += [time.perf_counter() - started] if number else []
-    # Nothing to compare one method with.
+    # With one method there is nothing to compare.
     results = [jax.tree.map(np.asarray, compiled[name](*arrays)) for name in methods if len(methods) > 1]
     tolerance = 1e-4 if arrays[0].dtype == "float32" else 2e-2
     for a, b in zip(*(jax.tree.leaves(result) for result in results), strict=True):
@@ -134,22 +133,22 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--limit-gb", type=float, default=6, help="largest of what runs; the rest is compiled only")
-    parser.add_argument("--name", default="loss", help="of the file in benchmarks/results")
+    parser.add_argument("--limit-gb", type=float, default=6, help="cases that need more memory are only compiled")
+    parser.add_argument("--name", default="loss", help="name of the file in benchmarks/results")
     args = parser.parse_args()
-    # What the device holds is measured, not what is set aside for it.
+    # Measure the memory in use, not the memory preallocated.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     facts, cases = machine(), []
     print("| V | tokens | | results, MB | temporaries, MB | peak, MB | seconds | × plain |")
     print("|---|---|---|---|---|---|---|---|")
     for V, tokens in itertools.product(args.vocab, args.tokens):
         case = Case(tokens, V, args.hidden_size, args.dtype)
-        found = in_process(compile_only, case)
+        found = run_in_process(compile_only, case)
         runs = tuple(name for name in METHODS if sum(found[name].values()) <= 1e9 * args.limit_gb)
         if runs:
-            timed = in_process(compare, case, runs, args.rounds)
+            timed = run_in_process(compare, case, runs, args.rounds)
             for name in runs:
-                found[name] |= timed[name] | {"peak_bytes": in_process(peak, case, name)}
+                found[name] |= timed[name] | {"peak_bytes": run_in_process(peak, case, name)}
         if "plain" in runs:
             for name in METHODS:
                 found[name]["ratio_to_plain"] = found[name]["median_seconds"] / found["plain"]["median_seconds"]

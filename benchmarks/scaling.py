@@ -1,12 +1,11 @@
-"""What fits where: every shipped configuration compiled for TPU slices, on a machine without one.
+"""Compiles every shipped configuration for TPU slices, on a machine without TPUs, and tabulates what fits.
 
     python benchmarks/scaling.py                      # all rows: hours on 2 cores
-    python benchmarks/scaling.py --match v5e-8        # the rows whose name holds this
-    python benchmarks/scaling.py --table              # compile nothing: the table of what is in the results
+    python benchmarks/scaling.py --match v5e-8        # rows whose flags contain this text
+    python benchmarks/scaling.py --table              # print the table of the stored results
 
-Needs pip install 'tli_jax[tpu]'. Each row is a call of ``python -m tli_jax.preflight``, which anybody can repeat, in a
-process of its own. What it finds goes to benchmarks/results/scaling.json at once; rows that are there are not done
-again, unless with ``--again``.
+Needs the extra ``tpu``. Each row is one call of ``python -m tli_jax.preflight`` in a process of its own. Results are
+stored in benchmarks/results/scaling.json after each row; stored rows are skipped unless ``--again`` is set.
 """
 
 import argparse
@@ -23,9 +22,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 INJECTED, ALL = [], ["--train.only", "all"]
 _BATCH, _MESH = "--train.batch-size", "--train.mesh"
-# A layer of 405B is 6 GiB even in bfloat16, and a chip has to bring two of them together, unless they stay cut.
+# A layer of 405B takes 6 GiB in bfloat16, and FSDP gathers two layers per chip. Tensor parallelism keeps them sharded.
 TENSOR = [_MESH, "data=2,fsdp=32,tensor=8", "--train.sequence-length", "2048"]
-# Configuration, slice, number of slices, flags.
+# Configuration, slice, number of slices, additional flags.
 ROWS: list[tuple[str, str, int, list[str]]] = [
     ("llama3.2-1b-tli", "v5e-4", 1, INJECTED),
     ("llama3.2-1b-tli", "v5e-4", 1, ALL),
@@ -59,7 +58,7 @@ def flags_of(config: str, slice_: str, slices: int, flags: list[str]) -> list[st
 
 
 def run(arguments: list[str]) -> dict[str, Any]:
-    """One preflight; what its last check says."""
+    """Run one preflight and return the memory of its train step."""
     call = [sys.executable, "-m", "tli_jax.preflight", *arguments, "--json"]
     done = subprocess.run(call, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     if not done.stdout:
@@ -80,7 +79,7 @@ def run(arguments: list[str]) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """In Markdown, in the order of ``ROWS``."""
+    """A Markdown table in the order of ``ROWS``."""
 
     def gib(nbytes: float) -> str:
         return f"{nbytes / 2**30:.1f}"
@@ -108,9 +107,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every shipped configuration for TPU slices.")
-    parser.add_argument("--match", default="", help="only rows whose flags hold this")
-    parser.add_argument("--again", action="store_true", help="also what is in the results")
-    parser.add_argument("--table", action="store_true", help="compile nothing")
+    parser.add_argument("--match", default="", help="only rows whose flags contain this text")
+    parser.add_argument("--again", action="store_true", help="repeat rows that are in the results")
+    parser.add_argument("--table", action="store_true", help="print the table without compiling")
     options = parser.parse_args()
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for row in [] if options.table else ROWS:

@@ -1,16 +1,16 @@
-"""Variants of initialisation and position that nobody has published, against ``identity`` and ``half``, by the rules of
-``tli_jax.compare``: same base, size, tokens, schedule and seeds.
+"""Compares unpublished variants of initialisation and position with ``identity`` and ``half``.
 
     python benchmarks/search.py --config configs/compare_embedded.yaml
 
-The flags are those of ``tli_jax.compare``; ``methods`` are replaced. In the output of a comparison that was made with
-the same settings, what that measured is not done again. Of n injected layers behind their sources:
+Uses the rules of ``tli_jax.compare``: same base, size, tokens, schedule and seeds for all. The flags are those of
+``tli_jax.compare``, except that ``methods`` is replaced. If the output already contains a comparison with the same
+settings, its measurements are reused. Each variant injects n layers, each after its source layer:
 
-- ``split-0.25``: residual outputs of the source times 0.75, of its copy times 0.25; ``half`` has 0.5 and 0.5.
-- ``weakened``: the source times 0.5, the copy 0: what halving the source does, without what the copy gives.
-- ``learnt``: factors of each source and copy learnt from ``half`` on, by Adam on BATCHES batches of the new text.
-- ``next``: ``identity``, but a copy of the layer that follows instead of the one before.
-- ``half-redundant``: ``half``, behind those n layers that change the hidden state least; not with K = 1.
+- ``split-0.25``: residual outputs of the source times 0.75 and of its copy times 0.25 (``half`` uses 0.5 and 0.5).
+- ``weakened``: the source times 0.5, the copy times 0: the effect of a weaker source without the copy's output.
+- ``learnt``: factors of each source and copy, learnt from ``half`` with Adam on BATCHES batches of the new text.
+- ``next``: like ``identity``, but with a copy of the next layer instead of the previous one.
+- ``half-redundant``: like ``half``, after the n layers that change the hidden state least; not available for K = 1.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ BATCHES, RATE = 32, 0.02
 
 
 def spec(layers: int, factors: dict[int, tuple[float, float]]) -> str:
-    """For ``custom``: each base layer, behind those in ``factors`` a copy, and the outputs of both by those factors."""
+    """``layers`` of ``custom``: each layer in ``factors`` is followed by a copy, and its factors scale both outputs."""
     parts = []
     for layer in range(layers):
         parts += [f"{layer}*{f:.3f}{mark}" for f, mark in zip(factors.get(layer, (1.0,)), "ki", strict=False)]
@@ -55,7 +55,7 @@ def spec(layers: int, factors: dict[int, tuple[float, float]]) -> str:
 
 
 def changes(config: LlamaConfig, params: Any, tokens_BT: jax.Array) -> list[float]:
-    """By how much each layer changes the hidden state, relative to its size, mean over tokens."""
+    """Relative change of the hidden state by each layer, averaged over tokens."""
     model = Llama.from_params(config, params)
     x = model.embed_tokens.weight[...][tokens_BT]
     rope = make_rope(config, tokens_BT.shape[1], x.dtype)
@@ -68,10 +68,10 @@ def changes(config: LlamaConfig, params: Any, tokens_BT: jax.Array) -> list[floa
 
 
 def learn_factors(
-    config: LlamaConfig, params: Any, places: Sequence[int], batches: Any
+    config: LlamaConfig, params: Any, positions: Sequence[int], batches: Any
 ) -> dict[int, tuple[float, float]]:
-    """Of the outputs of each source and its copy, from a half on."""
-    plan = tli(config.num_hidden_layers, init="copy", after=places)
+    """Learn output scales of each source and its copy, starting from 0.5."""
+    plan = tli(config.num_hidden_layers, init="copy", after=positions)
     grown = inject(params, plan)
     sources = [i for i, row in enumerate(plan.rows[1:]) if row.injected]
     at = np.array([[i, i + 1] for i in sources])
@@ -94,8 +94,8 @@ def learn_factors(
         updates, state = optimizer.update(gradient, state)
         factors = optax.apply_updates(factors, updates)
         print(f"learnt {number}: {value:.4f}", file=sys.stderr)
-    found = np.maximum(np.asarray(factors), 0).tolist()
-    return {place: (a, b) for place, (a, b) in zip(sorted(places), found, strict=True)}
+    learnt = np.maximum(np.asarray(factors), 0).tolist()
+    return {layer: (a, b) for layer, (a, b) in zip(sorted(positions), learnt, strict=True)}
 
 
 def variants(config: CompareConfig) -> list[dict[str, Any]]:
@@ -107,25 +107,27 @@ def variants(config: CompareConfig) -> list[dict[str, Any]]:
         data = open_text(config, model, folder, tokenizer, T, Path(cache))
         batches = data.batches(0, config.batch_size, range(config.batch_size), config.seed)
         L = model.num_hidden_layers
-        places = list(range(config.every - 1, L, config.every))
-        moved = changes(model, params, jnp.asarray(next(batches).tokens))
-        redundant = sorted(sorted(range(L), key=lambda layer: moved[layer])[: len(places)])
-        learnt = learn_factors(model, params, places, batches)
-    print(f"relative changes {np.round(moved, 3)}; learnt {learnt}", file=sys.stderr)
-    behind = {place: place + 1 if place + 1 < L else place for place in places}
-    following = ",".join(f"{i}k" + (f",{behind[i]}*0i" if i in behind else "") for i in range(L))
-    specs = {"split-0.25": spec(L, dict.fromkeys(places, (0.75, 0.25)))}
-    specs |= {"weakened": spec(L, dict.fromkeys(places, (0.5, 0.0))), "learnt": spec(L, learnt), "next": following}
-    found: list[dict[str, Any]] = [{"method": "custom", "layers": text, "name": name} for name, text in specs.items()]
-    if redundant != places:
-        found.append({"method": "tli", "init": "half", "after": redundant, "name": "half-redundant"})
-    return found
+        positions = list(range(config.every - 1, L, config.every))
+        change = changes(model, params, jnp.asarray(next(batches).tokens))
+        redundant = sorted(sorted(range(L), key=lambda layer: change[layer])[: len(positions)])
+        learnt = learn_factors(model, params, positions, batches)
+    print(f"relative changes {np.round(change, 3)}; learnt {learnt}", file=sys.stderr)
+    next_layer = {layer: min(layer + 1, L - 1) for layer in positions}
+    next_specs = ",".join(f"{i}k" + (f",{next_layer[i]}*0i" if i in next_layer else "") for i in range(L))
+    specs = {"split-0.25": spec(L, dict.fromkeys(positions, (0.75, 0.25)))}
+    specs |= {"weakened": spec(L, dict.fromkeys(positions, (0.5, 0.0))), "learnt": spec(L, learnt), "next": next_specs}
+    contenders: list[dict[str, Any]] = [
+        {"method": "custom", "layers": text, "name": name} for name, text in specs.items()
+    ]
+    if redundant != positions:
+        contenders.append({"method": "tli", "init": "half", "after": redundant, "name": "half-redundant"})
+    return contenders
 
 
 def main(arguments: Sequence[str]) -> None:
     config = parse(CompareConfig, "python benchmarks/search.py", __doc__ or "", arguments)
-    known = ({"method": "tli", "init": "identity"}, {"method": "tli", "init": "half"})
-    config = dataclasses.replace(config, methods=(*known, *variants(config)))
+    baselines = ({"method": "tli", "init": "identity"}, {"method": "tli", "init": "half"})
+    config = dataclasses.replace(config, methods=(*baselines, *variants(config)))
     results = compare(config, shlex.join(["python", "benchmarks/search.py", *arguments]))
     for table in comparison.make_tables(results):
         table.render(console())

@@ -1,52 +1,50 @@
-"""What training only the injected layers saves, beside full training, a naive mask, and torch, in one run.
+"""Measures what training only the injected layers saves, against full training, a naive mask, and torch.
 
     python benchmarks/train.py [--shape small] [--rounds 12] [--batch-size 4] [--sequence-length 256] [--every 4]
     python benchmarks/train.py --shape 1b --batch-size 8 --sequence-length 8192 --alone --peak-tflops 989   # on a GPU
 
-A Llama with random weights grows by ``tli`` with plain copies, and every contender trains it on the same batches:
+A randomly initialised Llama is grown by ``tli`` with plain copies. Every contender trains it on the same batches:
 
-- ``full``: all of it, by ``tli_jax.training.trainer.Trainer``.
-- ``injected``: the same with ``only=injected``: grouped stacks.
-- ``naive mask``: the same loss over one flat stack, differentiated with respect to all parameters, the gradients and
-  the updates of frozen layers multiplied by 0: what freezing by a mask comes to where layers are stacked.
-- ``torch full``: transformers' LlamaForCausalLM with SDPA, AdamW (fused) and ``torch.compile``.
-- ``torch injected``: the same with ``requires_grad = False`` on what is frozen.
+- ``full``: all parameters, with ``tli_jax.training.trainer.Trainer``.
+- ``injected``: the same with ``only=injected``, which uses grouped stacks.
+- ``naive mask``: the same loss over one flat stack, with gradients of all parameters; a mask sets the gradients and
+  updates of frozen layers to 0.
+- ``torch full``: LlamaForCausalLM of transformers with SDPA, AdamW (fused) and ``torch.compile``.
+- ``torch injected``: the same with ``requires_grad = False`` on frozen parameters.
 - ``full, remat`` and ``injected, remat``: the first two with ``remat: full``, for information.
 
-All run without remat but the last two, with the same AdamW, clipping and weight decay. In bf16 (the default but on a
-CPU), parameters that train are fp32; torch then runs under autocast. Each contender is a process of its own, and those
-of a group take one step each in turns, so that whatever else slows the machine slows all of them alike; with
-``--alone``, for accelerators too small to hold all at once, one after the other. The first steps are checked, not
-timed: contenders that train the same layers must have the same losses.
+All contenders use the same AdamW, clipping and weight decay. In bf16 (the default except on CPUs), trainable
+parameters are fp32, and torch runs under autocast. Each contender is a process of its own. The contenders of a group
+take turns step by step, so that other load on the machine slows all of them equally; ``--alone`` runs them one after
+the other, for accelerators that cannot hold them all at once. The first steps are not timed but checked: contenders
+that train the same layers must have the same losses.
 
-FLOPs of a token, ``Trainer.flops_per_token``: 2 for each weight forward, 2 for activation gradients at and above the
-lowest layer that trains, 2 for weight gradients of what trains; causal attention counted half, its backward pass
-double, the head counted, the embedding's look-up not, nor what is computed again. The naive mask is counted as what it
-computes: everything. CPU seconds, of all threads, are the steadier figure on a machine that others use too; on an
-accelerator they say nothing. Bytes are predicted for parameters, gradients and moments; what the compiler says has the
-activations besides. Results are printed as Markdown and written to ``benchmarks/results/train.json``.
+FLOPs per token come from ``Trainer.flops_per_token``: 2 per weight in the forward pass, 2 for activation gradients
+from the lowest trainable layer up, 2 for the gradients of trainable weights. Causal attention counts half, its
+backward pass double. The head counts; embedding look-ups and rematerialization do not. The naive mask counts
+everything, because it computes everything. On a shared machine, CPU seconds of all threads are more stable than wall
+time; on an accelerator they mean nothing. Predicted bytes are parameters, gradients and moments; the compiler's bytes
+include activations. Prints Markdown and writes ``benchmarks/results/train.json``.
 """
 
 import argparse
 import contextlib
-import json
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from common import machine, run_in_process, versions, write_result
 
-# Nothing above this line or below imports jax or torch before a contender's own process runs: each holds one of them.
+# This process must import neither jax nor torch: each contender's process imports one of them.
 from tli_jax.models.config import LlamaConfig
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -59,20 +57,20 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
     | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
 }
-# Steps before timing starts, whose losses are compared.
+# Steps before timing starts. Their losses are compared.
 WARM_UP = 3
 LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
 
 
 class Contender(NamedTuple):
     name: str
-    kind: str  # of full, injected and naive
+    kind: str  # full, injected or naive
     library: str  # jax or torch
     remat: str = "none"
 
     @property
     def baseline(self) -> str:
-        """Full training by the same means."""
+        """The contender that trains everything with the same library and rematerialization."""
         return {"jax": "full", "torch": "torch full"}[self.library] + (", remat" if self.remat == "full" else "")
 
 
@@ -88,9 +86,9 @@ CONTENDERS = [
 
 
 class Job(NamedTuple):
-    """What the processes are told."""
+    """Settings shared by all contenders."""
 
-    model: LlamaConfig  # as grown
+    model: LlamaConfig  # of the grown model
     injected: tuple[bool, ...]
     folder: Path
     dtype: str
@@ -105,7 +103,7 @@ class Job(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A step, which takes its number and returns the loss when all of it is done; facts; and the peak of memory."""
+    """``step`` runs the step of a number to its end and returns the loss; ``peak`` returns the peak memory in bytes."""
 
     step: Callable[[int], float]
     facts: dict[str, Any]
@@ -113,7 +111,7 @@ class Program(NamedTuple):
 
 
 def make_model(shape: dict[str, Any], every: int, dtype: str | None, folder: Path) -> tuple[LlamaConfig, Any, str, str]:
-    """Write the grown model; its configuration, which layers were injected, the dtype, and the device."""
+    """Write the grown model; return its configuration, the mask of injected layers, the dtype and the device."""
     import jax
 
     from tli_jax.growth.inject import inject
@@ -121,7 +119,7 @@ def make_model(shape: dict[str, Any], every: int, dtype: str | None, folder: Pat
     from tli_jax.hf.save import save_hf
     from tli_jax.models.llama import init_params
 
-    # It is random on any device; an accelerator may not have the room beside what else it holds.
+    # On the CPU, because an accelerator may not have enough memory for base and grown model.
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     config = LlamaConfig(dtype=dtype, **shape)  # type: ignore[arg-type]
     plan = tli(config.num_hidden_layers, every, "copy")
@@ -143,7 +141,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
     from tli_jax.training.trainer import Trainer
 
     class NaiveTrainer(Trainer):
-        """All parameters have gradients and moments; a mask over the layers of each stack freezes some of them."""
+        """All parameters have gradients and moments; a mask over the layers of each stack freezes some layers."""
 
         @property
         def optimizer(self) -> optax.GradientTransformation:  # type: ignore[override]
@@ -172,7 +170,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
         remat=contender.remat,  # type: ignore[arg-type]
     )
     mesh = make_mesh({}, jax.devices()[:1])
-    kernel, says = choose_attention("auto", mesh, job.T, job.model.head_dim, job.dtype)
+    kernel, attention = choose_attention("auto", mesh, job.T, job.model.head_dim, job.dtype)
     layout = make_layout(job.model, job.injected, config.only, config.outer)
     kind = NaiveTrainer if contender.kind == "naive" else Trainer
     trainer = kind(job.model, config, layout, mesh, kernel)
@@ -187,7 +185,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
         dtype = config.param_dtype if leaf.trains else None
         parts = trained if leaf.trains else frozen
         parts[leaf.name] = load_array(tensors, leaf.name, param_sharding(mesh, leaf.dims), dtype)
-    # Counted before the state takes the parameters over.
+    # Counted before the state takes over the parameters.
     sizes = {"parameters": _nbytes(trained), "gradients": _nbytes(trained), "frozen": _nbytes(frozen)}
     state = trainer.init(trained)
     sizes["moments"] = _nbytes(state.optimizer_state)
@@ -213,7 +211,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) or _peak_rss()
 
     facts = {"flops_per_token": trainer.flops_per_token(job.T), "predicted_bytes": sizes, "compiler_bytes": compiler}
-    facts |= {"compile_seconds": compiling, "runs_as": f"attention {says}"}
+    facts |= {"compile_seconds": compiling, "runs_as": f"attention {attention}"}
     return Program(step, facts, peak)
 
 
@@ -224,7 +222,7 @@ def torch_program(job: Job, contender: Contender) -> Program:
 
     logging.disable_progress_bar()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(_cores())
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     dtype = getattr(torch, job.dtype)
     model: Any = LlamaForCausalLM.from_pretrained(job.folder, dtype=dtype, attn_implementation="sdpa")
     model.to(device).train()
@@ -278,7 +276,7 @@ def torch_program(job: Job, contender: Contender) -> Program:
 
 
 def serve(job: Job, contender: Contender, pipe: Any) -> None:
-    """A contender's process: takes the step of each number that comes in, and says how long it took and the loss."""
+    """Process of a contender: run the step of each number received and reply with seconds, CPU seconds and loss."""
     program = {"jax": jax_program, "torch": torch_program}[contender.library](job, contender)
     for number in range(WARM_UP):
         pipe.send(program.step(number))
@@ -291,14 +289,14 @@ def serve(job: Job, contender: Contender, pipe: Any) -> None:
 
 
 def compete(job: Job, contenders: list[Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """Let contenders take steps in turns."""
+    """Run the contenders in turns, one step each."""
     spawn = multiprocessing.get_context("spawn")
     results: dict[str, dict[str, Any]] = {}
     pipes: dict[str, Any] = {}
     processes = []
     for contender in contenders:
-        # One after the other: compilers are busy.
-        _say(f"{contender.name}: start")
+        # Start one after the other: compilation uses all cores.
+        _log(f"{contender.name}: start")
         pipes[contender.name], theirs = spawn.Pipe()
         process = spawn.Process(target=serve, args=(job, contender, theirs), daemon=True)
         process.start()
@@ -309,14 +307,14 @@ def compete(job: Job, contenders: list[Contender], rounds: int) -> dict[str, dic
         results[contender.name] = (
             contender._asdict() | {"losses": losses, "seconds": [], "cpu_seconds": []} | pipe.recv()
         )
-        _say(f"{contender.name}: losses {losses}")
+        _log(f"{contender.name}: losses {losses}")
     for number in range(rounds):
-        # Everyone comes first, last and after everyone else in turn.
+        # Vary the order, so that no contender always follows the same one.
         for name in np.roll(list(pipes), -number).tolist()[:: (-1) ** number]:
             pipes[name].send(WARM_UP + number)
             for key, value in zip(("seconds", "cpu_seconds", "losses"), pipes[name].recv(), strict=True):
                 results[name][key].append(value)
-        _say(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {results[n]['seconds'][-1]:.3f}" for n in pipes))
+        _log(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {results[n]['seconds'][-1]:.3f}" for n in pipes))
     for name, pipe in pipes.items():
         pipe.send(None)
         results[name]["peak_bytes"] = pipe.recv()
@@ -326,10 +324,10 @@ def compete(job: Job, contenders: list[Contender], rounds: int) -> dict[str, dic
 
 
 def check_losses(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, float]:
-    """The largest relative difference between contenders that train the same, over the first steps.
+    """Return the largest relative difference in loss between contenders that train the same layers.
 
     Raises:
-        SystemExit: it is above the tolerance.
+        SystemExit: the difference is above the tolerance.
     """
     worst = {}
     for kinds in (("full",), ("injected", "naive")):
@@ -341,7 +339,7 @@ def check_losses(results: dict[str, dict[str, Any]], tolerance: float) -> dict[s
 
 
 def summarise(results: dict[str, dict[str, Any]], tokens: int) -> None:
-    """Add to each contender what its figures come to."""
+    """Add medians, rates and ratios to each contender."""
     flops = {r["kind"]: r["flops_per_token"] for r in results.values() if "flops_per_token" in r}
     for result in results.values():
         result["median_seconds"] = statistics.median(result["seconds"])
@@ -356,7 +354,7 @@ def summarise(results: dict[str, dict[str, Any]], tokens: int) -> None:
         full = results.get(Contender(name, result["kind"], result["library"], result["remat"]).baseline)
         if full is None or result is full:
             continue
-        # Of each round by itself, so that what slows a whole round counts for nothing.
+        # Ratios within a round, because other load slows a whole round.
         for ratio, key in (("measured_ratio", "seconds"), ("measured_cpu_ratio", "cpu_seconds")):
             result[ratio] = statistics.median(own / other for own, other in zip(result[key], full[key], strict=True))
         if result["kind"] in flops and "full" in flops:
@@ -372,9 +370,9 @@ def summarise(results: dict[str, dict[str, Any]], tokens: int) -> None:
 
 
 def show(results: dict[str, dict[str, Any]], peak_tflops: float | None) -> Iterator[str]:
-    """Two Markdown tables: time, memory."""
+    """Two Markdown tables: time and memory."""
     titles = ["", "s/step", "least", "CPU s/step", "tokens/s", "TFLOP/s", *(["MFU"] if peak_tflops else [])]
-    titles += ["× full, predicted", "measured", "of the predicted saving", "measured in CPU s"]
+    titles += ["× full, predicted", "measured", "share of predicted saving", "measured in CPU s"]
     yield "| " + " | ".join(titles) + " |"
     yield "|" + len(titles) * "---|"
     for name, r in results.items():
@@ -399,63 +397,36 @@ def show(results: dict[str, dict[str, Any]], peak_tflops: float | None) -> Itera
         yield "| " + " | ".join([*row, *_mb(r["peak_bytes"])]) + " |"
 
 
-def machine() -> dict[str, Any]:
-    """Where and beside what a figure was measured."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "cores": _cores(), "system": platform.platform(), "load_average": os.getloadavg()}
-
-
-def versions(*names: str) -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in names}
-
-
-def write_result(name: str, result: dict[str, Any]) -> None:
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Call in a process of its own, which imports and holds what it likes.
-
-    Raises:
-        BrokenProcessPool: it died, for memory for example.
-    """
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="small", help="of the base; a Llama 3's for 1b and 8b")
-    parser.add_argument("--layers", type=int, help="of the base, instead of the shape's")
-    parser.add_argument("--every", type=int, default=4, help="base layers for each injected one")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="small", help="shape of the base; 1b and 8b are those of Llama 3"
+    )
+    parser.add_argument("--layers", type=int, help="number of base layers (default: as in the shape)")
+    parser.add_argument("--every", type=int, default=4, help="K of tli: one injected layer after every K base layers")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each contender")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps per contender")
     parser.add_argument("--contenders", nargs="+", choices=[c.name for c in CONTENDERS], help="default: all")
-    parser.add_argument("--alone", action="store_true", help="one contender at a time")
+    parser.add_argument("--alone", action="store_true", help="run one contender at a time")
     parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
-    parser.add_argument("--peak-tflops", type=float, help="of the device, for MFU")
-    parser.add_argument("--name", default="train", help="of the file in benchmarks/results")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device, for MFU")
+    parser.add_argument("--name", default="train", help="name of the file in benchmarks/results")
     args = parser.parse_args()
-    # Processes share an accelerator, and its memory is measured.
+    # The processes share an accelerator, and its memory is measured.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     facts = machine()
     shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
     contenders = [c for c in CONTENDERS if not args.contenders or c.name in args.contenders]
-    # With and without remat apart: all at once may not fit.
+    # Separate groups with and without remat: all at once may not fit.
     groups = [[c for c in contenders if c.remat == remat] for remat in ("none", "full")]
     groups = [[c] for c in contenders] if args.alone else [group for group in groups if group]
 
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work) / "model"
-        model, injected, dtype, device = in_process(make_model, shape, args.every, args.dtype, folder)
+        model, injected, dtype, device = run_in_process(make_model, shape, args.every, args.dtype, folder)
         job = Job(model, injected, folder, dtype, args.batch_size, args.sequence_length, not args.eager)
         for group in groups:
             results |= compete(job, group, args.rounds)
@@ -489,16 +460,11 @@ def _mb(*sizes: int) -> list[str]:
     return [f"{size / 1e6:,.0f}" for size in sizes]
 
 
-def _cores() -> int:
-    """Those this process may run on."""
-    return len(os.sched_getaffinity(0))
-
-
 def _peak_rss() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def _say(line: str) -> None:
+def _log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 

@@ -1,40 +1,38 @@
-"""Growing a checkpoint file to file, beside ``cp`` and mergekit's passthrough, in one run.
+"""Measures growth from file to file against ``cp`` and mergekit's passthrough, in one run.
 
     python benchmarks/upscale.py --work DIR [--mergekit VENV/bin/mergekit-yaml] [--repeat 3] [--shape NAME] [--proof]
 
-The base has a published Llama's shape and random weights, by default Llama-3.2-1B's (16 layers, D 2048, F 8192, 32/8
-heads, V 128256, tied, bf16, 2.5 GB), grown 16 → 24 by ``tli`` K=2. Every contender reads from and writes to DIR, which
-needs 15 GB (for Llama-3.1-8B 60 GB), and its writing is synced. All files have been read once before, so reads
-come from the page cache where it is large enough.
+The base has the shape of a published Llama and random weights. The default is Llama-3.2-1B (16 layers, D 2048,
+F 8192, 32/8 heads, V 128256, tied, bf16, 2.5 GB), grown 16 → 24 by ``tli`` with K=2. All contenders read from and
+write to DIR, which needs 15 GB (60 GB for Llama-3.1-8B); their writes are synced. All files have been read once
+before, so reads come from the page cache if it is large enough.
 
-- ``cp``: ``cp -r`` of the grown folder, synced: the bytes that any of them has to write.
-- ``write``: what tli_jax spends on writing, synced; digests, finite check, imports and proof apart.
-- ``process``: the whole of ``python -m tli_jax.upscale --no-proof``: imports, headers, digests, finite check, writing.
+- ``cp``: ``cp -r`` of the grown folder, synced: the bytes that every contender has to write.
+- ``write``: the part of tli_jax that writes, synced; without imports, digests, finite check and proof.
+- ``process``: ``python -m tli_jax.upscale --no-proof`` as a whole: imports, headers, digests, finite check, writing.
 - ``proof``: the same with the proof (``--proof``).
-- ``mergekit``: ``mergekit-yaml`` with a passthrough of the same layers, plain copies, in an environment of its own:
+- ``mergekit``: ``mergekit-yaml`` with a passthrough of the same layers as plain copies, in its own environment:
   ``python -m venv VENV && VENV/bin/pip install torch==2.13.0 mergekit``.
 
-Peak memory is the largest resident set of the process, interpreter and mapped pages included. Results are printed and
-written to ``benchmarks/results/upscale.json`` with the machine they come from.
+Peak memory is the largest resident set of the process, including the interpreter and mapped pages. Prints the results
+and writes them to ``benchmarks/results/upscale.json`` with facts about the machine.
 """
 
 import argparse
 import json
-import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from common import machine, run_in_process, versions, write_result
 
 from tli_jax.hf.checkpoint import expected_shapes
 from tli_jax.hf.sidecar import write_json
@@ -43,14 +41,14 @@ from tli_jax.models.shapes import SHAPES
 
 
 def make_base(folder: Path, shape: str, layers: int, max_shard_size: str) -> None:
-    """A folder of random bf16 weights, N(0, 0.02), norms one."""
+    """Write random bf16 weights from N(0, 0.02), with norms of 1."""
     config = SHAPES[shape].with_layers(layers)
     rng = np.random.default_rng(0)
 
     def piece(name: str, shape: tuple[int, ...]) -> Piece:
         def make() -> Iterator[Any]:
-            drawn = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * 0.02
-            yield drawn.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
+            values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * 0.02
+            yield values.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
 
         return Piece(name, "BF16", shape, 2 * int(np.prod(shape)), make=make)
 
@@ -61,7 +59,7 @@ def make_base(folder: Path, shape: str, layers: int, max_shard_size: str) -> Non
 
 
 def measure(arguments: list[str], output: Path) -> tuple[dict[str, float], str]:
-    """Run a command that writes ``output``, sync that, and return seconds, peak memory in MB, and stdout."""
+    """Run a command that writes ``output`` and sync it; return seconds, peak memory in MB, and stdout."""
     shutil.rmtree(output, ignore_errors=True)
     os.sync()
     started = time.perf_counter()
@@ -107,30 +105,26 @@ def merge(mergekit: str, base: Path, output: Path, layers: int, every: int) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--mergekit", help="its mergekit-yaml; left out otherwise")
+    parser.add_argument("--mergekit", help="path of mergekit-yaml (default: do not measure mergekit)")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--shape", choices=SHAPES, default="llama3.2-1b")
-    parser.add_argument("--layers", type=int, help="of the base, where it is to have others than its shape")
+    parser.add_argument("--layers", type=int, help="number of base layers (default: as in the shape)")
     parser.add_argument("--every", type=int, default=2, help="K of tli")
-    parser.add_argument("--max-shard-size", default="5GB", help="of the base; smaller makes a sharded base")
+    parser.add_argument("--max-shard-size", default="5GB", help="of the base; a smaller size makes a sharded base")
     parser.add_argument("--output-shard-size", default="5GB", help="of the grown model")
-    parser.add_argument("--proof", action="store_true", help="measure the proof too")
-    parser.add_argument("--name", default="upscale", help="of the file in benchmarks/results")
+    parser.add_argument("--proof", action="store_true", help="also measure the proof")
+    parser.add_argument("--name", default="upscale", help="name of the file in benchmarks/results")
     args = parser.parse_args()
     layers = args.layers or SHAPES[args.shape].num_hidden_layers
     base = args.work / f"base-{args.shape}-{layers}-{args.max_shard_size}"
     if not base.exists():
-        # In a process of its own: a child starts with the peak memory of the process it was forked from.
-        maker = multiprocessing.get_context("spawn").Process(
-            target=make_base, args=(base, args.shape, layers, args.max_shard_size)
-        )
-        maker.start()
-        maker.join()
+        # In another process: children inherit the peak memory of the process that forks them.
+        run_in_process(make_base, base, args.shape, layers, args.max_shard_size)
     output, copied, merged = (args.work / name for name in ("grown", "copied", "merged"))
 
     runs: dict[str, list[dict[str, float]]] = {"cp": [], "process": [], "mergekit": []}
     shards = ("--max-shard-size", args.output_shard_size)
-    grow(base, output, args.every, "--no-proof", *shards)  # reads everything once, and makes what cp copies
+    grow(base, output, args.every, "--no-proof", *shards)  # reads everything once and writes the folder that cp copies
     for number in range(args.repeat):
         print(f"round {number + 1} of {args.repeat}", file=sys.stderr)
         runs["cp"].append(measure(["cp", "-r", str(output), str(copied)], copied)[0])
@@ -155,23 +149,15 @@ def main() -> None:
     for name, (seconds, peak) in rows.items():
         print(f"{name:10}{seconds:9.2f}{seconds / cp:8.2f}" + (f"{peak:9.0f}" if peak else ""))
     result = {
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"python": platform.python_version()}
-        | {n: metadata.version(n) for n in ("tli_jax", "jax", "numpy")},
+        "machine": machine(),
+        "versions": versions("tli_jax", "jax", "numpy"),
         "arguments": {key: value for key, value in vars(args).items() if key not in ("work", "mergekit")}
         | {"mergekit": bool(args.mergekit)},
         "bytes_written": grown_bytes,
         "ratios_to_cp": {name: seconds / cp for name, (seconds, _) in rows.items()},
         "runs": runs,
     }
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{args.name}.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    write_result(args.name, result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Train the base model that the package carries, by the recipe in ``configs/base.yaml``.
+"""Trains the base model of the package with the recipe in ``configs/base.yaml`` and writes a Hugging Face folder.
 
-Writes a Hugging Face folder. Text: the standard library of the Python that runs this, so another Python version gives
-another model; the card that is written beside the weights names the version and the digest of the text.
+The text is the standard library of the running Python, so another Python version gives another model. The model card
+records the version and the digest of the text.
 """
 
 import argparse
@@ -32,18 +32,18 @@ BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
 def read_documents(files: list[Path]) -> list[str]:
-    """Of each source file itself, and its docstrings as one more document."""
-    found: list[str] = []
+    """Each source file as one document, and its docstrings as another one."""
+    documents: list[str] = []
     for path in files:
         source = path.read_text(encoding="utf-8", errors="ignore")
         nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
         docstrings = "\n\n".join(inspect.cleandoc(doc) for node in nodes if (doc := ast.get_docstring(node)))
-        found += [text for text in (source, docstrings) if text]
-    return found
+        documents += [text for text in (source, docstrings) if text]
+    return documents
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: every UTF-8 string encodes, nothing is ever unknown."""
+    """Train a byte-level BPE tokenizer, which can encode every UTF-8 string."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,12 +59,12 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> Tokenizer:
 
 
 def encode(tokenizer: Tokenizer, documents: list[str]) -> np.ndarray:
-    """All documents as one stream, each with BOS in front."""
+    """All documents as one stream of ids, each starting with BOS."""
     return np.concatenate([np.asarray(e.ids, np.int32) for e in tokenizer.encode_batch(documents)])
 
 
 def make_optimizer(train: dict) -> optax.GradientTransformation:
-    """Muon (optax.contrib.muon) for the matrices of the layers, AdamW for the rest. Stacked leaves: dims are told."""
+    """Muon for the matrices of the layers, AdamW for the rest. Stacked leaves need explicit dimension numbers."""
     decay = int(train["steps"] * train["decay_fraction"])
 
     def schedule(peak: float) -> optax.Schedule:
@@ -90,7 +90,7 @@ def make_optimizer(train: dict) -> optax.GradientTransformation:
 
 
 def mean_loss(config: LlamaConfig, params: Params, stream: np.ndarray, length: int) -> float:
-    """Nats per token over non-overlapping windows of the stream, each with BOS in front."""
+    """Nats per token over non-overlapping windows of the stream, each starting with BOS."""
     windows = stream[: len(stream) // (length - 1) * (length - 1)].reshape(-1, length - 1)
     windows = np.pad(windows, ((0, 0), (1, 0)), constant_values=config.bos_token_id)
     return float(np.mean([losses(config, params, window[None]).mean() for window in windows[:200]]))
@@ -100,12 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, help="instead of the recipe's, for a trial")
+    parser.add_argument("--steps", type=int, help="number of steps (default: as in the recipe)")
     args = parser.parse_args()
     recipe = yaml.safe_load(args.config.read_text(encoding="utf-8"))
     train = recipe["train"] | ({"steps": args.steps} if args.steps else {})
     config = LlamaConfig(**recipe["model"] | {"eos_token_ids": tuple(recipe["model"]["eos_token_ids"])})
-    check_output(args.output, None, overwrite=True)  # now, not after an hour of training
+    check_output(args.output, None, overwrite=True)  # before training for an hour
 
     documents, held_out_documents = map(read_documents, library_files())
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
@@ -167,27 +167,27 @@ def main() -> None:
 
 
 def model_card(config: LlamaConfig, facts: dict) -> str:
-    """What the model is, what it was trained on, and how good it is."""
+    """The model card: architecture, training text and losses."""
     return f"""---
 license: apache-2.0
 library_name: transformers
 ---
 # The base model of tli_jax
 
-A real Llama of {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, with a
-byte-level BPE tokenizer of {config.vocab_size:,} tokens, trained by the project itself from `configs/base.yaml`:
+A Llama with {config.num_hidden_layers} layers and {config.num_params:,} parameters in {config.dtype}, and a byte-level
+BPE tokenizer with {config.vocab_size:,} tokens. The project trained it from scratch with `configs/base.yaml`:
 
     python configs/train_base.py --config configs/base.yaml --output base
 
-- Text: the sources of the standard library of Python {facts["python"]}, and their docstrings once more as plain prose;
-  sha256 of the text {facts["text_sha256"]}. One file in forty was held out.
-- Kept out on purpose, as a new domain for later: the documentation topics (`pydoc_data.topics`).
-- Trained on {facts["train_tokens"]:,} tokens of {facts["bytes_per_token"]} bytes each, in {facts["seconds"]:,} s
-  on a CPU.
-- Held-out loss {facts["held_out_loss"]} nats a token, on the new domain {facts["new_domain_loss"]} (windows of
-  512 tokens with BOS in front, 200 windows at most).
+- Text: the sources of the standard library of Python {facts["python"]}, and their docstrings as plain prose (sha256
+  {facts["text_sha256"]}). One file in forty was held out.
+- Excluded as a new domain for continued pretraining: the documentation topics (`pydoc_data.topics`).
+- Training: {facts["train_tokens"]:,} tokens of {facts["bytes_per_token"]} bytes on average, {facts["seconds"]:,} s on
+  a CPU.
+- Held-out loss: {facts["held_out_loss"]} nats per token; {facts["new_domain_loss"]} on the new domain (at most 200
+  windows of 512 tokens, each starting with BOS).
 
-It is there to be grown, proved and trained on in seconds. It writes text that looks like Python; it knows nothing.
+The model exists to be grown, proved and trained in seconds. It writes text that looks like Python and knows no facts.
 """
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TPU slices on Google Kubernetes Engine, as a JobSet by kubectl, or by xpk.
+# Runs on TPU slices of Google Kubernetes Engine, as a JobSet created by kubectl or by xpk.
 #
 #   launch/gke.sh ACTION --name NAME [--dry-run] …
 #
@@ -7,14 +7,14 @@
 #           [--with xpk --cluster CLUSTER --zone ZONE --project PROJECT]
 #   status
 #   logs
-#   stop    delete the JobSet: every process is told to stop, saves and leaves; `create` goes on
+#   stop    delete the JobSet: every process saves and exits; `create` resumes the run
 #
-# --image    built from launch/Dockerfile and pushed by you; by its digest, so that every restart runs the same
-# --claim    a PersistentVolumeClaim, mounted at /data on every machine: model, text, run
-# --with xpk  mounts what `xpk storage attach` gave the cluster, and takes the configuration from the image
-# --dry-run  print the commands, run nothing
+# --image     built from launch/Dockerfile and pushed to your registry; named by digest, so every restart runs the same
+# --claim     PersistentVolumeClaim, mounted at /data on every machine: model, text and run directory
+# --with xpk  use the storage attached by `xpk storage attach`, and the configuration inside the image
+# --dry-run   print the commands without running them
 #
-# What follows -- goes to the command, e.g. -- --train.only all.
+# Arguments after -- are passed to the command, e.g. -- --train.only all.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -36,7 +36,7 @@ case $action in
   create)
     need --slice "$slice"
     need --config "$config"
-    [[ $image =~ @sha256:[0-9a-f]{64}$ ]] || die "image $(quoted "$image"): by its digest, NAME@sha256:…"
+    [[ $image =~ @sha256:[0-9a-f]{64}$ ]] || die "image $(quoted "$image"): name it by digest, NAME@sha256:…"
     generation "$slice" >/dev/null
     make_command "$config"
     case $with in
@@ -64,7 +64,7 @@ case $action in
           "--tpu-type=${slice/#v5e-/v5litepod-}" "--num-slices=$slices" --docker-image "$image" --command "$line" \
           --max-restarts=100 --restart-on-exit-codes=75
         ;;
-      *) die "with $(quoted "$with"): kubectl or xpk" ;;
+      *) die "with $(quoted "$with"): must be kubectl or xpk" ;;
     esac
     ;;
   status)
@@ -79,5 +79,5 @@ case $action in
     run kubectl delete jobset "$name" --ignore-not-found
     run kubectl delete configmap "$name" --ignore-not-found
     ;;
-  *) die "action $(quoted "$action") is not known; see --help" ;;
+  *) die "action $(quoted "$action"): unknown; see --help" ;;
 esac

@@ -1,8 +1,8 @@
-"""The Kubernetes manifest of a run on TPU slices: a ConfigMap with its configuration, and a JobSet.
+"""Writes the Kubernetes manifest of a run on TPU slices: a ConfigMap with the configuration, and a JobSet.
 
     python launch/jobset.py --name NAME --slice v5p-64 --config FILE --image IMAGE@sha256:… --claim CLAIM [-- WORD...]
 
-The JobSet starts again when a process leaves with 75 (told to stop, everything is saved), and fails at any other code.
+The JobSet restarts when a process exits with 75 (stopped, everything saved), and fails on any other code.
 """
 
 import argparse
@@ -17,17 +17,17 @@ from tli_jax.distributed.topology import parse_topology
 from tli_jax.errors import TliError
 
 _ACCELERATOR = {"v5e": "tpu-v5-lite-podslice", "v5p": "tpu-v5p-slice", "v6e": "tpu-v6e-slice"}
-_CHIPS = 4  # of a machine, in every slice of several machines
-_SAVED = 75  # exit code of a process that was told to stop
+_CHIPS = 4  # per machine, in every slice with several machines
+_PREEMPTED = 75  # exit code of a process that was stopped and saved everything
 _NAME = "worker"
 
 
 def make_manifest(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Raises TliError: there is no such slice."""
+    """Raise TliError if the slice is unknown or GKE does not support it."""
     topology = parse_topology(options.slice)
     generation, _, shape = topology.name.partition(":")
     if generation not in _ACCELERATOR:
-        raise TliError(f"slice {options.slice}: {', '.join(_ACCELERATOR)} are supported on GKE")
+        raise TliError(f"slice {options.slice}: GKE supports {', '.join(_ACCELERATOR)}")
     machines = math.prod(map(int, shape.split("x"))) // _CHIPS
     environment = {"JAX_COMPILATION_CACHE_DIR": "/data/compiled", "HF_HUB_CACHE": "/data/hub"}
     if options.port:
@@ -35,7 +35,7 @@ def make_manifest(options: argparse.Namespace) -> list[dict[str, Any]]:
     container = {
         "name": _NAME,
         "image": options.image,
-        "command": ["/launch/worker.sh", generation, *options.words],
+        "command": ["/launch/worker.sh", generation, *options.command],
         "workingDir": "/data",
         "env": [{"name": name, "value": value} for name, value in environment.items()],
         "ports": [{"containerPort": 8471}, {"containerPort": options.port or 8482}],
@@ -44,7 +44,7 @@ def make_manifest(options: argparse.Namespace) -> list[dict[str, Any]]:
     }
     pod = {
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 120,  # to save in
+        "terminationGracePeriodSeconds": 120,  # time to save
         "nodeSelector": {
             "cloud.google.com/gke-tpu-accelerator": _ACCELERATOR[generation],
             "cloud.google.com/gke-tpu-topology": shape,
@@ -55,13 +55,13 @@ def make_manifest(options: argparse.Namespace) -> list[dict[str, Any]]:
             {"name": "config", "configMap": {"name": options.name}},
         ],
     }
-    ends_at = {"containerName": _NAME, "operator": "NotIn", "values": [_SAVED]}
+    failing = {"containerName": _NAME, "operator": "NotIn", "values": [_PREEMPTED]}
     job = {
         "parallelism": machines,
         "completions": machines,
         "completionMode": "Indexed",
         "backoffLimit": 0,
-        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": ends_at}]},
+        "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": failing}]},
         "template": {"spec": pod},
     }
     jobset = {
@@ -69,7 +69,7 @@ def make_manifest(options: argparse.Namespace) -> list[dict[str, Any]]:
         "kind": "JobSet",
         "metadata": {
             "name": options.name,
-            # A slice of its own for each job.
+            # One slice per job.
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
@@ -97,9 +97,9 @@ def main() -> None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--image", required=True)
     parser.add_argument("--claim", required=True, help="PersistentVolumeClaim, mounted at /data on every machine")
-    parser.add_argument("--port", type=int, help="where process 0 listens")
+    parser.add_argument("--port", type=int, help="port on which process 0 listens")
     parser.add_argument("--max-restarts", type=int, default=100)
-    parser.add_argument("words", nargs="*", help="the command of every process")
+    parser.add_argument("command", nargs="*", help="command that every process runs")
     try:
         manifest = make_manifest(parser.parse_args())
     except TliError as error:

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts share; sourced, not run.
+# Functions shared by the launch scripts, which source this file.
 
 LAUNCH=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/versions.env
@@ -12,12 +12,12 @@ die() {
   exit 2
 }
 
-# The head comment of the calling script.
+# Print the head comment of the calling script.
 usage() {
   sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"
 }
 
-# Words as one line that a shell reads back as the same words; quoted where they need it.
+# Print words as one line that a shell parses back into the same words.
 quoted() {
   local word line=
   for word in "$@"; do
@@ -27,7 +27,7 @@ quoted() {
   printf '%s' "${line:1}"
 }
 
-# Run a command; with --dry-run, print it instead.
+# Run a command, or print it with --dry-run.
 run() {
   if $dry_run; then
     quoted "$@"
@@ -37,34 +37,34 @@ run() {
   fi
 }
 
-# Flags of xla_flags.env for a platform, on one line.
+# Print the compiler flags of a platform from xla_flags.env, on one line.
 flags_for() {
   awk -v platform="$1" '$1 == platform || ($1 == "tpu" && platform ~ /^v/) { printf "%s%s", sep, $2; sep = " " }' \
     "$LAUNCH/xla_flags.env"
 }
 
-# v5e, v5p or v6e of a slice like v5p-64.
+# Print the TPU generation of a slice: v5p for v5p-64.
 generation() {
   case $1 in
     v5e-* | v5litepod-*) echo v5e ;;
     v5p-*) echo v5p ;;
     v6e-*) echo v6e ;;
-    *) die "slice $1 is not known: v5e-N, v5p-N or v6e-N" ;;
+    *) die "slice $1: unknown, use v5e-N, v5p-N or v6e-N" ;;
   esac
 }
 
-# Name of a run that Google's and Kubernetes' names allow.
+# Check that a run's name is valid for both Google Cloud and Kubernetes.
 check_name() {
   [[ $1 =~ ^[a-z]([a-z0-9-]{0,38}[a-z0-9])?$ ]] ||
-    die "name $(quoted "$1"): lower-case letters, digits and dashes, 40 at most, beginning with a letter"
+    die "name $(quoted "$1"): use a letter followed by at most 39 lower-case letters, digits and dashes"
 }
 
 need() {
-  [[ -n $2 ]] || die "$1 is needed; see --help"
+  [[ -n $2 ]] || die "$1 is required; see --help"
 }
 
-# Read options into the variables of their names, which hold the defaults: one that is false is a switch, an array takes
-# as many as are given. $1 names the options that there are; what follows -- is left in PASSED.
+# Parse options into variables of the same names. The caller sets the defaults: `false` makes a switch, an array makes
+# an option that can be repeated. $1 lists the option names. Arguments after -- go into PASSED.
 read_options() {
   local OPTIONS=" $1 dry_run " VARIABLE
   shift
@@ -74,11 +74,11 @@ read_options() {
       --) PASSED=("${@:2}") && return ;;
     esac
     VARIABLE=${1#--} VARIABLE=${VARIABLE//-/_}
-    [[ $1 =~ ^--[a-z-]+$ && $OPTIONS == *" $VARIABLE "* ]] || die "$(quoted "$1") is not known; see --help"
+    [[ $1 =~ ^--[a-z-]+$ && $OPTIONS == *" $VARIABLE "* ]] || die "$(quoted "$1"): unknown option; see --help"
     if [[ ${!VARIABLE-} == false ]]; then
       printf -v "$VARIABLE" true
     else
-      (($# > 1)) || die "$(quoted "$1") is not known, or lacks its value"
+      (($# > 1)) || die "$(quoted "$1"): unknown option, or its value is missing"
       if [[ $(declare -p "$VARIABLE") == 'declare -a'* ]]; then
         local -n ARRAY=$VARIABLE
         ARRAY+=("$2")
@@ -91,18 +91,18 @@ read_options() {
   done
 }
 
-# Also because arithmetic in a shell runs what it finds in a word.
+# Check that an option is a positive integer: arithmetic in a shell would execute code inside a value.
 check_number() {
-  [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || die "$1 $(quoted "$2"): a whole number, at least 1"
+  [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || die "$1 $(quoted "$2"): must be an integer from 1 to 99999"
 }
 
-# The command of every process: growth and training where the file has a section \`train\`, else training alone.
-# $1: configuration; what was PASSED is passed on. The words are left in COMMAND.
+# Set COMMAND to the command of every process: growth and training if the configuration $1 has a `train` section,
+# training alone otherwise. The arguments in PASSED are appended.
 make_command() {
   local file=$1
-  [[ -f $file ]] || die "config $(quoted "$file"): there is no such file"
+  [[ -f $file ]] || die "config $(quoted "$file"): no such file"
   if grep -q '^train:' "$file"; then
-    # shellcheck disable=SC2034  # the scripts that source this use it
+    # shellcheck disable=SC2034  # used by the scripts that source this file
     COMMAND=(python -m tli_jax.upscale --config "$file" --train.distributed "${PASSED[@]}")
   else
     # shellcheck disable=SC2034

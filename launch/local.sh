@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Several processes on this machine: to try what a pod does, or for one process a GPU.
+# Runs several processes on this machine: to try out a multi-host run, or to use one process per GPU.
 #
 #   launch/local.sh --config FILE [--processes N] [--port PORT] [--platform cpu|gpu] [--dry-run] [-- FLAG...]
 #
-# --processes  how many (default 2). On GPUs, process I sees GPU I alone
-# --port       where process 0 listens (default: a free one)
-# --platform   for compiler flags (default cpu)
-# --dry-run    print the commands, run nothing
+# --processes  number of processes (default: 2); with --platform gpu, process I uses GPU I only
+# --port       port on which process 0 listens (default: a free port)
+# --platform   chooses the compiler flags (default: cpu)
+# --dry-run    print the commands without running them
 #
-# What follows -- goes to every process, e.g. -- --train.steps 10. SIGTERM reaches all of them: they save and leave with
-# 75, and the same command goes on. The exit code is 75 only if nothing worse happened to any of them, and 69, a
-# peer is gone, only if no other says why.
+# Arguments after -- are passed to every process, e.g. -- --train.steps 10. SIGTERM is forwarded to all processes: they
+# save and exit with 75, and the same command resumes. If exit codes differ, the most informative one wins: any error,
+# then 69 (lost a peer), then 75, then 0.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -26,10 +26,10 @@ fi
 
 make_command "$config"
 children=()
-told=false
+stopping=false
 # shellcheck disable=SC2329  # the trap calls it
 stop() {
-  told=true INTERRUPTED=true
+  stopping=true INTERRUPTED=true
   kill -TERM "${children[@]}" 2>/dev/null || true
 }
 trap stop TERM INT
@@ -50,8 +50,8 @@ for ((i = 0; i < processes; i++)); do
   fi
 done
 
-! $told || stop # who was started after it
-# Exit code of a child, in CODE. A signal to the script, whose trap sets INTERRUPTED, ends `wait` before the child has.
+! $stopping || stop # for children that started after the signal
+# Wait for a child and set CODE to its exit code. A signal makes `wait` return early; its trap then sets INTERRUPTED.
 wait_for() {
   INTERRUPTED=true
   while $INTERRUPTED; do
@@ -61,8 +61,8 @@ wait_for() {
   done
 }
 
-# How much an exit code says of what went wrong.
-weight() {
+# Print how informative an exit code is.
+severity() {
   case $1 in
     0) echo 0 ;;
     75) echo 1 ;;
@@ -74,6 +74,6 @@ weight() {
 worst=0
 for child in "${children[@]}"; do
   wait_for "$child"
-  (($(weight "$CODE") <= $(weight "$worst"))) || worst=$CODE
+  (($(severity "$CODE") <= $(severity "$worst"))) || worst=$CODE
 done
 exit "$worst"

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# GPUs under Slurm: one process a GPU, which find each other by themselves.
+# Submits a run to Slurm, with one process per GPU. The processes find each other by themselves.
 #
 #   launch/slurm.sh --config FILE --name NAME [--nodes N] [--gpus-per-node N] [--time HH:MM:SS] [--port PORT] [--dry-run]
 #                   [--sbatch FLAG]... [-- FLAG...]
 #
-# --nodes          default 1
-# --gpus-per-node  default 8
-# --time           of one job (default 24:00:00); two minutes before its end all save, leave with 75 and are queued again
-# --port           where process 0 listens (default: JAX's own choice)
-# --sbatch         passed on to sbatch, as often as needed, e.g. --sbatch --partition=h100
-# --dry-run        print the command, run nothing
+# --nodes          number of nodes (default: 1)
+# --gpus-per-node  default: 8
+# --time           time limit of a job (default: 24:00:00); two minutes before it, all processes save and the job requeues
+# --port           port on which process 0 listens (default: chosen by JAX)
+# --sbatch         flag for sbatch; can be repeated, e.g. --sbatch --partition=h100
+# --dry-run        print the command without running it
 #
-# What follows -- goes to the command, e.g. -- --train.only all. The folder must be the same on all nodes, and
-# `python` there the one that has tli_jax: switch the environment on first.
+# Arguments after -- are passed to the command, e.g. -- --train.only all. Run it from a folder that all nodes share, in
+# an activated environment that contains tli_jax.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"

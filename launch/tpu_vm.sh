@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs: one slice, or several that train together.
+# Runs on Cloud TPU VMs: one slice, or several slices that train together.
 #
 #   launch/tpu_vm.sh ACTION --name NAME --zone ZONE [--project PROJECT] [--dry-run] …
 #
-#   create  --slice v5p-64 [--slices N] [--spot]     ask for the slices, as a queued resource
-#   status                                           WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, …
-#   setup   --slice S [--slices N]                   install tli_jax, as it is here, on every worker
-#   check   --slice S [--slices N] --config FILE     preflight on every worker
-#   run     --slice S [--slices N] --config FILE     start on every worker; an ssh that breaks off stops nothing
-#   logs    [--slices N]                             follow what the first worker says
-#   stop    [--slices N]                             SIGTERM to every worker: all save the same step and leave
-#   delete                                           give everything back
+#   create  --slice v5p-64 [--slices N] [--spot]     request the slices as a queued resource
+#   status                                           print WAITING_FOR_RESOURCES, PROVISIONING, ACTIVE, …
+#   setup   --slice S [--slices N]                   install this source tree on every worker
+#   check   --slice S [--slices N] --config FILE     run the preflight on every worker
+#   run     --slice S [--slices N] --config FILE     start the run on every worker; it survives a lost connection
+#   logs    [--slices N]                             follow the log of the first worker
+#   stop    [--slices N]                             send SIGTERM to every worker: all save the same step and exit
+#   delete                                           delete the slices
 #
-# --port     where process 0 listens (default: JAX's own choice)
-# --dry-run  print the commands, run nothing
+# --port     port on which process 0 listens (default: chosen by JAX)
+# --dry-run  print the commands without running them
 #
-# What follows -- goes to the command, e.g. -- --train.only all. `run` again goes on with a run that has begun.
+# Arguments after -- are passed to the command, e.g. -- --train.only all. Calling `run` again resumes the run.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -41,7 +41,7 @@ if ((slices > 1)); then
   for ((i = 0; i < slices; i++)); do nodes+=("$name-$i"); done
 fi
 
-# On every worker of every slice, or with $1 = 0 on the first worker of the first: a command line for a shell over there.
+# Run a shell command line on every worker of every slice, or with $1 = 0 on the first worker of the first slice.
 on_workers() {
   local worker=$1 line=$2 node
   for node in "${nodes[@]}"; do
@@ -50,7 +50,7 @@ on_workers() {
   done
 }
 
-# Copy to every worker; the last word is where to, in the folder there.
+# Copy files to every worker. The last argument is the destination inside tli_jax/ there.
 to_workers() {
   local node from=("${@:1:$#-1}")
   for node in "${nodes[@]}"; do
@@ -58,7 +58,7 @@ to_workers() {
   done
 }
 
-# What every process runs, as words that a shell over there reads; the configuration has been copied.
+# Set COMMAND and environment to what every process runs remotely, with the configuration copied to run.yaml.
 remote_command() {
   need --slice "$slice"
   need --config "$config"
@@ -94,10 +94,10 @@ case $action in
     run python -m pip wheel --quiet --no-deps --wheel-dir dist/launch "$LAUNCH/.."
     on_workers all "mkdir -p tli_jax && rm -rf tli_jax/launch"
     to_workers dist/launch "$LAUNCH" ""
-    # A machine that has just started updates itself, and holds the lock.
+    # A new machine updates itself and holds the lock for some minutes.
     apt="sudo apt-get -qq -o DPkg::Lock::Timeout=600"
     packages="$apt update && $apt install -y python$PYTHON-venv"
-    # Anew: pip would keep what has the same version.
+    # A new environment, because pip would keep an older build with the same version.
     venv="cd tli_jax && python$PYTHON -m venv --clear .venv"
     install=".venv/bin/pip install -q \"jax[tpu]==$JAX_VERSION\" \"\$(ls launch/tli_jax-*.whl)[gcs,data]\""
     on_workers all "$packages && $venv && $install"
@@ -114,7 +114,7 @@ case $action in
     line=$(quoted env "${environment[@]}" bash launch/worker.sh "$kind" "${COMMAND[@]}")
     start="setsid nohup $line >>$name.log 2>&1 </dev/null & echo \$! >$name.pid"
     running="kill -0 \"\$(cat $name.pid 2>/dev/null)\" 2>/dev/null"
-    refuse="echo 'error: $name runs already: stop it first' >&2; exit 73"
+    refuse="echo 'error: $name is already running: stop it first' >&2; exit 73"
     on_workers all "cd tli_jax && if $running; then $refuse; else $start; fi"
     ;;
   logs)
@@ -126,5 +126,5 @@ case $action in
   delete)
     run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force
     ;;
-  *) die "action $(quoted "$action") is not known; see --help" ;;
+  *) die "action $(quoted "$action"): unknown; see --help" ;;
 esac

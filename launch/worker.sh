@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command on one machine of a run, and again for as long as it leaves with 75.
+# Runs a command on one machine of a run, and restarts it whenever it exits with 75.
 #
 #   launch/worker.sh v5e|v5p|v6e|gpu|cpu COMMAND...
 #
-# 75 says: told to stop, everything is saved, the same command goes on. Every other exit code ends it. When this script
-# itself is told to stop (SIGTERM), the machine is going away: the command may save, and is not started again.
-# Compiler flags come from xla_flags.env; programs that were compiled once are kept in JAX_COMPILATION_CACHE_DIR.
+# Exit code 75 means stopped with everything saved: the same command resumes. Every other exit code is final. If this
+# script itself receives SIGTERM, the machine is going away: the command can save, and is not restarted.
+# Compiler flags come from xla_flags.env. Compiled programs are cached in JAX_COMPILATION_CACHE_DIR.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -30,7 +30,7 @@ case $platform in
     export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
     ;;
   cpu) ;;
-  *) die "platform $platform is not known: v5e, v5p, v6e, gpu or cpu" ;;
+  *) die "platform $platform: unknown, use v5e, v5p, v6e, gpu or cpu" ;;
 esac
 
-exec python3 "$LAUNCH/again.py" "$@"
+exec python3 "$LAUNCH/restart.py" "$@"

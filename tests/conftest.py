@@ -1,4 +1,4 @@
-"""What every test stands on: a CPU that shows eight devices, no network, and the shared material where it is."""
+"""The environment of all tests: a CPU that simulates eight devices, no network, and shared fixtures."""
 
 import fcntl
 import gc
@@ -12,37 +12,37 @@ import pytest
 from hypothesis import settings
 
 if "jax" in sys.modules:
-    raise RuntimeError("jax was imported before tests/conftest.py could set its platform: no plugin may import it")
+    raise RuntimeError("a plugin imported jax before tests/conftest.py could set its platform")
 
-# To run on another platform, set it: JAX_PLATFORMS=cuda python -m pytest
+# For another platform: JAX_PLATFORMS=cuda python -m pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile much and compute little: machine code that is not optimised is there in two thirds of the time.
+# The tests compile a lot and compute little. Without optimisation, compilation takes two thirds of the time.
 _XLA_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# What is compiled and traced stays in memory; to look through all of it for garbage, every few hundred objects, took a
-# sixth of the time.
+# Traced and compiled programs stay in memory. Searching all of them for garbage every few hundred objects took a sixth
+# of the time.
 gc.set_threshold(50_000, 10, 10)
 
-# No deadline: a first call compiles. Derandomised: a failure belongs to the change, not to the draw.
+# No deadline, because first calls compile. Derandomized, so that a failure comes from the change, not from chance.
 settings.register_profile("tli_jax", deadline=None, derandomize=True)
 settings.load_profile("tli_jax")
 
 
 @pytest.fixture(scope="session")
 def material() -> Path:
-    """Folder of the shared material: real checkpoints and texts, which only some machines have."""
-    beside = Path(__file__).parents[2] / "shared" / "material"
-    folder = Path(os.environ.get("TLI_JAX_MATERIAL", beside))
+    """Folder with real checkpoints and texts, which only some machines have."""
+    default = Path(__file__).parents[2] / "shared" / "material"
+    folder = Path(os.environ.get("TLI_JAX_MATERIAL", default))
     if not folder.is_dir():
-        pytest.skip(f"the shared material is not here: {folder} (TLI_JAX_MATERIAL names another folder)")
+        pytest.skip(f"{folder} does not exist; TLI_JAX_MATERIAL names another folder")
     return folder
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
-    """Makes a folder by that name once a session, however many workers ask for it; the others wait."""
+    """Create a folder once per session, for all workers; the others wait until it is complete."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
@@ -62,7 +62,7 @@ def once(tmp_path_factory) -> Callable[[str, Callable[[Path], None]], Path]:
 
 @pytest.fixture(scope="session")
 def start(once) -> Path:
-    """A folder to train from: ``base`` of 4 layers, ``grown`` of 6, and ``ids.npy`` with something to learn in it."""
+    """Inputs for training: ``base`` with 4 layers, ``grown`` with 6, and ``ids.npy`` with a learnable pattern."""
 
     def make(folder: Path) -> None:
         import jax
@@ -86,9 +86,9 @@ def start(once) -> Path:
         params, plan = tli_jax.init_params(config, jax.random.key(0)), tli_jax.tli(4, every=2)
         tli_jax.save_hf(folder / "base", config, params)
         tli_jax.save_hf(folder / "grown", config, tli_jax.inject(params, plan), plan=plan)
-        ids, draw = [0], np.random.default_rng(0)
+        ids, rng = [0], np.random.default_rng(0)
         for _ in range(4000):
-            ids.append(int(draw.integers(64)) if draw.random() < 0.1 else (5 * ids[-1] + 7) % 64)
+            ids.append(int(rng.integers(64)) if rng.random() < 0.1 else (5 * ids[-1] + 7) % 64)
         np.save(folder / "ids.npy", np.array(ids, np.uint16))
 
     return once("start", make)
@@ -96,7 +96,7 @@ def start(once) -> Path:
 
 @pytest.fixture(scope="session")
 def compiled(once) -> dict[str, str]:
-    """Environment of processes that compile the same programs: the second one finds them."""
+    """Environment that lets processes share compiled programs."""
     return {
         "JAX_COMPILATION_CACHE_DIR": str(once("compiled", lambda _: None)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -106,7 +106,7 @@ def compiled(once) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def _compile_once(compiled):
-    """In this process too what was compiled before is found."""
+    """Let this process use the shared compiled programs, too."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 

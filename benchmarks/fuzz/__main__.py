@@ -1,20 +1,20 @@
-"""Feeds damaged inputs to the commands, and checks that each ends as it should.
+"""Feeds damaged inputs to the commands and checks how each of them ends.
 
     python benchmarks/fuzz [TARGET ...] [--seconds 600] [--seed 0] [--jobs 1]
-    python benchmarks/fuzz headers --seed 0 --trial 1234    # one trial again, with all that it prints
+    python benchmarks/fuzz headers --seed 0 --trial 1234    # repeat one trial and print its output
 
-Targets: headers, config, growth, yaml, tokenizer, text, tasks, run. A trial changes a copy of good inputs at a few
+Targets: headers, config, growth, yaml, tokenizer, text, tasks, run. A trial changes a copy of valid inputs in a few
 places (``mutate.py``) and runs a command on it (``targets.py``). The command must
 
-- end within 30 s (longer on a busy machine) and 1 GB, by an exit code that says what is wrong: no signal, not 1 or 70;
-- print no traceback and no control characters; after a failure, one line that begins with "error:", as the last;
-- leave a complete output after 0, and nothing otherwise; nothing in the folder for temporary files; JSON that is JSON;
-- after damage to a run folder, refuse to go on or come to the same weights, bit for bit.
+- end within 30 s (longer on a busy machine) and 1 GB, with a documented exit code other than 70, and not by a signal;
+- print no traceback and no control characters; after a failure, exactly one line starting with "error:", as the last;
+- leave a complete output after 0 and none otherwise, no temporary files, and strictly valid JSON;
+- after damage to a run directory, refuse to resume or end with the same weights, bit for bit.
 
-Every trial runs in a process forked from one that has imported what it needs, so a trial takes as long as the command
-works. A trial depends on the seed, the target and its number alone. Whatever fails is printed in one line and kept in
-``--failures``: the folder of the trial, with its output and ``failure.json``; of failures that look alike, the first
-three. The exit code is 1 where there are any. ``--write`` updates ``benchmarks/results/fuzz.json``.
+Every trial runs in a process forked from one that has already imported the package, so a trial costs only the work of
+the command. A trial depends only on the seed, the target and its number. Each failure is printed in one line and kept
+in ``--failures``: the folder of the trial with its output and ``failure.json``; at most three of each kind. Exits with
+1 if anything failed. ``--write`` updates ``benchmarks/results/fuzz.json``.
 """
 
 import argparse
@@ -25,7 +25,6 @@ import gc
 import importlib
 import json
 import os
-import platform
 import random
 import re
 import resource
@@ -37,30 +36,25 @@ import threading
 import time
 import traceback
 from collections import Counter
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Before numpy and jax: a process that forks must have no threads.
+# Before numpy and jax are imported: a process that forks must have no threads.
 os.environ |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
 
 import targets
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import RESULTS, machine, versions, write_result
+
 ALLOWED = {0, 2, 65, 66, 69, 73, 74, 75, 76}
 SECONDS, MEMORY, FILE = 30, 2**30, 2**28
-RESULTS = Path(__file__).parents[1] / "results" / "fuzz.json"
-COMMANDS = {
-    "upscale": "tli_jax.upscale",
-    "train": "tli_jax.train",
-    "evaluate": "tli_jax.evaluate",
-    "report": "tli_jax.report.__main__",
-    "compare": "tli_jax.compare.__main__",
-}
+STORED = RESULTS / "fuzz.json"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def run(call: targets.Call, folder: Path) -> tuple[str, float, int, int]:
-    """Run a command in a child, in that folder: what is wrong (or nothing), seconds, peak bytes, and the exit code."""
+    """Run a command in a child process; return the failure (or ""), seconds, peak bytes and the exit code."""
     (folder / "tmp").mkdir(exist_ok=True)
     started = time.monotonic()
     child = os.fork()
@@ -91,13 +85,13 @@ def run(call: targets.Call, folder: Path) -> tuple[str, float, int, int]:
 
 
 def _become(call: targets.Call, folder: Path) -> None:
-    """Turn this process into the command, up to its end: it waits for threads and runs what is registered for the exit.
+    """Run the command in this process and exit, after joining threads and running exit handlers.
 
-    Only the modules are not taken down one by one: with all that is imported here that costs more than the command.
+    Skips the interpreter's teardown of modules, which would take longer than the command.
     """
     os.setpgid(0, 0)
     os.chdir(folder)
-    # A write that would fill the disk fails; sizes of files are part of what is fuzzed.
+    # Fuzzed sizes must not fill the disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (FILE, FILE))
     for number, name in enumerate((os.devnull, "out", "err")):
         flags = os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -108,7 +102,7 @@ def _become(call: targets.Call, folder: Path) -> None:
 
     code: Any = 1
     try:
-        processes.leave(run_command(importlib.import_module(COMMANDS[call.module]).main, call.arguments))
+        processes.leave(run_command(importlib.import_module(f"tli_jax.{call.module}").main, call.arguments))
     except SystemExit as leaving:
         code = leaving.code
     except BaseException:
@@ -128,7 +122,7 @@ def _resident(process: int) -> int:
 
 
 def check(call: targets.Call, code: int, folder: Path) -> str:
-    """What is wrong with how a command has ended; nothing where nothing is."""
+    """Return how a command violates the rules, or ""."""
     out, err = ((folder / name).read_bytes().decode("utf-8", "surrogateescape") for name in ("out", "err"))
     lines = err.splitlines()
     errors = [line for line in lines if line.startswith("error:")]
@@ -141,7 +135,7 @@ def check(call: targets.Call, code: int, folder: Path) -> str:
     if found := _CONTROL.search(err) or _CONTROL.search(out):
         return f"control character {found[0]!a}"
     if len(errors) != (code != 0) or (code and not lines[-1].startswith("error:")):
-        return "no error line, or more than one, or not the last"
+        return "not exactly one error line, as the last"
     if left := [path.name for path in (folder / "tmp").iterdir()]:
         return f"left in TMPDIR: {left[0]}"
     if code == 0 and "--json" in call.arguments and not _is_strict(out):
@@ -153,13 +147,13 @@ def check(call: targets.Call, code: int, folder: Path) -> str:
         return f"left after a failure: {left[0]!a}"
     if code == 0:
         if not (output / targets.SINGLE).is_file() and not (output / targets.INDEX).is_file():
-            return "exit 0 without an output"
-        # What is copied as it is may be what somebody else calls JSON.
+            return "exit 0 without output"
+        # Only files that we write: copied files may contain other dialects of JSON.
         for name in ("config.json", "growth.json", "training.json"):
             if (output / name).is_file() and not _is_strict((output / name).read_text()):
                 return f"{name} is not JSON"
         if call.same and not filecmp.cmp(output / targets.SINGLE, folder / call.same / targets.SINGLE, shallow=False):
-            return "other weights"
+            return "different weights"
     return ""
 
 
@@ -175,21 +169,21 @@ def _is_strict(text: str) -> bool:
 
 
 def fuzz(name: str, args: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """The trials of a target, for so long or so many; what came of them."""
+    """Run the trials of a target until the time or number is reached; return counts."""
     target, good, trial = targets.TARGETS[name], work / name / "good", work / name / "trial"
     good.mkdir(parents=True)
     for module in target.modules:
         importlib.import_module(module)
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "a process that forks must have no threads"
     gc.freeze()
-    if (child := os.fork()) == 0:  # it may start JAX, and so threads
+    if (child := os.fork()) == 0:  # preparing may start JAX, and so threads
         os.dup2(os.open(work / name / "log", os.O_WRONLY | os.O_CREAT, 0o600), 1)
         os.dup2(1, 2)
         target.prepare(good)
         sys.stdout.flush()
         os._exit(0)
     if os.waitpid(child, 0)[1]:
-        raise SystemExit(f"{name}: the good inputs could not be made:\n{(work / name / 'log').read_text()[-2000:]}")
+        raise SystemExit(f"{name}: preparing the valid inputs failed:\n{(work / name / 'log').read_text()[-2000:]}")
     started, number, codes, seen = time.monotonic(), args.trial or 0, Counter[str](), Counter[str]()
     slowest, peak = 0.0, 0
     while True:
@@ -243,22 +237,22 @@ def _remove(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("targets", nargs="*", help="by default all", metavar="TARGET")
-    parser.add_argument("--seconds", type=float, default=600, help="for each target")
-    parser.add_argument("--trials", type=int, help="for each target, instead")
+    parser.add_argument("targets", nargs="*", help="default: all", metavar="TARGET")
+    parser.add_argument("--seconds", type=float, default=600, help="time for each target")
+    parser.add_argument("--trials", type=int, help="number of trials for each target, instead of a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trial", type=int, help="only this one")
-    parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
-    parser.add_argument("--failures", default="out/fuzz", help="folder for what fails")
+    parser.add_argument("--trial", type=int, help="run only this trial")
+    parser.add_argument("--jobs", type=int, default=1, help="targets to run in parallel")
+    parser.add_argument("--failures", default="out/fuzz", help="folder for failed trials")
     parser.add_argument("--write", action="store_true", help="update benchmarks/results/fuzz.json")
-    parser.add_argument("--table", action="store_true", help="print that file as a table, and do nothing else")
+    parser.add_argument("--table", action="store_true", help="print that file as a table, without running anything")
     args = parser.parse_args()
     if args.table:
-        print(_table(json.loads(RESULTS.read_text(encoding="utf-8"))))
+        print(_table(json.loads(STORED.read_text(encoding="utf-8"))))
         return
     names = args.targets or list(targets.TARGETS)
     if unknown := set(names) - targets.TARGETS.keys():
-        parser.error(f"no such target: {', '.join(sorted(unknown))}; there are {', '.join(targets.TARGETS)}")
+        parser.error(f"unknown target {', '.join(sorted(unknown))}: choose from {', '.join(targets.TARGETS)}")
     work = Path(tempfile.mkdtemp(prefix="fuzz-"))
     os.environ |= {"JAX_COMPILATION_CACHE_DIR": str(work / "compiled"), "TF_CPP_MIN_LOG_LEVEL": "3"}
     os.environ |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
@@ -283,18 +277,15 @@ def main() -> None:
 
 
 def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    packages = ("tli_jax", "jax", "numpy", "pydantic", "tokenizers", "pyarrow", "orbax-checkpoint")
+    # Targets that were not run keep their stored results.
+    stored = json.loads(STORED.read_text(encoding="utf-8"))["targets"] if STORED.is_file() else {}
     result = {
-        "machine": {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform()},
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "machine": machine(),
+        "versions": versions("tli_jax", "jax", "numpy", "pydantic", "tokenizers", "pyarrow", "orbax-checkpoint"),
         "limits": {"seconds": SECONDS, "bytes": MEMORY},
-        # Targets that were not run keep what was measured last.
-        "targets": (json.loads(RESULTS.read_text(encoding="utf-8"))["targets"] if RESULTS.is_file() else {})
-        | {name: one | {"seed": args.seed} for name, one in found.items()},
+        "targets": stored | {name: counts | {"seed": args.seed} for name, counts in found.items()},
     }
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result("fuzz", result)
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Small changes to an input that still looks like one: to JSON trees, to bytes, and to what kind of file it is."""
+"""Small random changes to inputs: to JSON trees, to bytes, and to the type of a file."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# JSON that ``json.dumps`` cannot write: each stands in the tree as a marker, and is put in its place in the text.
+# JSON that ``json.dumps`` cannot write. The tree contains a marker, which is replaced in the text.
 _RAW = [
     *("1e999", "-1e999", "NaN", "Infinity", "-0", "1.0", "0x10", "1_000", "undefined", "'text'", "9" * 5000, "9" * 400),
     *("[" * 100_000 + "]" * 100_000, '{"a":' * 2000 + "1" + "}" * 2000, "[" + "0," * 50_000 + "0]", '{"a":1,"a":2}'),
@@ -97,13 +97,13 @@ _BYTES = [
 
 
 def value(rng: random.Random) -> Any:
-    """A value that is seldom what is wanted."""
+    """A value that is rarely valid."""
     kind = rng.randrange(5)
     return rng.choice([_NUMBERS, _FLOATS, _TEXTS, _OTHERS, list(_MARKERS)][kind])
 
 
 def tree(rng: random.Random, content: Any, more: Sequence[tuple[str, Any]] = ()) -> Any:
-    """Change a JSON tree at one place; ``more`` are keys and values that belong to such a file but are not in it."""
+    """Change a JSON tree in one place. ``more`` are keys and values that such a file could also contain."""
     content = copy.deepcopy(content)
     holder, key = _descend(rng, content)
     if holder is None:
@@ -118,7 +118,7 @@ def tree(rng: random.Random, content: Any, more: Sequence[tuple[str, Any]] = ())
         holder[key] = rng.choice([-old, old + 1, old - 1, old * 2, old / 2, float(old), str(old), old * 10**6])
     elif action == 6:
         holder[key] = [old] if rng.random() < 0.5 else {"a": old}
-    elif action == 7:  # what stands elsewhere
+    elif action == 7:  # a value from elsewhere in the tree
         other, there = _descend(rng, content)
         holder[key] = copy.deepcopy(other[there]) if other is not None else None
     elif action == 8 and isinstance(holder, dict):
@@ -137,7 +137,7 @@ def tree(rng: random.Random, content: Any, more: Sequence[tuple[str, Any]] = ())
 
 
 def _descend(rng: random.Random, content: Any) -> tuple[Any, Any]:
-    """A place in a tree: what holds it, and its key or index."""
+    """A random place in a tree: its container, and its key or index."""
     holder, key = None, None
     while isinstance(content, dict | list) and content:
         keys = list(content) if isinstance(content, dict) else range(len(content))
@@ -149,7 +149,7 @@ def _descend(rng: random.Random, content: Any) -> tuple[Any, Any]:
 
 
 def dump(rng: random.Random, content: Any) -> bytes:
-    """A tree as JSON text, now and then with a key that appears twice."""
+    """A tree as JSON text, sometimes with a duplicate key."""
     text = json.dumps(content, ensure_ascii=rng.random() < 0.8)
     for marker, raw in _MARKERS.items():
         text = text.replace(f'"{marker}"', raw)
@@ -160,9 +160,9 @@ def dump(rng: random.Random, content: Any) -> bytes:
 
 
 def raw(rng: random.Random, data: bytes) -> bytes:
-    """Change bytes, a few times."""
+    """Change a few bytes."""
     for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
-        # Headers and footers matter more than what is between.
+        # Headers and footers matter more than the data between them.
         at = min(
             rng.choice([rng.randrange(len(data) + 1), rng.randrange(64), len(data) - rng.randrange(64)]), len(data)
         )
@@ -186,7 +186,7 @@ def raw(rng: random.Random, data: bytes) -> bytes:
 
 
 def swap(rng: random.Random, file: Path, largest: int = 2**40) -> None:
-    """Put something else in the place of a file or folder; where it is only large, up to ``largest`` bytes of zeros."""
+    """Replace a file or folder with something else, for example a sparse file of up to ``largest`` bytes."""
     data = file.read_bytes() if file.is_file() else b""
     shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink(missing_ok=True)
     action = rng.randrange(8)
@@ -209,7 +209,7 @@ def swap(rng: random.Random, file: Path, largest: int = 2**40) -> None:
 
 
 def json_file(rng: random.Random, file: Path, more: Sequence[tuple[str, Any]] = ()) -> None:
-    """Change a file that holds JSON, as a tree, as bytes, or as a file."""
+    """Change a JSON file as a tree, as bytes, or as a file."""
     kind = rng.random()
     if not is_small(file):
         return
@@ -224,7 +224,7 @@ def json_file(rng: random.Random, file: Path, more: Sequence[tuple[str, Any]] = 
 
 
 def lines_file(rng: random.Random, file: Path, largest: int = 2**40) -> None:
-    """Change a file that holds JSON lines; see ``swap``."""
+    """Change a file of JSON lines; ``swap`` explains ``largest``."""
     kind = rng.random()
     if not is_small(file):
         return
@@ -245,18 +245,18 @@ def lines_file(rng: random.Random, file: Path, largest: int = 2**40) -> None:
 
 
 def any_file(rng: random.Random, file: Path, largest: int = 2**40) -> None:
-    """Change a file of any kind; see ``swap``."""
+    """Change a file of any type; ``swap`` explains ``largest``."""
     if is_small(file):
         swap(rng, file, largest) if rng.random() < 0.1 else file.write_bytes(raw(rng, file.read_bytes()))
 
 
 def is_small(file: Path) -> bool:
-    """Whether it is a file that an earlier change has left as one, and of a size to be changed again."""
+    """Whether a path is still a regular file after earlier changes, and small enough to change again."""
     return file.is_file() and not file.is_symlink() and file.stat().st_size <= 2**20
 
 
 def read_json(data: bytes) -> Any:
-    """What JSON says, or None where it is none any more."""
+    """The parsed JSON, or None if it is invalid."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -264,7 +264,7 @@ def read_json(data: bytes) -> Any:
 
 
 def word(rng: random.Random) -> str:
-    """A value for the command line, which takes neither NUL nor what the file system's encoding cannot say."""
+    """A value for the command line, which cannot contain NUL or characters that the encoding lacks."""
     found = value(rng)
     text = found if isinstance(found, str) else json.dumps(found)
     text = _MARKERS.get(text, text).replace("\0", "").replace("\ud800", "\udcfe")

@@ -1,6 +1,6 @@
-"""What is fuzzed: for each target the good inputs, how one trial changes them, and the commands that then read them.
+"""The fuzz targets: for each, valid inputs, how a trial changes them, and the commands that read them.
 
-A trial works in a folder of its own, with a copy of what ``prepare`` made. Paths are relative to it.
+A trial works in its own folder, with a copy of the files that ``prepare`` wrote. Paths are relative to it.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ class Call:
     """A command: a module of the package and its arguments.
 
     Attributes:
-        output: folder that is there and complete after 0, and not there otherwise.
-        same: folder; after 0 the weights in ``output`` are those in it.
+        output: folder that must be complete after exit code 0, and absent otherwise.
+        same: folder whose weights ``output`` must equal after exit code 0.
     """
 
     module: str
@@ -39,9 +39,9 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """``prepare`` makes the good inputs in a folder, once; ``trial`` changes a copy of them and says what to run.
+    """``prepare`` writes the valid inputs once; ``trial`` changes a copy of them and returns the commands to run.
 
-    ``modules`` are imported once, for all trials: the fewer, the faster is a fork.
+    ``modules`` are imported once, before all trials. Fewer modules make forks faster.
     """
 
     prepare: Callable[[Path], None]
@@ -49,7 +49,7 @@ class Target:
     modules: tuple[str, ...]
 
 
-# --- Good inputs. Deterministic, so that a trial is the same again.
+# --- Valid inputs. Deterministic, so that trials can be repeated.
 
 _WORDS = ["the", "a", "one", "day", "girl", "named", "Lily", "went", "to", "her", "mom", "said", "dog", "was", "red"]
 _CONFIG: dict[str, Any] = {
@@ -79,7 +79,7 @@ def sentences(count: int) -> list[str]:
 
 
 def make_model(folder: Path, shards: int = 1) -> None:
-    """A small Llama with random weights and a byte-level tokenizer with BOS in front."""
+    """Write a small Llama with random weights, and a byte-level tokenizer that prepends BOS."""
     import numpy as np
     import tokenizers
     from safetensors.numpy import save_file
@@ -142,12 +142,12 @@ def _grown(folder: Path) -> None:
 
 
 _TRAIN = ["--only", "injected", "--batch-size", "2", "--sequence-length", "16", "--dtypes", "compute=float32"]
-# The rate depends on no number of steps: more of them are the same ones at first.
+# With a constant schedule the learning rate does not depend on the number of steps.
 _TRAIN += ["--save-every", "2", "--keep", "9", "--schedule", "constant"]
 
 
 def _trained(folder: Path) -> None:
-    """A run ``r`` of 4 steps with its model and text, and ``want``, the export after 6."""
+    """Write the run ``r`` of 4 steps with its model and text, and ``want``, the export after 6 steps."""
     _grown(folder)
     (folder / "t.txt").write_text("\n".join(sentences(60)))
     import os
@@ -164,7 +164,7 @@ def _trained(folder: Path) -> None:
 
 
 def _split(data: bytes) -> tuple[Any, bytes] | None:
-    """Header and data of a safetensors file; None where it is none any more."""
+    """Header and data of a safetensors file; None if the header is not valid JSON."""
     length = int.from_bytes(data[:8], "little")
     header = mutate.read_json(data[8 : 8 + length])
     return None if header is None else (header, data[8 + length :])
@@ -282,7 +282,7 @@ _SNIPPETS = [
     "!!timestamp x",
     "=",
 ]
-# A kilobyte that means a billion.
+# A kilobyte of YAML that expands to a billion nodes.
 _BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
 )
@@ -314,27 +314,27 @@ def _yaml(rng: random.Random, folder: Path) -> list[Call]:
     flags = []
     if rng.random() < 0.4:
         for _ in range(rng.choice([1, 1, 2])):
-            # Where it trains it must not wait for processes that nobody starts.
+            # A run must not wait for other processes that never start.
             key = rng.choice([key for key in _fields(name) if not key.endswith("process")])
             key = key.replace("_", "-") if rng.random() < 0.95 else key + "x"
             flags += [f"--{key}={mutate.word(rng)}"] if rng.random() < 0.8 else [f"--{key}", mutate.word(rng)]
     if name == "upscale" and rng.random() < 0.5:
         flags.append("--plan-only")
-    return [Call(name if name != "compare" else "compare", ["--config", "c.yaml", *flags])]
+    return [Call(name, ["--config", "c.yaml", *flags])]
 
 
 def _empty_text(folder: Path) -> None:
-    """So that no configuration, however right it is by chance, sets a training going."""
+    """An empty text, so that a configuration that is valid by chance cannot start training."""
     make_model(folder / "m")
     (folder / "empty.txt").touch()
 
 
 @functools.cache
 def _fields(name: str) -> list[str]:
-    from tli_jax import config
+    from tli_jax.cli import config
 
-    kind = getattr(config, f"{name.capitalize()}Config")
-    names = [field.name for field in dataclasses.fields(kind)]
+    schema = getattr(config, f"{name.capitalize()}Config")
+    names = [field.name for field in dataclasses.fields(schema)]
     if name == "upscale":
         names += [f"train.{field.name}" for field in dataclasses.fields(config.TrainConfig)]
     return names
@@ -415,7 +415,7 @@ def _text(rng: random.Random, folder: Path) -> list[Call]:
     path = rng.choice(sorted((folder / "texts").iterdir()))
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     file = rng.choice(files)
-    # However large a text is, it may be meant.
+    # A large text can be intended, so sizes are limited.
     if file.name.endswith(".jsonl"):
         mutate.lines_file(rng, file, largest=2**24)
     elif file.name in ("state.json", "dataset_info.json"):
@@ -424,12 +424,12 @@ def _text(rng: random.Random, folder: Path) -> list[Call]:
         file.write_bytes(mutate.dump(rng, mutate.tree(rng, json.loads(file.read_bytes()))))
     else:
         mutate.any_file(rng, file, largest=2**24)
-    if file == path and rng.random() < 0.15:  # its content is not what its name says
+    if file == path and rng.random() < 0.15:  # its content does not match its name
         path = path.with_name("x" + rng.choice(sorted(other.name for other in path.parent.iterdir())))
         if file.exists() and not file.is_symlink():
             file.rename(path)
     given = rng.choice([str(path.relative_to(folder))] * 9 + ["texts"])
-    # Longer than any text: it is read to its end, and then refused before anything is compiled.
+    # A sequence longer than any text: the command reads all of it, and refuses it before compiling.
     call = ["--model", "m", "--text", given, "--sequence-length", rng.choice(["100000"] * 9 + ["16"]), "--json"]
     call += rng.choice([[], [], ["--on-bad", "skip"], ["--separator", "<>"], ["--field", "n"], ["--eos"]])
     return [Call("evaluate", call)]
@@ -470,7 +470,7 @@ def _task(rng: random.Random, folder: Path) -> list[Call]:
     return [Call("evaluate", [*call, "--sequence-length", "64", "--batch-size", "2"])]
 
 
-# --- Run folders.
+# --- Run directories.
 
 
 def _run_folder(rng: random.Random, folder: Path) -> list[Call]:
@@ -494,16 +494,16 @@ def _run_folder(rng: random.Random, folder: Path) -> list[Call]:
             file.write_bytes(mutate.dump(rng, mutate.tree(rng, yaml.safe_load((folder / "r.yaml").read_text()))))
         else:
             mutate.any_file(rng, file)
-    # A configuration may be changed in what may change; whatever else is there either gives the same bits, or nothing.
+    # Some configuration keys may change the result. Any other damage must give the same bits or an error.
     same = None if touched == "config.yaml" else "want"
-    go_on = Call("train", ["--run", "r", "--steps", str(STEPS), "--export", "o/x"], "o/x", same)
+    resume = Call("train", ["--run", "r", "--steps", str(STEPS), "--export", "o/x"], "o/x", same)
     export = Call("train", ["--run", "r", "--export-only", "--export", "o/x"], "o/x")
     report = Call("report", ["r"])
     start = ["--model", "r", "--text", "t.txt", "--run", "r2", *_TRAIN, "--steps", "1", "--export", "o/x"]
-    return rng.choice([[go_on], [go_on], [report], [export], [Call("train", start, "o/x")], [report, go_on]])
+    return rng.choice([[resume], [resume], [report], [export], [Call("train", start, "o/x")], [report, resume]])
 
 
-_GROWING = ("tli_jax.upscale", "tli_jax.report.__main__", "tokenizers", "yaml", "rich.progress")
+_GROWING = ("tli_jax.upscale", "tli_jax.report", "tokenizers", "yaml", "rich.progress")
 _COMPUTING = (
     *_GROWING,
     *("tli_jax.evaluate", "tli_jax.evaluation.scoring", "tli_jax.data.batches", "tli_jax.training.checkpoints"),
@@ -513,7 +513,7 @@ TARGETS = {
     "headers": Target(_both_models, _headers, _GROWING),
     "config": Target(_empty_text, _config, _GROWING),
     "growth": Target(_grown, _growth, _GROWING),
-    "yaml": Target(_empty_text, _yaml, (*_COMPUTING, "tli_jax.compare.__main__")),
+    "yaml": Target(_empty_text, _yaml, (*_COMPUTING, "tli_jax.compare")),
     "tokenizer": Target(_with_text, _tokenizer, (*_GROWING, "transformers.models.auto.tokenization_auto")),
     "text": Target(_texts, _text, _COMPUTING),
     "tasks": Target(_tasks, _task, _COMPUTING),

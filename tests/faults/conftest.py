@@ -1,4 +1,4 @@
-"""Commands as a user starts them, disks that are small, and a run that is done: what the tests of real faults share."""
+"""Fixtures for tests of real faults: commands in processes of their own, small disks, and a finished run."""
 
 import json
 import os
@@ -20,19 +20,19 @@ from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import expected_shapes
 
 TRAIN = ["--only", "injected", "--batch-size", "8", "--sequence-length", "16", "--dtypes", "compute=float32"]
-# The rate depends on no number of steps: more of them are the same ones at first.
+# With a constant schedule the learning rate does not depend on the number of steps.
 TRAIN += ["--save-every", "2", "--keep", "9", "--validation-fraction", "0", "--schedule", "constant"]
 
 
 @pytest.fixture(scope="session")
 def write_random() -> Callable[[Path, tli_jax.LlamaConfig], None]:
-    """Writes a random model in fp32 as a new folder, quickly however large it is."""
+    """Write a random fp32 model to a new folder, quickly even if it is large."""
 
     def write(folder: Path, config: tli_jax.LlamaConfig) -> None:
-        draw = np.random.default_rng(0)
-        flat = {name: draw.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
+        rng = np.random.default_rng(0)
+        tensors = {name: rng.random(shape, np.float32) - 0.5 for name, shape in expected_shapes(config).items()}
         folder.mkdir()
-        save_file(flat, folder / "model.safetensors", {"format": "pt"})
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         sidecar.write_json(folder / "config.json", config.to_hf())
 
     return write
@@ -40,7 +40,7 @@ def write_random() -> Callable[[Path, tli_jax.LlamaConfig], None]:
 
 @pytest.fixture(scope="session")
 def done(once, start) -> Path:
-    """A folder with ``run``, four steps of the grown model with a checkpoint every two, and ``out``, its export."""
+    """A folder with ``run``, four steps of the grown model with two checkpoints, and ``out``, its export."""
 
     def make(folder: Path) -> None:
         call = ["--model", start / "grown", "--text", start / "ids.npy", "--run", folder / "run", *TRAIN, "--steps", 4]
@@ -52,20 +52,22 @@ def done(once, start) -> Path:
 
 @pytest.fixture
 def run(done: Path, tmp_path: Path) -> Path:
-    """A copy of that run."""
+    """A copy of the finished run."""
     return shutil.copytree(done / "run", tmp_path / "run")
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own, with the given options."""
+    """Mount a small file system with the given options."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
     def mount(options: str) -> Path:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "none", folder], capture_output=True, text=True
+        )
+        if mounted.returncode:
+            pytest.skip(f"cannot mount a file system: {mounted.stderr.strip()}")
         return folder
 
     yield mount
@@ -75,7 +77,7 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 @pytest.fixture(scope="session")
 def tli(compiled) -> Callable[..., tuple[int, str, str]]:
-    """Runs ``python -m tli_jax.…`` as a process: exit code, stdout and stderr. It has to end within the time given."""
+    """Run ``python -m tli_jax.…`` in a process with a timeout; return exit code, stdout and stderr."""
 
     def tli(*call: Any, before: list[str] = [], timeout: float = 120, **environment: str):  # noqa: B006
         one = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
@@ -96,18 +98,18 @@ def tli(compiled) -> Callable[..., tuple[int, str, str]]:
 
 @pytest.fixture(scope="session")
 def unprivileged() -> list[str]:
-    """In front of a command: root may then read and write no more than the permissions of its files say."""
+    """A prefix for commands that makes file permissions apply to root, too."""
     if os.geteuid() != 0:
         return []
     dropped = ",".join(f"-{name}" for name in ("dac_override", "dac_read_search", "fowner", "chown"))
     words = ["setpriv", f"--bounding-set={dropped}", f"--inh-caps={dropped}"]
     if shutil.which("setpriv") is None or subprocess.run([*words, "true"], capture_output=True).returncode:
-        pytest.skip("setpriv is needed, which takes from root what permissions do not stop")
+        pytest.skip("needs setpriv, to make file permissions apply to root")
     return words
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every file in a folder, and every folder."""
+    """The contents of every file in a folder, and the names of every subfolder."""
     return {
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
@@ -121,13 +123,13 @@ def _snapshot() -> Callable[[Path], dict[str, bytes | None]]:
 
 @pytest.fixture(scope="session")
 def weights() -> Callable[[Path], dict[str, bytes]]:
-    """The safetensors files of a folder."""
+    """The contents of the safetensors files of a folder."""
     return lambda folder: {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
 
 
 @pytest.fixture(scope="session")
 def arrays() -> Callable[[Path, int], dict[str, Any]]:
-    """Shape, dtype and digest of every array of a step of a run: parameters, moments and the rest."""
+    """Shape, dtype and digest of every array in the checkpoint of a step."""
 
     def arrays(run: Path, step: int) -> dict[str, Any]:
         document = json.loads((run / "checkpoints" / str(step) / "meta" / "meta.json").read_text())

@@ -1,4 +1,4 @@
-"""Run folders in which something is damaged, or belongs to another run: found, named, and never trained on from."""
+"""Damaged or foreign files in a run directory are found and named, and never resumed from."""
 
 import json
 import os
@@ -18,12 +18,12 @@ def flip(file):
     file.write_bytes(content)
 
 
-def cut(file):
+def truncate(file):
     os.truncate(file, file.stat().st_size // 2)
 
 
 def damage(folder, how, part):
-    """Damage every file of a checkpoint that holds array data (``state``), or what describes it (``meta``)."""
+    """Damage every file with array data (``state``) or metadata (``meta``) in a checkpoint."""
     files = [file for file in (folder / part).rglob("*") if file.is_file()]
     files = [file for file in files if part == "meta" or file.parent.name == "d"]
     assert files
@@ -31,49 +31,48 @@ def damage(folder, how, part):
         how(file)
 
 
-def go_on(run, steps=6):
+def resume(run, steps=6):
     return run_command(train.main, ["--run", str(run), "--steps", str(steps)])
 
 
 @pytest.fixture(scope="module")
 def six(once, done):
-    """The run, and what it gives after six steps."""
+    """The run after six steps, without damage."""
 
     def make(folder):
         shutil.copytree(done / "run", folder / "run")
-        assert go_on(folder / "run") == 0
+        assert resume(folder / "run") == 0
 
     return once("six", make) / "run"
 
 
 CASES = {
     "a flipped bit": (flip, "state"),
-    "a cut file": (cut, "state"),
+    "a truncated file": (truncate, "state"),
     "a deleted file": (os.unlink, "state"),
-    "a flipped bit in what describes it": (flip, "meta"),
-    "a cut description": (cut, "meta"),
+    "a flipped bit in the metadata": (flip, "meta"),
+    "truncated metadata": (truncate, "meta"),
 }
-QUICK = ("a cut file", "a flipped bit in what describes it")
+QUICK = ("a truncated file", "a flipped bit in the metadata")
 
 
 @pytest.mark.parametrize(
     "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.long) for case in CASES]
 )
-def test_a_damaged_checkpoint_is_given_up_for_the_one_before(case, run, six, arrays, capsys):
+def test_damaged_checkpoint_falls_back_to_the_previous_one(case, run, six, arrays, capsys):
     damage(run / "checkpoints" / "4", *CASES[case])
-    assert go_on(run) == 0
-    said = capsys.readouterr().err
-    assert str(run / "checkpoints" / "4") in said
+    assert resume(run) == 0
+    assert str(run / "checkpoints" / "4") in capsys.readouterr().err
     assert arrays(run, 6) == arrays(six, 6)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 7))
 
 
-def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(run, snapshot, capsys):
+def test_run_with_only_damaged_checkpoints_does_not_restart(run, snapshot, capsys):
     for step in ("2", "4"):
         damage(run / "checkpoints" / step, flip, "state")
     before = snapshot(run)
-    assert go_on(run) == 65
+    assert resume(run) == 65
     assert str(run / "checkpoints") in capsys.readouterr().err
     assert snapshot(run) == before
 
@@ -81,32 +80,32 @@ def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(run, snapshot, 
 def test_damaged_frozen_tensors_are_refused(run, snapshot, capsys):
     damage(run / "checkpoints" / "frozen", flip, "state")
     before = snapshot(run)
-    assert go_on(run) == 65
+    assert resume(run) == 65
     assert "frozen" in capsys.readouterr().err
     assert snapshot(run) == before
 
 
-def is_refused_or_right(run, six, arrays):
-    """2 or 65; or else what is foreign is set aside, and the run ends as if it had never been there."""
-    code = go_on(run)
+def is_refused_or_correct(run, six, arrays):
+    """Return the exit code: 2 or 65, or 0 if the run ignored the foreign files and ended with the right arrays."""
+    code = resume(run)
     assert code in (0, 2, 65)
     assert code or arrays(run, 6) == arrays(six, 6)
     return code
 
 
-@pytest.mark.parametrize("what", ["checkpoint", pytest.param("all checkpoints", marks=pytest.mark.long)])
-def test_checkpoints_of_another_run_are_not_gone_on_with(what, run, done, start, six, arrays, tmp_path, capsys):
-    """Of a run that differs in its seed alone: shapes, dtypes and names are the same."""
+@pytest.mark.parametrize("scope", ["checkpoint", pytest.param("all checkpoints", marks=pytest.mark.long)])
+def test_checkpoints_of_another_run_are_not_resumed(scope, run, done, start, six, arrays, tmp_path, capsys):
+    """The other run differs only in its seed: shapes, dtypes and names are the same."""
     config = (done / "run" / "config.yaml").read_text().replace("seed: 0", "seed: 1")
     (tmp_path / "other.yaml").write_text(config)
     other = tmp_path / "other"
     assert run_command(train.main, ["--config", str(tmp_path / "other.yaml"), "--run", str(other)]) == 0
     capsys.readouterr()
-    steps = ["4"] if what == "checkpoint" else ["2", "4", "frozen"]
+    steps = ["4"] if scope == "checkpoint" else ["2", "4", "frozen"]
     for step in steps:
         shutil.rmtree(run / "checkpoints" / step)
         shutil.copytree(other / "checkpoints" / step, run / "checkpoints" / step)
-    code = is_refused_or_right(run, six, arrays)
+    code = is_refused_or_correct(run, six, arrays)
     assert code or "checkpoints/4" in capsys.readouterr().err
 
 
@@ -121,8 +120,8 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_changed_file_of_a_run_is_refused(name, run, six, arrays, capsys):
+def test_changed_file_of_a_run_is_refused(name, run, six, arrays, capsys):
     before = (run / name).read_bytes()
     FILES[name](run / name)
     assert (run / name).read_bytes() != before
-    assert is_refused_or_right(run, six, arrays) in (2, 65)
+    assert is_refused_or_correct(run, six, arrays) in (2, 65)

@@ -1,4 +1,4 @@
-"""Disks that fill up, and folders that may not be written to, at several moments of growth, training and export."""
+"""Full disks and missing permissions at several moments of growth, training and export."""
 
 import shutil
 import subprocess
@@ -14,7 +14,7 @@ from tli_jax.cli.frame import run_command
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
-# Fills the disk of the folder as soon as a file of weights is being written in it, up to the last byte.
+# Fills the disk of a folder to the last byte as soon as a weight file is being written there.
 FILLER = """
 import pathlib, sys, time
 folder, until = pathlib.Path(sys.argv[1]), time.monotonic() + 60
@@ -34,7 +34,7 @@ with (folder / "filler").open("wb", buffering=0) as filler:
 
 @pytest.fixture(scope="module")
 def large(write_random, tmp_path_factory) -> Iterator[Path]:
-    """A random model of 150 MB, which takes a moment to write."""
+    """A random model of 150 MB, which takes some time to write."""
     folder = tmp_path_factory.mktemp("large") / "base"
     config = tli_jax.LlamaConfig(256, 1024, 1024, 6, 8, 8, 128)
     write_random(folder, config)
@@ -42,8 +42,8 @@ def large(write_random, tmp_path_factory) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("method", ["tli", "average"])  # copied by the kernel, and written by us
-def test_growth_on_a_disk_that_somebody_else_fills(method, large, start, disk, snapshot):
+@pytest.mark.parametrize("method", ["tli", "average"])  # copied by the kernel; written by us
+def test_growth_while_another_process_fills_the_disk(method, large, start, disk, snapshot):
     parent = disk("size=450m")
     shutil.copytree(start / "grown", parent / "out")
     before = snapshot(parent)
@@ -57,7 +57,7 @@ def test_growth_on_a_disk_that_somebody_else_fills(method, large, start, disk, s
     assert snapshot(parent) == before
 
 
-def test_growth_fails_before_it_writes_where_there_is_no_room(large, disk, capsys):
+def test_growth_checks_free_space_before_writing(large, disk, capsys):
     parent = disk("size=100m")
     assert run_command(upscale.main, ["--model", str(large), "--output", str(parent / "out"), "--no-proof"]) == 73
     assert "are needed" in capsys.readouterr().err
@@ -65,22 +65,22 @@ def test_growth_fails_before_it_writes_where_there_is_no_room(large, disk, capsy
 
 
 def fill(folder: Path, free: int) -> Path:
-    """Leave so many bytes free on the disk of a folder."""
+    """Leave only ``free`` bytes on the disk of a folder."""
     filler = folder / "filler"
     filler.write_bytes(bytes(shutil.disk_usage(folder).free - free))
     return filler
 
 
 def complete(run: Path) -> list[str]:
-    """The steps that a run may go on from. What a failed save leaves under another name goes at the next start."""
+    """Steps that a run can resume from. Leftovers of a failed save have other names."""
     return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name.isdecimal())
 
 
-# Of the bytes that a step takes, 250 kB: what is written first does not fit, or something later.
+# A checkpoint takes 250 kB: its first file does not fit, or a later one.
 @pytest.mark.parametrize(
     "free", [pytest.param(0, marks=pytest.mark.long), 20_000, pytest.param(150_000, marks=pytest.mark.long)]
 )
-def test_training_on_a_full_disk_stops_with_the_last_step_whole(free, run, disk, snapshot, capsys):
+def test_training_on_a_full_disk_keeps_the_last_checkpoint(free, run, disk, snapshot, capsys):
     parent = disk("size=32m")
     shutil.copytree(run, parent / "run")
     filler = fill(parent, free)
@@ -93,17 +93,17 @@ def test_training_on_a_full_disk_stops_with_the_last_step_whole(free, run, disk,
     assert run_command(train.main, ["--run", str(parent / "run"), "--steps", "6"]) == 0
 
 
-def test_a_process_whose_disk_is_full_leaves(run, disk, tli):
+def test_process_with_a_full_disk_exits(run, disk, tli):
     parent = disk("size=32m")
     shutil.copytree(run, parent / "run")
     filler = fill(parent, 100_000)
-    code, _, said = tli("train", "--run", parent / "run", "--steps", 10, timeout=60)
-    assert code == 74 and "No space left on device" in said
+    code, _, err = tli("train", "--run", parent / "run", "--steps", 10, timeout=60)
+    assert code == 74 and "No space left on device" in err
     filler.unlink()
 
 
 @pytest.mark.long
-def test_a_run_that_was_out_of_room_ends_like_one_that_was_not(done, run, disk, arrays, weights):
+def test_run_after_a_full_disk_ends_like_an_uninterrupted_one(done, run, disk, arrays, weights):
     parent = disk("size=32m")
     shutil.copytree(run, parent / "run")
     filler = fill(parent, 100_000)
@@ -116,8 +116,8 @@ def test_a_run_that_was_out_of_room_ends_like_one_that_was_not(done, run, disk, 
     assert weights(parent / "export") == weights(run.with_name("export")) != {}
 
 
-@pytest.mark.parametrize("inodes", [1, 2, 4])  # beside the root and the old output: none for its folder, or for files
-def test_an_export_onto_a_full_disk_leaves_the_old_one(inodes, done, disk, snapshot):
+@pytest.mark.parametrize("inodes", [1, 2, 4])  # beyond the old output: none for the new folder, or none for its files
+def test_export_to_a_full_disk_keeps_the_old_one(inodes, done, disk, snapshot):
     parent = disk(f"size=64m,nr_inodes={1 + 1 + len(list((done / 'out').iterdir())) + inodes - 1}")
     shutil.copytree(done / "out", parent / "out")
     before = snapshot(parent)
@@ -126,55 +126,55 @@ def test_an_export_onto_a_full_disk_leaves_the_old_one(inodes, done, disk, snaps
     assert snapshot(parent) == before
 
 
-def test_an_export_that_does_not_fit_is_not_begun(done, disk):
+def test_export_that_does_not_fit_is_not_started(done, disk):
     parent = disk("size=4m")
     assert run_command(train.main, ["--run", str(done / "run"), "--export-only", "--export", str(parent / "out")]) == 73
     assert list(parent.iterdir()) == []
 
 
-# --- Permission, of processes that root's powers have been taken from.
+# --- Permissions. The processes run without root's capabilities.
 
 
 def test_growth_without_permission(start, tmp_path, tli, unprivileged, snapshot):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     call = ["upscale", "--model", start / "base", "--no-proof", "--every", 1, "--output"]
-    code, _, said = tli(*call, locked / "out", before=unprivileged)
-    assert code == 73 and "Permission denied" in said and str(locked / "out") in said
+    code, _, err = tli(*call, locked / "out", before=unprivileged)
+    assert code == 73 and "Permission denied" in err and str(locked / "out") in err
     shutil.copytree(start / "base", tmp_path / "base")
     (tmp_path / "base" / "model.safetensors").chmod(0)
     call[2] = tmp_path / "base"
-    code, _, said = tli(*call, tmp_path / "out", before=unprivileged)
-    assert code == 74 and "Permission denied" in said and str(tmp_path / "base" / "model.safetensors") in said
+    code, _, err = tli(*call, tmp_path / "out", before=unprivileged)
+    assert code == 74 and "Permission denied" in err and str(tmp_path / "base" / "model.safetensors") in err
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long
-def test_an_export_without_permission(done, tmp_path, tli, unprivileged):
+def test_export_without_permission(done, tmp_path, tli, unprivileged):
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o555)
     call = ["train", "--run", done / "run", "--export-only", "--export", locked / "out"]
-    code, _, said = tli(*call, before=unprivileged)
-    assert code == 73 and "Permission denied" in said and list(locked.iterdir()) == []
+    code, _, err = tli(*call, before=unprivileged)
+    assert code == 73 and "Permission denied" in err and list(locked.iterdir()) == []
 
 
-def test_training_that_may_not_save_leaves(run, tli, unprivileged, snapshot):
+def test_training_without_permission_to_save_exits(run, tli, unprivileged, snapshot):
     before = snapshot(run / "checkpoints")
     (run / "checkpoints").chmod(0o555)
-    code, _, said = tli("train", "--run", run, "--steps", 8, before=unprivileged, timeout=60)
+    code, _, err = tli("train", "--run", run, "--steps", 8, before=unprivileged, timeout=60)
     (run / "checkpoints").chmod(0o755)
-    assert code == 74 and "Permission denied" in said
+    assert code == 74 and "Permission denied" in err
     assert snapshot(run / "checkpoints") == before
 
 
 @pytest.mark.long
-def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_damaged(run, tli, unprivileged, snapshot):
+def test_unreadable_checkpoint_is_not_treated_as_damaged(run, tli, unprivileged, snapshot):
     files = [file for file in (run / "checkpoints" / "4").rglob("*") if file.is_file()]
     before = snapshot(run)
     for file in files:
         file.chmod(0)
-    code, _, said = tli("train", "--run", run, "--steps", 8, before=unprivileged)
+    code, _, err = tli("train", "--run", run, "--steps", 8, before=unprivileged)
     for file in files:
         file.chmod(0o644)
-    assert code == 74 and "Permission denied" in said
+    assert code == 74 and "Permission denied" in err
     assert snapshot(run) == before

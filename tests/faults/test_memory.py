@@ -1,4 +1,4 @@
-"""Growth under a limit of memory: within what is promised it succeeds; without, it says so and leaves nothing."""
+"""Growth under a memory limit works within the documented amount; below it, it fails and leaves no output."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 import tli_jax
 
-# The command, in an address space that may grow by so many MiB once everything is imported.
+# Runs the command in an address space that can grow by the given MiB after all imports.
 LIMITED = """
 import resource, sys
 from tli_jax import upscale
@@ -25,7 +25,7 @@ sys.exit(run_command(upscale.main, sys.argv[2:]))
 
 @pytest.fixture(scope="module")
 def large(write_random, tmp_path_factory):
-    """A random model of 0.4 GB, a tensor of 64 MB in it."""
+    """A random model of 0.4 GB with a tensor of 64 MB."""
     folder = tmp_path_factory.mktemp("large") / "base"
     config = tli_jax.LlamaConfig(256, 2048, 8192, 1, 8, 8, 256)
     write_random(folder, config)
@@ -35,10 +35,10 @@ def large(write_random, tmp_path_factory):
 
 @pytest.mark.parametrize(("mib", "code"), [(100, 0), (32, 74), (1, 74)])
 def test_growth_in_little_memory(large, tmp_path, mib, code):
-    shutil.copy(large / "config.json", tmp_path)  # something that must stay
+    shutil.copy(large / "config.json", tmp_path)  # a file that must survive
     call = [sys.executable, "-c", LIMITED, str(mib), "--model", str(large), "--no-proof", "--every", "1"]
-    # By default glibc reserves 64 MB of address space for the first allocation of a thread, if it gets them. That is no
-    # memory, but counts against RLIMIT_AS, and how much is left then depends on which thread comes first.
+    # By default glibc reserves up to 64 MB of address space for the first allocation of each thread. That is not memory
+    # in use, but it counts against RLIMIT_AS, and the rest depends on which thread allocates first.
     ended = subprocess.run(
         [*call, "--output", str(tmp_path / "out")],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Weights that are NaN or Inf: named and counted, wherever they are read, and never turned into a figure."""
+"""NaN and Inf in weights are named and counted wherever they are read, and never produce a metric."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ NAME = "model.layers.1.mlp.down_proj.weight"
 
 @pytest.fixture(params=["float32", "bfloat16", "float16"])
 def base(request, start, tmp_path):
-    """The base with two values that are not finite, in a dtype."""
+    """The base in some dtype, with two values that are not finite."""
     shutil.copytree(start / "base", tmp_path / "base")
     file = tmp_path / "base" / "model.safetensors"
     kind = np.dtype(getattr(ml_dtypes, request.param, request.param))
@@ -29,18 +29,18 @@ def base(request, start, tmp_path):
     return tmp_path / "base"
 
 
-def test_growth_names_them(base, tmp_path, capsys):
+def test_growth_names_nonfinite_tensors(base, tmp_path, capsys):
     call = ["--model", str(base), "--every", "2", "--no-proof", "--output", str(tmp_path / "out")]
     assert run_command(upscale.main, call) == 65
-    said = capsys.readouterr().err
-    assert f"{NAME} (2)" in said and "--allow-nonfinite" in said and not (tmp_path / "out").exists()
+    err = capsys.readouterr().err
+    assert f"{NAME} (2)" in err and "--allow-nonfinite" in err and not (tmp_path / "out").exists()
     assert run_command(upscale.main, [*call, "--allow-nonfinite"]) == 0
     assert f"{NAME} (2)" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "growth.json").read_text())["nonfinite"] == {NAME: 2}
 
 
 @pytest.mark.parametrize("base", ["float32"], indirect=True)
-def test_no_loss_and_no_accuracy_comes_of_them(base, start, tmp_path, capsys):
+def test_evaluation_of_nonfinite_weights_is_refused(base, start, tmp_path, capsys):
     call = ["--model", str(base), "--text", str(start / "ids.npy"), "--sequence-length", "16", "--json"]
     assert run_command(evaluate.main, call) == 65
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What lies out of a model's folder is refused before it is opened, whichever file leads there."""
+"""Files outside a model's folder are refused before they are opened, whichever file points to them."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from tli_jax.hf.headers import INDEX
 
-# The command, and a line for each file that was opened below a folder.
+# Runs the command and prints a line for each file opened below a folder.
 WATCHED = """
 import os, sys
 def hook(event, arguments):
@@ -22,7 +22,7 @@ sys.exit(run_command(upscale.main, sys.argv[2:]))
 """
 
 
-def link_out(name):
+def move_and_link(name):
     def damage(base, outside):
         shutil.move(base / name, outside / name)
         (base / name).symlink_to(outside / name)
@@ -30,7 +30,7 @@ def link_out(name):
     return damage
 
 
-def index_to(target):
+def point_index_to(target):
     def damage(base, outside):
         shutil.copy(base / "model.safetensors", outside / "x.safetensors")
         shutil.move(base / "model.safetensors", base / "a.safetensors")
@@ -41,20 +41,20 @@ def index_to(target):
 
 
 DAMAGES = {
-    "a link to the weights": link_out("model.safetensors"),
-    "a link to the configuration": link_out("config.json"),
-    "an index to a path above": index_to("../outside/x.safetensors"),
-    "an index to an absolute path": index_to("OUTSIDE/x.safetensors"),
+    "a link to the weights": move_and_link("model.safetensors"),
+    "a link to the configuration": move_and_link("config.json"),
+    "an index to a path above": point_index_to("../outside/x.safetensors"),
+    "an index to an absolute path": point_index_to("OUTSIDE/x.safetensors"),
     "a licence": lambda base, outside: (
         (outside / "secret").write_text("mine"),
         (base / "LICENSE").symlink_to(outside / "secret"),
     ),
-    "a record of growth": link_out("growth.json"),
+    "a record of growth": move_and_link("growth.json"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_nothing_outside_is_opened(case, start, tmp_path):
+def test_files_outside_are_never_opened(case, start, tmp_path):
     shutil.copytree(start / "grown", tmp_path / "base")
     (tmp_path / "outside").mkdir()
     DAMAGES[case](tmp_path / "base", tmp_path / "outside")

@@ -1,4 +1,4 @@
-"""A process of several that stands still, as a machine that is paused does: the others leave, and so does it later."""
+"""One of several processes freezes, as on a paused machine: the others exit, and it exits when it wakes up."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ import pytest
 
 from tli_jax.distributed import processes
 
-# Steps over both processes, until something happens; the heartbeat of a real run takes twice as long.
+# Runs collectives over both processes until something happens. A real run has twice this heartbeat timeout.
 SCRIPT = """
 import os, sys, time
 from tli_jax.cli.frame import run_command
@@ -37,7 +37,7 @@ processes.leave(run_command(main, []))
 
 
 def start(call, folder):
-    """Two processes, which say what they say into files."""
+    """Start two processes that write their output to files."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
@@ -51,13 +51,13 @@ def start(call, folder):
 
 
 def child(process):
-    """Of the supervisor that a process of several is."""
+    """The child of a supervisor process."""
     (found,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return int(found)
 
 
-def stand_still(started, index, folder):
-    """Stop one process: the code of the other, the seconds until it leaves, and the code of this one once it wakes."""
+def freeze(started, index, folder):
+    """Freeze one process; return the other's exit code and seconds until exit, and the exit code after waking up."""
     stopped = [started[index].pid, child(started[index])]
     try:
         for pid in stopped:
@@ -71,26 +71,26 @@ def stand_still(started, index, folder):
     finally:
         for process in started:
             process.kill()
-    said = [(folder / f"{number}.err").read_text() for number in range(2)]
-    assert not any("Traceback" in text for text in said), said
-    assert [line for line in said[1 - index].splitlines() if "error:" in line] == [f"error: {processes.LOST}"]
+    errors = [(folder / f"{number}.err").read_text() for number in range(2)]
+    assert not any("Traceback" in text for text in errors), errors
+    assert [line for line in errors[1 - index].splitlines() if "error:" in line] == [f"error: {processes.LOST}"]
     return code, took, woken
 
 
 @pytest.mark.parametrize("index", [1, pytest.param(0, marks=pytest.mark.long)])
-def test_a_peer_that_stands_still_is_gone(index, tmp_path):
+def test_frozen_peer_counts_as_lost(index, tmp_path):
     started = start(lambda process: [sys.executable, "-c", SCRIPT, process], tmp_path)
     until = time.monotonic() + 120
     while not all("running" in (tmp_path / f"{number}.out").read_text() for number in range(2)):
         assert all(process.poll() is None for process in started) and time.monotonic() < until
         time.sleep(0.05)
-    code, took, woken = stand_still(started, index, tmp_path)
+    code, took, woken = freeze(started, index, tmp_path)
     assert code == 69 and took < 30
     assert woken in (69, 137)
 
 
 @pytest.mark.long
-def test_a_training_whose_peer_stands_still_leaves(start_folder, tmp_path):
+def test_training_with_a_frozen_peer_exits(start_folder, tmp_path):
     flags = ["--model", start_folder / "grown", "--text", start_folder / "ids.npy", "--run", tmp_path / "run"]
     flags += ["--only", "injected", "--batch-size", 8, "--sequence-length", 16, "--dtypes", "compute=float32"]
     flags += ["--steps", 100_000, "--save-every", 10, "--validation-fraction", 0]
@@ -100,7 +100,7 @@ def test_a_training_whose_peer_stands_still_leaves(start_folder, tmp_path):
     while not (tmp_path / "run" / "checkpoints" / "10").is_dir():
         assert all(process.poll() is None for process in started) and time.monotonic() < until
         time.sleep(0.05)
-    code, took, woken = stand_still(started, 1, tmp_path)
+    code, took, woken = freeze(started, 1, tmp_path)
     assert code == 69 and took < 30
     assert woken in (69, 137)
 

@@ -1,4 +1,4 @@
-"""The scripts that throw damage and kills at the commands work, and find nothing in a short time."""
+"""The fuzzer and the kill storm work, and find nothing in a short run."""
 
 import subprocess
 import sys
@@ -17,23 +17,23 @@ def fuzz(*words, folder):
 
 
 @pytest.mark.parametrize(("targets", "trials"), [("headers config growth yaml tokenizer", 25), ("text tasks", 10)])
-def test_a_short_fuzz_finds_nothing(targets, trials, tmp_path):
-    said = fuzz(*targets.split(), "--trials", str(trials), "--jobs", "2", folder=tmp_path / "failures")
-    assert all(f"{target}: {trials} trials" in said for target in targets.split())
+def test_short_fuzz_finds_nothing(targets, trials, tmp_path):
+    printed = fuzz(*targets.split(), "--trials", str(trials), "--jobs", "2", folder=tmp_path / "failures")
+    assert all(f"{target}: {trials} trials" in printed for target in targets.split())
 
 
 @pytest.mark.long
-def test_a_fuzz_of_run_folders_finds_nothing(tmp_path):
+def test_fuzz_of_run_directories_finds_nothing(tmp_path):
     fuzz("run", "--trials", "40", folder=tmp_path)
 
 
-def test_a_trial_is_the_same_again(tmp_path):
-    said = {fuzz("config", "--trial", "7", folder=tmp_path).partition("→")[0] for _ in range(2)}
-    assert len(said) == 1
+def test_trials_can_be_repeated(tmp_path):
+    printed = {fuzz("config", "--trial", "7", folder=tmp_path).partition("→")[0] for _ in range(2)}
+    assert len(printed) == 1
 
 
 @pytest.mark.long
-def test_a_short_storm_of_kills_loses_nothing(tmp_path):
+def test_short_kill_storm_loses_nothing(tmp_path):
     call = [sys.executable, str(BENCHMARKS / "killstorm.py"), "--kills", "4", "--work", str(tmp_path), "--no-write"]
     ended = subprocess.run(call, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -1,4 +1,4 @@
-"""The table of faults in the documentation names tests that exist, and every fault has one."""
+"""The table of faults in docs/reliability.md: every fault has a row, and the tests it names exist."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ def test_every_fault_has_a_row():
 
 
 @pytest.mark.parametrize(("number", "row"), ROWS, ids=[number for number, _ in ROWS])
-def test_the_tests_of_a_row_exist(number, row):
+def test_named_tests_exist(number, row):
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
     assert named
     for file, name in named:
@@ -25,7 +25,7 @@ def test_the_tests_of_a_row_exist(number, row):
         assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file} has no {name}"
 
 
-def test_the_figures_are_those_of_the_results():
+def test_tables_match_the_stored_results():
     found = re.findall(r"<!-- made by python (benchmarks/[^\n]+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL)
     assert len(found) == 2
     for call, inside in found:

@@ -1,4 +1,4 @@
-"""Launch scripts: what they would run, what they do run, and when they run it again."""
+"""Launch scripts: their dry runs, the commands that they run, and when they restart."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LAUNCH = ROOT / "launch"
 CONFIG = str(ROOT / "configs" / "demo_train.yaml")
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 DIGEST = "registry/tli_jax@sha256:" + "0123456789abcdef" * 4
-# A stand-in for a cloud's command: writes down its words, one call a line, and what comes in by a pipe.
+# Stand-in for a cloud's command: records its arguments, one call per line, and piped input.
 RECORD = f"""#!{sys.executable}
 import json, os, sys
 piped = "" if sys.stdin.isatty() or "-" not in sys.argv else sys.stdin.read()
@@ -32,7 +32,7 @@ with open(os.environ["CALLS"], "a") as file:
 
 @pytest.fixture
 def config(tmp_path):
-    """A path that a careless script would trip over, or worse."""
+    """A path that breaks a script with careless quoting, or injects commands into it."""
     file = tmp_path / "a b; touch pwned $(touch pwned) 'x'.yaml"
     file.write_text("model: embedded\noutput: out\ntrain:\n  run: run\n")
     return file
@@ -40,7 +40,7 @@ def config(tmp_path):
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run a script in an empty folder, with commands of its own first on the path: exit code, output, calls."""
+    """Run a script in an empty folder with recording commands first on PATH; return stdout, stderr and the calls."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "work").mkdir()
     for name in ("gcloud", "kubectl", "sbatch", "xpk"):
@@ -73,7 +73,7 @@ def test_shellcheck(script):
 
 
 def actions(config):
-    """Calls that a dry run and a real one are compared on."""
+    """Calls for which a dry run and a real run are compared."""
     vm, gke = ["--name", "r1", "--zone", "z"], ["--name", "r1"]
     where = [*vm, "--slice", "v5p-64", "--config", config]
     return {
@@ -107,7 +107,7 @@ def actions(config):
 
 
 @pytest.mark.parametrize("name", actions("x"))
-def test_a_dry_run_prints_what_is_run(launch, config, name):
+def test_dry_run_prints_the_commands_of_a_real_run(launch, config, name):
     script, *words = actions(config)[name]
     at = words.index("--") if "--" in words else len(words)
     printed, _, calls = launch(script, *words[:at], "--dry-run", *words[at:])
@@ -116,7 +116,7 @@ def test_a_dry_run_prints_what_is_run(launch, config, name):
     assert [[name, *words] for name, words, _ in calls] == [shlex.split(line) for line in printed.splitlines()]
 
 
-def test_the_words_of_every_worker_arrive_as_they_were(launch, config):
+def test_arguments_reach_every_worker_unchanged(launch, config):
     _, _, calls = launch(*actions(config)["vm run"])
     copies = [words for _, words, _ in calls if "scp" in words]
     assert [(words[5], words[6]) for words in copies] == [(str(config), f"r1-{i}:tli_jax/run.yaml") for i in range(2)]
@@ -130,19 +130,19 @@ def test_the_words_of_every_worker_arrive_as_they_were(launch, config):
     assert there[at : at + len(wanted.split()) + 1] == [*wanted.split(), "a'b $HOME"]
 
 
-def test_the_check_has_the_compiler_flags_of_the_run(launch, config):
+def test_check_uses_the_compiler_flags_of_run(launch, config):
     _, _, calls = launch(*actions(config)["vm check"])
     wanted = "bash launch/worker.sh v5p python -m tli_jax.preflight --config run.yaml --train.distributed"
     assert calls[-1][1][-1].endswith(wanted)
 
 
-def test_slurm_finds_the_scripts_from_any_folder(launch, config):
+def test_slurm_job_gets_the_path_of_the_scripts(launch, config):
     _, _, ((_, words, _),) = launch(*actions(config)["slurm"])
     at = words.index(str(LAUNCH / "slurm_job.sh"))
     assert words[at + 1] == str(LAUNCH)
 
 
-def test_setup_installs_pinned_versions_on_every_worker(launch):
+def test_setup_installs_pinned_versions(launch):
     printed, *_ = launch("tpu_vm.sh", "setup", "--name", "r", "--zone", "z", "--slice", "v5e-8", "--dry-run")
     _, wheel, _, copy, install = (shlex.split(line) for line in printed.splitlines())
     assert wheel[:4] == ["python", "-m", "pip", "wheel"] and "--no-deps" in wheel
@@ -150,8 +150,8 @@ def test_setup_installs_pinned_versions_on_every_worker(launch):
     assert '"jax[tpu]==0.10.2"' in install[-1] and "python3.11 -m venv" in install[-1]
 
 
-# Of the JobSet API (v1alpha2) and batch/v1, as their public reference has it, what a manifest here uses: nothing else
-# may be in it, and what must be is there.
+# The part of the JobSet API (v1alpha2) and of batch/v1 that our manifest uses, from the public reference. Other
+# properties are refused, and required ones must exist.
 def closed(required, **properties):
     return {
         "type": "object",
@@ -219,7 +219,7 @@ JOBSET = closed(
 
 
 @pytest.mark.parametrize(("slice_", "slices", "machines"), [("v5e-8", 1, 2), ("v5p-1024", 1, 128), ("v6e-256", 2, 64)])
-def test_the_manifest(launch, config, slice_, slices, machines):
+def test_manifest(launch, config, slice_, slices, machines):
     words = ["--name", "r1", "--slice", slice_, "--slices", slices, "--config", config, "--image", DIGEST]
     words += ["--claim", "data", "--port", "9999", "--", "--train.run", "a'b $HOME"]
     _, _, calls = launch("gke.sh", "create", *words)
@@ -237,38 +237,38 @@ def test_the_manifest(launch, config, slice_, slices, machines):
     wanted = ["python", "-m", "tli_jax.upscale", "--config", "/config/run.yaml", "--train.distributed", "--train.run"]
     assert container["command"] == ["/launch/worker.sh", slice_.split("-")[0], *wanted, "a'b $HOME"]
     assert {"name": "JAX_COORDINATOR_PORT", "value": "9999"} in container["env"]
-    # Only 75 starts it again.
+    # Only exit code 75 triggers a restart.
     (rule,) = job["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [75]) and job["backoffLimit"] == 0
     assert rule["onExitCodes"]["operator"] == "NotIn" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("words", "message"),
     [
-        (["gke.sh", "create", "--name", "r", "--slice", "v5e-8", "--image", "tli_jax:latest"], "by its digest"),
+        (["gke.sh", "create", "--name", "r", "--slice", "v5e-8", "--image", "tli_jax:latest"], "name it by digest"),
         (["gke.sh", "create", "--name", "R;x"], "name 'R;x'"),
-        (["tpu_vm.sh", "create", "--name", "r", "--zone", "z", "--slice", "v9-8"], "slice v9-8 is not known"),
-        (["tpu_vm.sh", "fly", "--name", "r", "--zone", "z"], "action fly is not known"),
-        (["tpu_vm.sh", "run", "--name", "r"], "--zone is needed"),
-        (["slurm.sh", "--name", "r", "--nodez", "2"], "--nodez is not known"),
-        (["local.sh"], "--config is needed"),
-        (["local.sh", "--config"], "--config is not known, or lacks its value"),
-        (["local.sh", "--config", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
-        (["local.sh", "--config", CONFIG, "--processes", "BASH_VERSINFO[$(touch pwned)]"], "a whole number"),
-        (["slurm.sh", "--name", "r", "--config", CONFIG, "--port", "1,LD_PRELOAD=x"], "a whole number"),
-        (["slurm.sh", "--name", "r", "--config", "nowhere.yaml"], "there is no such file"),
+        (["tpu_vm.sh", "create", "--name", "r", "--zone", "z", "--slice", "v9-8"], "slice v9-8: unknown"),
+        (["tpu_vm.sh", "fly", "--name", "r", "--zone", "z"], "action fly: unknown"),
+        (["tpu_vm.sh", "run", "--name", "r"], "--zone is required"),
+        (["slurm.sh", "--name", "r", "--nodez", "2"], "--nodez: unknown option"),
+        (["local.sh"], "--config is required"),
+        (["local.sh", "--config"], "--config: unknown option, or its value is missing"),
+        (["local.sh", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+        (["local.sh", "--config", CONFIG, "--processes", "BASH_VERSINFO[$(touch pwned)]"], "must be an integer"),
+        (["slurm.sh", "--name", "r", "--config", CONFIG, "--port", "1,LD_PRELOAD=x"], "must be an integer"),
+        (["slurm.sh", "--name", "r", "--config", "nowhere.yaml"], "no such file"),
         (
             ["tpu_vm.sh", "run", "--name", "r", "--zone", "z", "--slice", "v9-8", "--config", CONFIG],
-            "v9-8 is not known",
+            "v9-8: unknown",
         ),
-        (["worker.sh", "tpu", "true"], "platform tpu is not known"),
+        (["worker.sh", "tpu", "true"], "platform tpu: unknown"),
     ],
 )
-def test_what_is_wrong_is_said_and_nothing_is_run(launch, config, words, says):
+def test_wrong_arguments_are_refused(launch, config, words, message):
     needed = ["--config", config] if "create" in words and "gke.sh" in words else []
     _, err, calls = launch(*words, *needed, code=2)
-    assert says in err and not calls
+    assert message in err and not calls
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script.name not in ("lib.sh", "slurm_job.sh")])
@@ -277,34 +277,34 @@ def test_help(launch, script):
 
 
 @pytest.mark.parametrize(("codes", "worst"), [((0, 0), 0), ((0, 69), 69), ((69, 65), 65), ((65, 69), 65)])
-def test_the_exit_code_of_local_is_the_one_that_says_why(tmp_path, codes, worst):
+def test_local_returns_the_most_informative_exit_code(tmp_path, codes, worst):
     python = tmp_path / "python"
     python.write_text(f"#!/bin/bash\ncodes={shlex.quote(' '.join(map(str, codes)))}\n[[ $* =~ ([01])/2@ ]]\n")
     with python.open("a") as file:
         file.write('read -ra codes <<<"$codes"; exit "${codes[BASH_REMATCH[1]]}"\n')
     python.chmod(0o755)
-    (tmp_path / "python3").symlink_to(sys.executable)  # another one, as pyenv's, may put its own folder first on PATH
+    (tmp_path / "python3").symlink_to(sys.executable)  # a wrapper, as pyenv's, could put its own folder first on PATH
     call = [LAUNCH / "local.sh", "--config", CONFIG, "--port", "4000"]
     path = f"{tmp_path}:{os.environ['PATH']}"
     assert subprocess.run(call, env=os.environ | {"PATH": path}).returncode == worst
 
 
 class TestWorker:
-    """It goes on after 75, and only then."""
+    """worker.sh restarts the command after exit code 75, and only then."""
 
     @pytest.mark.parametrize("code", [0, 1, 69, 76, 137])
-    def test_other_codes_end_it(self, tmp_path, code):
+    def test_other_codes_are_final(self, tmp_path, code):
         script = f"echo x >>{shlex.quote(str(tmp_path / 'runs'))}; exit {code}"
         done = subprocess.run([LAUNCH / "worker.sh", "cpu", "bash", "-c", script], check=False)
         assert done.returncode == code and (tmp_path / "runs").read_text() == "x\n"
 
-    def test_75_goes_on(self, tmp_path):
+    def test_75_restarts(self, tmp_path):
         runs = shlex.quote(str(tmp_path / "runs"))
         script = f"echo x >>{runs}; [[ $(wc -l <{runs}) -ge 3 ]] || exit 75"
         done = subprocess.run([LAUNCH / "worker.sh", "cpu", "bash", "-c", script], check=False)
         assert done.returncode == 0 and (tmp_path / "runs").read_text() == "x\n" * 3
 
-    def test_told_to_stop_it_lets_the_command_save_and_does_not_go_on(self, tmp_path):
+    def test_sigterm_lets_the_command_save_and_does_not_restart(self, tmp_path):
         runs, saved = tmp_path / "runs", tmp_path / "saved"
         script = f"trap 'sleep 0.5; touch {saved}; exit 75' TERM; echo x >>{runs}; while :; do sleep 0.05; done"
         worker = subprocess.Popen([LAUNCH / "worker.sh", "cpu", "bash", "-c", script])
@@ -314,21 +314,21 @@ class TestWorker:
         assert worker.wait(60) == 75
         assert saved.exists() and runs.read_text() == "x\n"
 
-    def test_a_signal_while_the_command_leaves_hides_no_exit_code(self):
+    def test_signal_while_the_command_exits_keeps_its_exit_code(self):
         call = [LAUNCH / "worker.sh", "cpu", "bash", "-c", "trap '' TERM; kill -TERM $PPID; exit 75"]
         assert {subprocess.run(call).returncode for _ in range(20)} == {75}
 
-    def test_flags_are_those_of_the_file(self):
+    def test_compiler_flags_come_from_the_file(self):
         show = ["bash", "-c", "echo $LIBTPU_INIT_ARGS $XLA_FLAGS $XLA_PYTHON_CLIENT_MEM_FRACTION"]
         clean = os.environ | {"XLA_FLAGS": "", "LIBTPU_INIT_ARGS": ""}
-        said = {}
+        printed = {}
         for platform in ("v5e", "v6e", "gpu"):
             call = [LAUNCH / "worker.sh", platform, *show]
-            said[platform] = subprocess.run(
+            printed[platform] = subprocess.run(
                 call, check=True, stdout=subprocess.PIPE, text=True, env=clean
             ).stdout.split()
-        assert said["v5e"] == flags("tpu") and said["v6e"] == flags("tpu") + flags("v6e")
-        assert said["gpu"] == [*flags("gpu"), "0.9"]
+        assert printed["v5e"] == flags("tpu") and printed["v6e"] == flags("tpu") + flags("v6e")
+        assert printed["gpu"] == [*flags("gpu"), "0.9"]
 
 
 def flags(platform):
@@ -337,7 +337,7 @@ def flags(platform):
 
 
 def accepts(flags, name):
-    """Exit code of a process that loads the compiler with these flags, and compiles something."""
+    """Compile a function with these flags in a new process; return its exit code."""
     code = "import jax; jax.jit(lambda x: x + 1).lower(1.0).compile()"
     if name == "LIBTPU_INIT_ARGS":
         code = (
@@ -352,19 +352,19 @@ def accepts(flags, name):
 
 
 @pytest.mark.skipif(not topology.has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
-def test_the_tpu_compiler_knows_its_flags():
+def test_tpu_compiler_accepts_its_flags():
     assert flags("tpu") and flags("v6e")
     assert accepts(flags("tpu") + flags("v6e"), "LIBTPU_INIT_ARGS") == 0
     assert accepts([*flags("tpu"), "--xla_tpu_enable_async_colective_fusion=true"], "LIBTPU_INIT_ARGS") != 0
 
 
-def test_the_compiler_knows_the_flags_for_gpus():
+def test_xla_accepts_the_gpu_flags():
     assert flags("gpu")
     assert accepts(flags("gpu"), "XLA_FLAGS") == 0
     assert accepts(["--xla_gpu_enable_latency_hidin_scheduler=true"], "XLA_FLAGS") != 0
 
 
-def test_dry_runs_in_the_readme_are_what_is_printed():
+def test_dry_runs_in_the_readme_match_the_output():
     text = (LAUNCH / "README.md").read_text()
     blocks = re.findall(r"```console\n\$ (launch/[^\n]*--dry-run[^\n]*)\n(.*?)```", text, re.S)
     assert len(blocks) >= 5

@@ -1,4 +1,4 @@
-"""Launch scripts that really train: two processes on this machine, by hand and as Slurm starts them."""
+"""Launch scripts with real training: two processes on this machine, started by local.sh and by Slurm."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def steps(folder):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_local_trains_with_two_processes_stops_and_goes_on(work):
+def test_local_trains_with_two_processes_stops_and_resumes(work):
     call = [LAUNCH / "local.sh", "--config", work / "train.yaml", "--processes", "2", "--"]
     first = subprocess.Popen(
         [*call, "--steps", "100000"], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -60,25 +60,25 @@ def wait_until(happened, processes=()):
         time.sleep(0.05)
 
 
-def below(pid):
-    """All that a process started, and what these did."""
+def descendants(pid):
+    """All descendants of a process."""
     children = [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [*children, *(other for child in children for other in below(child))]
+    return [*children, *(other for child in children for other in descendants(child))]
 
 
 @pytest.mark.long
-def test_local_goes_on_after_75_by_itself_and_stops_at_control_c(work):
-    """One process alone is told to stop: all leave with 75, and their workers start them again."""
+def test_local_restarts_after_75_and_stops_at_control_c(work):
+    """SIGTERM to one process: all exit with 75, and their workers restart them."""
     call = [LAUNCH / "local.sh", "--config", work / "train.yaml", "--", "--steps", "100000", "--save-every", "50000"]
     with (work / "err").open("w") as err:
         local = subprocess.Popen(call, env=environment(), stdout=subprocess.DEVNULL, stderr=err, start_new_session=True)
     wait_until(lambda: steps(work), [local])
     first, _ = (int(word) for word in Path(f"/proc/{local.pid}/task/{local.pid}/children").read_text().split())
-    os.kill(below(first)[0], signal.SIGTERM)
-    wait_until(lambda: (work / "err").read_text().count("going on") == 2, [local])
+    os.kill(descendants(first)[0], signal.SIGTERM)
+    wait_until(lambda: (work / "err").read_text().count("restarting") == 2, [local])
     saved = steps(work)[-1]
     wait_until(lambda: len(steps(work)) > saved + 2, [local])
-    os.killpg(local.pid, signal.SIGINT)  # as a terminal does: to all of them
+    os.killpg(local.pid, signal.SIGINT)  # as a terminal does: to the whole process group
     assert local.wait(300) == 75
     said = (work / "err").read_text()
     assert said.count("which is saved") == 4 and "stopped at once" not in said
@@ -87,8 +87,8 @@ def test_local_goes_on_after_75_by_itself_and_stops_at_control_c(work):
 
 
 @pytest.mark.long
-def test_a_tpu_worker_trains_on_by_itself_until_it_is_stopped(work):
-    """gcloud as it would, with a folder and a shell here for the worker, and one process, by Slurm's variables."""
+def test_tpu_worker_trains_in_the_background_until_it_is_stopped(work):
+    """A stand-in for gcloud uses a local folder and shell as the worker; Slurm's variables describe one process."""
     machine = work / "machine"
     (machine / "tli_jax").mkdir(parents=True)
     (machine / "tli_jax" / "launch").symlink_to(LAUNCH)
@@ -118,7 +118,7 @@ else:
         assert done.returncode == code, done.stderr
         return done.stderr
 
-    def is_over():
+    def has_exited():
         try:
             os.kill(int((machine / "tli_jax" / "r.pid").read_text()), 0)
         except ProcessLookupError:
@@ -128,21 +128,21 @@ else:
     run = ["--slice", "v5e-8", "--config", work / "train.yaml", "--", "--steps"]
     vm("run", *run, "100000")
     try:
-        wait_until(lambda: steps(work) or is_over())
-        assert not is_over(), log.read_text()
-        assert "r runs already" in vm("run", *run, "100000", code=73)
+        wait_until(lambda: steps(work) or has_exited())
+        assert not has_exited(), log.read_text()
+        assert "r is already running" in vm("run", *run, "100000", code=73)
     finally:
         vm("stop")
-    wait_until(is_over)
-    assert "which is saved" in log.read_text() and "going on" not in log.read_text()
+    wait_until(has_exited)
+    assert "which is saved" in log.read_text() and "restarting" not in log.read_text()
     done = steps(work)[-1]
     vm("run", *run, str(done + 3))
-    wait_until(is_over)
+    wait_until(has_exited)
     assert steps(work) == list(range(1, done + 4)), log.read_text()
 
 
-def test_slurm_starts_processes_that_find_each_other(work):
-    """srun as it would: one process a task, told by SLURM_* who it is; then the job leaves with their code."""
+def test_slurm_processes_find_each_other(work):
+    """A stand-in for srun starts one process per task with its SLURM_* variables; the job exits with their code."""
     (work / "bin").mkdir()
     (work / "bin" / "srun").write_text(
         f"""#!{sys.executable}
@@ -166,7 +166,7 @@ sys.exit(max(process.wait() for process in started))
     slurm |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODELIST": "127.0.0.1"}
     clean = environment(**slurm)
     clean["PATH"] = f"{work / 'bin'}:{clean['PATH']}"
-    # The flags for GPUs come in front of XLA_FLAGS, and are known to the compiler for CPUs too.
+    # The GPU flags are put before those in XLA_FLAGS. The CPU compiler accepts them too.
     words = ["python", "-m", "tli_jax.train", "--config", str(work / "train.yaml"), "--distributed"]
     call = [LAUNCH / "slurm_job.sh", LAUNCH, *words]
     done = subprocess.run(call, env=clean, capture_output=True, text=True, timeout=600)
@@ -177,7 +177,7 @@ sys.exit(max(process.wait() for process in started))
 
 
 @pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (0, False), (69, False)])
-def test_slurm_queues_again_after_75_alone(tmp_path, code, is_requeued):
+def test_slurm_requeues_after_75_only(tmp_path, code, is_requeued):
     (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "scontrol").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/requeued\n')
     for name in ("srun", "scontrol"):
