@@ -30,7 +30,8 @@ from tli_jax.cli.frame import run_command
 from tli_jax.data.documents import read_plain
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, tokens
-from tli_jax.hf.checkpoint import Checkpoint, load_hf, open_checkpoint
+from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
+from tli_jax.hf.load import load_hf
 from tli_jax.hf.save import save_hf
 from tli_jax.verify import proof
 
@@ -88,7 +89,7 @@ def grow(base: Checkpoint, flags: str, texts: list[np.ndarray], folder: Path) ->
     seconds = time.perf_counter() - started
     record = json.loads(printed.getvalue())
     grown, plan = open_checkpoint(folder), Plan.from_json(record["plan"])
-    found = [proof.prove(base, grown, plan, tokens_BT, "", lambda: None) for tokens_BT in texts]
+    found = [proof.compare_models(base, grown, plan, tokens_BT, "", lambda: None) for tokens_BT in texts]
     row = {
         "layers": f"{plan.base_layers} → {len(plan)}",
         **{key: record["after"][key] for key in ("parameters", "active_parameters", "flops_per_token")},

@@ -35,7 +35,7 @@ from tli_jax.comparison.run import compare
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import tli
 from tli_jax.hf import hub, tokens
-from tli_jax.hf.checkpoint import load_hf
+from tli_jax.hf.load import load_hf
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Llama, make_rope
 from tli_jax.models.loss import token_losses

@@ -30,7 +30,8 @@ import tli_jax
 from tli_jax import train, upscale
 from tli_jax.cli.frame import run_command
 from tli_jax.hf import hub
-from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tensors import read_tensor
 from tli_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
@@ -910,8 +911,8 @@ def test_upscale_goes_straight_on(small, start, tmp_path, capsys):
         ({"model": "nowhere"}, 66, "nowhere"),
         ({"text": "nowhere.txt"}, 66, "nowhere.txt"),
         ({"model": "FOLDER/base", "only": "injected"}, 2, "needs a model that was grown"),
-        ({"export": "RUN/out"}, 2, "must not be the same or lie in each other"),
-        ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same or lie in each other"),
+        ({"export": "RUN/out"}, 2, "must not be the same folder, nor one inside the other"),
+        ({"export": "FOLDER/grown", "overwrite": True}, 2, "must not be the same folder, nor one inside the other"),
         ({"sequence-length": 5000}, 65, "4,001 tokens, one window takes 5,001"),
         ({"batch-size": 256}, 65, "one batch takes 256 × 16 + 1 tokens"),
     ],

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     )
     from tli_jax.growth.plan import Plan, Row
     from tli_jax.growth.upcycle import upcycle
-    from tli_jax.hf.checkpoint import load_hf
     from tli_jax.hf.grown_config import grown_config
+    from tli_jax.hf.load import load_hf
     from tli_jax.hf.save import save_hf
     from tli_jax.models.config import LlamaConfig
     from tli_jax.models.generate import generate_tokens
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "tli_jax.hf.checkpoint": ("load_hf",),
+    "tli_jax.hf.load": ("load_hf",),
     "tli_jax.hf.grown_config": ("grown_config",),
     "tli_jax.verify.importance": ("measure_importance",),
     "tli_jax.hf.save": ("save_hf",),

@@ -25,9 +25,9 @@ from tli_jax.growth.plan import HOST_INITS, Plan
 from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grown_config
-from tli_jax.hf.headers import CODES, Tensor
+from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.output import check_output
-from tli_jax.hf.stream import grown_pieces
+from tli_jax.hf.tensors import CODES, Tensor
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.setup import make_trainer
@@ -136,7 +136,7 @@ class Preflight:
         # Where a plan depends on weights, which layers it names changes nothing that is checked here.
         anything = [0.0] * base.config.num_hidden_layers
         self.plan = plan = make_plan(self.config, base, anything)
-        pieces = grown_pieces(base, plan)
+        pieces = grown_tensors(base, plan)
         nbytes = sum(piece.nbytes for piece in pieces)
         self.writes.append(("grown model", Path(self.config.output), nbytes))
         has_begun = self.config.train is not None and self.config.train.run and RunDirectory(self.train.run).is_begun
@@ -335,7 +335,7 @@ class Preflight:
         def stored(leaf: Any) -> Any:
             # Of the base, which may have fewer layers than what trains, and no experts yet.
             known = leaf.tensor in base.config.layer_tensors or not leaf.layers
-            return base.stored(leaf.tensor if known else "mlp.gate_proj.weight", leaf.layers[:1] and (0,)).dtype
+            return base.stack(leaf.tensor if known else "mlp.gate_proj.weight", leaf.layers[:1] and (0,)).dtype
 
         return stored
 

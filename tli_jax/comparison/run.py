@@ -32,7 +32,7 @@ from tli_jax.evaluation.tasks import open_tasks
 from tli_jax.hf import hub, sidecar, tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.grown_config import grown_config
-from tli_jax.hf.headers import read_json
+from tli_jax.hf.inputs import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.page import need_libraries, write_report
 from tli_jax.training.metrics import read_metrics, validation

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tli_jax.errors import DataError
 from tli_jax.hf.encoding import Loaded, PythonTokenizer, RustTokenizer, Tokenizer, quiet, refusing
-from tli_jax.hf.headers import inside, read_json
+from tli_jax.hf.inputs import inside, read_json
 from tli_jax.hf.sidecar import allowed_files
 from tli_jax.models.config import LlamaConfig
 

@@ -16,7 +16,8 @@ from tli_jax.distributed.mesh import batch_sharding, local_rows, param_sharding
 from tli_jax.distributed.processes import StopSignal, flag_array
 from tli_jax.errors import DataError, DivergedError, StoppedError
 from tli_jax.growth.plan import is_residual_output
-from tli_jax.hf.checkpoint import Checkpoint, load_array
+from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.load import load_array
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.metrics import Metrics
@@ -55,7 +56,7 @@ def load(trainer: Trainer, weights: Checkpoint) -> tuple[Arrays, Arrays]:
     for leaf in trainer.param_specs:
         dtype = trainer.config.param_dtype if leaf.trains else None
         sharding = param_sharding(trainer.mesh, leaf.dims)
-        parts[not leaf.trains][leaf.name] = load_array(weights.stored(leaf.tensor, leaf.layers), sharding, dtype)
+        parts[not leaf.trains][leaf.name] = load_array(weights.stack(leaf.tensor, leaf.layers), sharding, dtype)
     return parts
 
 

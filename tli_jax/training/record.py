@@ -5,9 +5,9 @@ from typing import Any
 
 from tli_jax.cli.config import TrainConfig
 from tli_jax.hf import hub
-from tli_jax.hf.card import is_on_hub
+from tli_jax.hf.card import is_on_hub, read_base_card
 from tli_jax.hf.checkpoint import Checkpoint
-from tli_jax.hf.training_record import read_trainings
+from tli_jax.hf.records import read_trainings
 from tli_jax.training.metrics import losses, read_metrics
 from tli_jax.training.run_directory import RunDirectory
 
@@ -17,7 +17,7 @@ def describe_base(weights: Checkpoint) -> dict[str, Any]:
 
     Returns:
         ``base``, the hub id and commit that the model goes back to, or else the name of its folder, with the revision
-        null; ``earlier``, what ``read_trainings`` finds.
+        null, and what ``read_base_card`` finds, if anything; ``earlier``, what ``read_trainings`` finds.
     """
     earlier, growth = read_trainings(weights.folder), (weights.growth or {}).get("base", {})
     if (found := hub.origin(weights.folder)) is not None:
@@ -29,6 +29,8 @@ def describe_base(weights: Checkpoint) -> dict[str, Any]:
         base |= {"revision": growth.get("revision")}
     else:
         base = {"name": weights.folder.name, "revision": None}
+    if card := read_base_card(weights.folder):
+        base = base | {"card": card}
     return {"base": base, "earlier": earlier}
 
 

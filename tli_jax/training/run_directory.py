@@ -35,9 +35,10 @@ from tli_jax.cli.parse import difference, from_yaml
 from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.errors import DataError, MissingInputError, OutputError, StorageError, UnavailableError, UsageError
 from tli_jax.hf import sidecar
-from tli_jax.hf.checkpoint import Checkpoint, read_chunks
-from tli_jax.hf.headers import parse_json
-from tli_jax.hf.record import read_growth_record
+from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.inputs import parse_json
+from tli_jax.hf.records import read_growth
+from tli_jax.hf.tensors import read_chunks
 
 if TYPE_CHECKING:
     from etils import epath
@@ -264,7 +265,7 @@ class RunDirectory:
     @property
     def growth(self) -> dict[str, Any] | None:
         file = self.path / "growth.json"
-        return read_growth_record(file) if file.is_file() else None
+        return read_growth(file) if file.is_file() else None
 
 
 def _open_remote(path: Path | str) -> "epath.Path":

@@ -15,7 +15,7 @@ from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
-from tli_jax.hf.headers import read_json
+from tli_jax.hf.inputs import read_json
 from tli_jax.hf.tokenizer import tokenizer_digest
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.record import describe_training

@@ -137,7 +137,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
     """What ``run.json`` says; ``dtypes`` are those in which the tensors were stored, and will be exported."""
-    dtypes = {leaf.name: weights.stored(leaf.tensor, leaf.layers).dtype.name for leaf in trainer.param_specs}
+    dtypes = {leaf.name: weights.stack(leaf.tensor, leaf.layers).dtype.name for leaf in trainer.param_specs}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "id": secrets.token_hex(8),
