@@ -39,8 +39,8 @@ def programs(case: Case, methods: tuple[str, ...]) -> tuple[dict[str, Any], Call
     import jax
     import jax.numpy as jnp
 
-    from tli_jax.models.llama import Linear
     from tli_jax.models.loss import token_losses
+    from tli_jax.models.modules import Linear
 
     dtype = case.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 

@@ -31,7 +31,8 @@ from tli_jax.data.documents import read_plain
 from tli_jax.data.embedded import embedded_text, topics
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, tokens
-from tli_jax.hf.checkpoint import Checkpoint, load_hf, open_checkpoint
+from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
+from tli_jax.hf.load import load_hf
 from tli_jax.hf.save import save_hf
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.verify import proof

@@ -34,7 +34,7 @@ from tli_jax.comparison.run import compare
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import tli
 from tli_jax.hf import hub
-from tli_jax.hf.checkpoint import load_hf
+from tli_jax.hf.load import load_hf
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.attention import make_rope
 from tli_jax.models.config import LlamaConfig

@@ -136,7 +136,8 @@ def jax_program(job: Job, contender: Contender) -> Program:
     from tli_jax.cli.config import TrainConfig
     from tli_jax.distributed.kernels import choose_attention
     from tli_jax.distributed.mesh import make_mesh, param_sharding
-    from tli_jax.hf.checkpoint import hf_name, load_array, open_checkpoint
+    from tli_jax.hf.checkpoint import hf_name, open_checkpoint
+    from tli_jax.hf.load import load_array
     from tli_jax.training.freezing import make_layout
     from tli_jax.training.trainer import Trainer
 

@@ -35,8 +35,8 @@ import numpy as np
 from common import machine, run_in_process, versions, write_result
 
 from tli_jax.hf.checkpoint import expected_shapes
+from tli_jax.hf.shards import OutputTensor, parse_size, split_shards, write_shards
 from tli_jax.hf.sidecar import write_json
-from tli_jax.hf.stream import Piece, parse_size, split_shards, write_safetensors
 from tli_jax.models.shapes import SHAPES
 
 
@@ -45,16 +45,16 @@ def make_base(folder: Path, shape: str, layers: int, max_shard_size: str) -> Non
     config = SHAPES[shape].with_layers(layers)
     rng = np.random.default_rng(0)
 
-    def piece(name: str, shape: tuple[int, ...]) -> Piece:
+    def piece(name: str, shape: tuple[int, ...]) -> OutputTensor:
         def make() -> Iterator[Any]:
             values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape, np.float32) * 0.02
             yield values.astype(ml_dtypes.bfloat16).reshape(-1).view(np.uint8).data
 
-        return Piece(name, "BF16", shape, 2 * int(np.prod(shape)), make=make)
+        return OutputTensor(name, "BF16", shape, make=make)
 
     folder.mkdir(parents=True)
     pieces = [piece(name, shape) for name, shape in expected_shapes(config).items()]
-    write_safetensors(folder, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
+    write_shards(folder, split_shards(pieces, parse_size(max_shard_size)), {})
     write_json(folder / "config.json", config.to_hf())
 
 

@@ -11,7 +11,7 @@ from tli_jax.cli.frame import run_command
 from tli_jax.errors import DataError
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import open_checkpoint
-from tli_jax.hf.training_record import read_trainings
+from tli_jax.hf.records import read_trainings
 from tli_jax.report import main as report
 from tli_jax.training.record import describe_base
 

@@ -29,7 +29,8 @@ import tli_jax
 from tli_jax import train, upscale
 from tli_jax.cli.frame import run_command
 from tli_jax.hf import hub
-from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tensors import read_tensor
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.start import open_start

@@ -19,7 +19,8 @@ import tli_jax
 from tli_jax import train
 from tli_jax.cli.frame import run_command
 from tli_jax.distributed import processes
-from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tensors import read_tensor
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 

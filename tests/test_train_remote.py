@@ -20,7 +20,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
 
-from tli_jax.hf.checkpoint import open_checkpoint, read_tensor
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.tensors import read_tensor
 
 STEPS = 20
 # The command, killed after some step. How much of the last checkpoint is stored is not known.

@@ -15,9 +15,11 @@ from tli_jax import report, upscale
 from tli_jax.cli.frame import run_command
 from tli_jax.growth.methods import tli
 from tli_jax.growth.plan import Plan
-from tli_jax.hf import stream
-from tli_jax.hf.checkpoint import expected_shapes, open_checkpoint, read_tensor
+from tli_jax.hf.checkpoint import expected_shapes, open_checkpoint
+from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.output import staged
+from tli_jax.hf.shards import OutputTensor, make_header, split_shards
+from tli_jax.hf.tensors import read_tensor
 from tli_jax.models.shapes import SHAPES
 
 GROWTH_KEYS = [
@@ -95,12 +97,11 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
     torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from tli_jax.data.embedded import embedded_text
     from tli_jax.hf import hub, tokens
 
     base = hub.resolve("embedded")
     checkpoint = open_checkpoint(base)
-    ids = AutoTokenizer.from_pretrained(base).encode(embedded_text(), add_special_tokens=False)
+    ids = AutoTokenizer.from_pretrained(base).encode(tokens.embedded_text(), add_special_tokens=False)
     windows = torch.tensor(tokens.windows(ids, checkpoint.config, 2048, 512), dtype=torch.long)
     logits = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(windows).logits for f in (base, grown)]
     assert torch.equal(*logits)
@@ -112,15 +113,15 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
         windows = torch.tensor(windows, dtype=torch.long)
         with torch.no_grad():
             loss = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(windows, labels=windows).loss
-        # The proof runs in the stored bf16, transformers in fp32. Other tests hold an fp32 base to 1e-4.
+        # The proof runs in the stored bf16, transformers in fp32. An fp32 base is tested elsewhere, to 1e-4.
         assert abs(float(loss) - proof["loss_grown"]) < 2e-2
 
 
 def sparse_folder(folder, config, pieces):
     """A model of sparse files: real headers and sizes, but no data on disk."""
-    shards = stream.split_shards(pieces, 5 * 10**9)
+    shards = split_shards(pieces, 5 * 10**9)
     for name, shard in shards.items():
-        header = stream._header(shard)
+        header = make_header(shard)
         with (folder / name).open("wb") as file:
             file.write(header)
             file.truncate(len(header) + sum(piece.nbytes for piece in shard))
@@ -136,7 +137,7 @@ def test_growth_at_size(tmp_path, capsys, shape, every):
     layers, grown_layers = config.num_hidden_layers, config.num_hidden_layers + config.num_hidden_layers // every
     base, output = tmp_path / "base", tmp_path / "grown"
     base.mkdir()
-    pieces = [stream.Piece(n, "BF16", s, 2 * int(np.prod(s))) for n, s in expected_shapes(config).items()]
+    pieces = [OutputTensor(n, "BF16", s) for n, s in expected_shapes(config).items()]
     sparse_folder(base, config, pieces)
     before = sorted(base.iterdir())
     assert run("--model", base, "--plan-only", "--json", "--every", every, "--shape", shape) == 0
@@ -149,7 +150,7 @@ def test_growth_at_size(tmp_path, capsys, shape, every):
     opened = open_checkpoint(base)
     plan = tli(layers, every)
     with staged(output, 0) as partial:
-        sparse_folder(partial, config.with_layers(grown_layers), stream.grown_pieces(opened, plan))
+        sparse_folder(partial, config.with_layers(grown_layers), grown_tensors(opened, plan))
         (partial / "growth.json").write_text(json.dumps(plan.to_json()))
     grown = open_checkpoint(output)
     assert grown.config.num_hidden_layers == grown_layers and grown.nbytes == found["after"]["bytes"]
@@ -218,17 +219,15 @@ def test_an_option_of_another_method_is_refused(capsys):
 def test_a_broken_guarantee_names_the_layer_and_leaves_no_output(tmp_path, monkeypatch, capsys):
     """Simulates a faulty writer: residual outputs that should be zero are not."""
 
-    def ones(plan, number, name, sources, is_output):
-        return lambda: iter([np.ones(sources[0].shape, "bfloat16").reshape(-1).view(np.uint8).data])
-
-    monkeypatch.setattr(stream, "_zeros", ones)
+    ones = lambda nbytes: iter([np.ones(nbytes // 2, "bfloat16").view(np.uint8).data])  # noqa: E731
+    monkeypatch.setattr("tli_jax.hf.grown_tensors._zeros", ones)
     assert run("--model", "embedded", "--output", tmp_path / "out", "--every", "6") == 65
-    assert "part after layer 6 of the grown model" in capsys.readouterr().err
+    assert "differ after layer 6 of the grown model" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
 def test_report_compares_and_draws(grown, tmp_path, capsys):
-    from tli_jax.report.__main__ import main
+    from tli_jax.report import main
 
     assert run_command(main, [str(grown), "--layer-maps", str(tmp_path / "maps.svg")]) == 0
     assert "tli identity" in capsys.readouterr().out

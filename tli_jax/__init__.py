@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from tli_jax.errors import TliError as TliError
     from tli_jax.evaluation.continuation import continue_prompt as continue_prompt
     from tli_jax.evaluation.evaluate import evaluate_model as evaluate_model
+    from tli_jax.growth.custom import custom as custom
     from tli_jax.growth.experts import Experts as Experts
     from tli_jax.growth.inject import inject as inject
     from tli_jax.growth.methods import adept as adept
     from tli_jax.growth.methods import average as average
-    from tli_jax.growth.methods import custom as custom
     from tli_jax.growth.methods import dus as dus
     from tli_jax.growth.methods import interpose as interpose
     from tli_jax.growth.methods import lesa as lesa
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from tli_jax.growth.plan import Plan as Plan
     from tli_jax.growth.rows import Row as Row
     from tli_jax.growth.upcycle import upcycle as upcycle
-    from tli_jax.hf.checkpoint import load_hf as load_hf
     from tli_jax.hf.grown_config import grown_config as grown_config
+    from tli_jax.hf.load import load_hf as load_hf
     from tli_jax.hf.save import save_hf as save_hf
     from tli_jax.models.config import LlamaConfig as LlamaConfig
     from tli_jax.models.generate import generate_tokens as generate_tokens

@@ -10,7 +10,7 @@ from tli_jax.cli.console import console, finite, print_json, printable
 from tli_jax.cli.frame import Parser, run_command
 from tli_jax.errors import OutputError, UsageError
 from tli_jax.growth.plan import Plan
-from tli_jax.hf.record import reading
+from tli_jax.hf.records import reading
 from tli_jax.reporting import comparison, growth, run
 from tli_jax.reporting.layer_map import draw_svg
 from tli_jax.reporting.records import read_records

@@ -16,7 +16,7 @@ from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub
 from tli_jax.hf.card import snippet
 from tli_jax.hf.checkpoint import open_checkpoint
-from tli_jax.hf.record import read_growth_record
+from tli_jax.hf.records import read_growth
 from tli_jax.reporting.growth import print_plan, print_proof
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.train import train
@@ -53,7 +53,7 @@ def _is_grown(config: UpscaleConfig) -> bool:
     file = Path(str(config.output)) / "growth.json"
     if config.overwrite or not file.is_file():
         return False
-    existing = Plan.from_json(read_growth_record(file), str(file))
+    existing = Plan.from_json(read_growth(file), str(file))
     base = open_checkpoint(hub.resolve(config.model, config.revision))
     importance = existing.options.get("importance") or [0.0] * base.config.num_hidden_layers
     plan = make_plan(config, base, importance)

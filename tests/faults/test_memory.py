@@ -14,7 +14,7 @@ LIMITED = """
 import resource, sys
 from tli_jax import upscale
 from tli_jax.cli.frame import run_command
-import tli_jax.hf.stream
+import tli_jax.hf.grown_tensors
 with open("/proc/self/statm") as file:
     size = int(file.read().split()[0]) * resource.getpagesize()
 limit = size + int(sys.argv[1]) * 2**20

@@ -10,7 +10,7 @@ import pytest
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import dus, tli
 from tli_jax.growth.plan import Plan
-from tli_jax.hf.checkpoint import load_hf
+from tli_jax.hf.load import load_hf
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import Llama, forward

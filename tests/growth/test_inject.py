@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from tli_jax.errors import UsageError
+from tli_jax.growth.custom import custom
 from tli_jax.growth.inject import inject
-from tli_jax.growth.methods import average, custom, dus, interpose, llama_pro, slayer, stack, tli
+from tli_jax.growth.methods import average, dus, interpose, llama_pro, slayer, stack, tli
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.rows import Row
 from tli_jax.models.config import LlamaConfig

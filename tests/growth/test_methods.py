@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tli_jax.errors import UsageError
+from tli_jax.growth.custom import custom
 from tli_jax.growth.experts import Experts
 from tli_jax.growth.methods import (
     METHODS,
     adept,
     average,
-    custom,
     dus,
     interpose,
     lesa,

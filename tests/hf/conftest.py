@@ -1,4 +1,4 @@
-"""Small models on disk, and growth from file to file as the command does it."""
+"""Small models on disk, and growth from folder to folder."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401, numpy knows bfloat16 by it
+import ml_dtypes  # noqa: F401  # adds bfloat16 to numpy
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -15,14 +15,16 @@ from tli_jax.growth.plan import Plan
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grow_config
+from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.headers import read_folder
-from tli_jax.hf.stream import check_tensors, grown_pieces, parse_size, split_shards, write_safetensors
+from tli_jax.hf.shards import parse_size, split_shards, write_shards
+from tli_jax.hf.tensors import check_tensors
 from tli_jax.models.config import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class Growth:
-    """What ``grow`` gives back: the folder, sha256 of every tensor of base and grown model, and non-finite counts."""
+    """The result of ``grow``: the folder, sha256 of every tensor of both models, and counts of NaN and Inf."""
 
     folder: Path
     base_digests: dict[str, str]
@@ -33,7 +35,7 @@ class Growth:
 
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., Path]:
-    """Writes a small random Llama as a Hugging Face folder; ``shards`` > 1 gives an index too."""
+    """Writes a small random Llama as a Hugging Face folder, with an index if ``shards`` > 1."""
 
     def make(
         folder: Path,
@@ -60,12 +62,12 @@ def make_model() -> Callable[..., Path]:
             "torch_dtype": dtype,
         } | (extra or {})
         shapes = expected_shapes(LlamaConfig.from_hf(config))
-        draw = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
 
         def tensor(name: str, shape: tuple[int, ...]) -> np.ndarray:
-            around = 1.0 if "norm" in name else 0.0
-            # Large enough that a damaged weight shows in the logits.
-            return draw.normal(around, 0.2, shape).astype(np.float32).astype(np.dtype(dtype))
+            mean = 1.0 if "norm" in name else 0.0
+            # Large enough for a damaged weight to change the logits.
+            return rng.normal(mean, 0.2, shape).astype(np.float32).astype(np.dtype(dtype))
 
         tensors = {name: tensor(name, shape) for name, shape in shapes.items()}
         folder.mkdir(parents=True)
@@ -75,10 +77,10 @@ def make_model() -> Callable[..., Path]:
             f"model-{i + 1:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors": names[i::shards]
             for i in range(shards)
         }
-        for file, inside in files.items():
-            save_file({name: tensors[name] for name in inside}, folder / file, {"format": "pt"})
+        for file, shard in files.items():
+            save_file({name: tensors[name] for name in shard}, folder / file, {"format": "pt"})
         if shards > 1:
-            index = {"metadata": {}, "weight_map": {name: file for file, inside in files.items() for name in inside}}
+            index = {"metadata": {}, "weight_map": {name: file for file, shard in files.items() for name in shard}}
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
         return folder
 
@@ -87,15 +89,15 @@ def make_model() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def grow() -> Callable[..., Growth]:
-    """Grows a folder from file to file, without the command around it."""
+    """Grows a folder without the command."""
 
     def grow(base: Path, plan: Plan, output: Path, max_shard: str = "5GB") -> Growth:
         checkpoint = open_checkpoint(base)
         base_digests, nonfinite = check_tensors(checkpoint.tensors.values(), lambda _: None)
         output.mkdir(parents=True)
-        shards = split_shards(grown_pieces(checkpoint, plan), parse_size(max_shard))
+        shards = split_shards(grown_tensors(checkpoint, plan), parse_size(max_shard))
         written: list[int] = []
-        digests, _ = write_safetensors(output, shards, base_digests, written.append)
+        digests, _ = write_shards(output, shards, base_digests, written.append)
         sidecar.write_json(output / "config.json", grow_config(checkpoint.raw, checkpoint.config, plan))
         sidecar.copy_allowed(base, output)
         return Growth(output, base_digests, digests, nonfinite, sum(written))
@@ -113,6 +115,6 @@ def read_bytes() -> Callable[[Path], dict[str, bytes]]:
         def content(file: Path) -> bytes:
             return files.setdefault(file, file.read_bytes() if file not in files else b"")
 
-        return {name: content(t.file)[t.start : t.start + t.nbytes] for name, t in read_folder(folder).tensors.items()}
+        return {name: content(t.file)[t.start : t.start + t.nbytes] for name, t in read_folder(folder)[0].items()}
 
     return read

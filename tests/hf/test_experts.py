@@ -1,4 +1,4 @@
-"""Experts from file to file: the same bytes as in memory, opened by transformers, proved; and Mixtral grown deeper."""
+"""Growth to mixtures of experts, from folder to folder: the same bytes as in memory, opened by transformers, proved."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from tli_jax.growth.methods import dus, moe, opt_deus, tli
 from tli_jax.growth.plan import Plan
 from tli_jax.growth.rows import Row
 from tli_jax.growth.upcycle import upcycle
-from tli_jax.hf.checkpoint import load_hf, open_checkpoint
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.load import load_hf
 from tli_jax.hf.save import save_hf, unstack
 from tli_jax.models.llama import forward
 from tli_jax.verify import proof
@@ -44,7 +45,7 @@ def base(make_model, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", PLANS)
-def test_bytes_equal_those_in_memory(base, grow, read_bytes, tmp_path, dtype, name):
+def test_same_bytes_as_in_memory(base, grow, read_bytes, tmp_path, dtype, name):
     plan = PLANS[name]
     grown = grow(base[dtype], plan, tmp_path / "grown", "9KB")
     _, params = load_hf(base[dtype])
@@ -54,9 +55,9 @@ def test_bytes_equal_those_in_memory(base, grow, read_bytes, tmp_path, dtype, na
     found = read_bytes(grown.folder)
     assert found.keys() == expected.keys()
     assert [name for name in expected if found[name] != expected[name]] == []
-    # And read back they are the same tree.
-    for one, other in zip(jax.tree.leaves(loaded), jax.tree.leaves(in_memory), strict=True):
-        np.testing.assert_array_equal(one, other)
+    # The folder loads as the same tree.
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(in_memory), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["copy", "virtual_groups", "deeper"])
@@ -67,7 +68,7 @@ def test_proved_in_both_libraries(base, grow, tmp_path, name):
     folder = grow(base["float32"], plan, tmp_path / "grown").folder
     dense, experts = open_checkpoint(base["float32"]), open_checkpoint(folder)
     steps = []
-    found = proof.prove(dense, experts, plan, TOKENS, "random ids", lambda: steps.append(1))
+    found = proof.compare_models(dense, experts, plan, TOKENS, "random ids", lambda: steps.append(1))
     assert len(steps) == proof.layers_to_run(plan) and plan.guarantee == "arithmetic"
     proof.check(plan, found)
     assert 0 < found.max_abs_logit_difference < 1e-5 * found.max_abs_logit
@@ -83,16 +84,16 @@ def test_proved_in_both_libraries(base, grow, tmp_path, name):
     np.testing.assert_allclose(forward(config, params, jnp.asarray(TOKENS)), logits[1], rtol=0, atol=1e-5)
 
 
-def test_a_promise_that_is_not_kept(base, grow, tmp_path):
+def test_guarantee_that_does_not_hold(base, grow, tmp_path):
     plan = dataclasses.replace(moe(4), experts=Experts(count=2))
     broken = dataclasses.replace(plan, experts=Experts(count=2, upcycle="drop"))
     grown = open_checkpoint(grow(base["float32"], broken, tmp_path / "grown").folder)
-    found = proof.prove(open_checkpoint(base["float32"]), grown, plan, TOKENS, "random ids", lambda: None)
-    with pytest.raises(ProofError, match="promises equality but for rounding"):
+    found = proof.compare_models(open_checkpoint(base["float32"]), grown, plan, TOKENS, "random ids", lambda: None)
+    with pytest.raises(ProofError, match="guarantees equality up to rounding"):
         proof.check(plan, found)
 
 
-def test_the_configuration_is_a_mixtral_s(base, grow, tmp_path):
+def test_configuration_is_a_mixtral(base, grow, tmp_path):
     raw = json.loads(
         (grow(base["float32"], PLANS["virtual_groups"], tmp_path / "grown").folder / "config.json").read_text()
     )
@@ -104,7 +105,7 @@ def test_the_configuration_is_a_mixtral_s(base, grow, tmp_path):
 
 @pytest.fixture(scope="module")
 def mixtral(base, grow, tmp_path_factory):
-    """Experts that differ, so that none can stand for another."""
+    """A Mixtral whose experts all differ."""
     plan = dataclasses.replace(moe(4), experts=Experts(count=3, upcycle="drop", router_std=0.5))
     return {dtype: grow(base[dtype], plan, tmp_path_factory.mktemp("mixtral") / "m").folder for dtype in base}
 
@@ -118,7 +119,7 @@ def test_mixtral_is_grown_deeper(mixtral, grow, read_bytes, tmp_path, dtype, pla
     assert (deeper.num_experts, deeper.num_hidden_layers) == (3, len(plan))
     in_memory = {name: np.asarray(get()).tobytes() for name, get in unstack(deeper, inject(params, plan))}
     assert read_bytes(grown) == in_memory
-    found = proof.prove(
+    found = proof.compare_models(
         open_checkpoint(mixtral[dtype]), open_checkpoint(grown), plan, TOKENS, "random ids", lambda: None
     )
     proof.check(plan, found)
@@ -127,7 +128,7 @@ def test_mixtral_is_grown_deeper(mixtral, grow, read_bytes, tmp_path, dtype, pla
     assert bool((logits == before).all()) == plan.is_exact
 
 
-def test_transformers_gives_the_deeper_one_the_same_logits(mixtral, grow, tmp_path):
+def test_deeper_mixtral_in_transformers(mixtral, grow, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
     transformers = pytest.importorskip("transformers")
     grown = grow(mixtral["float32"], tli(4, 2), tmp_path / "grown").folder
@@ -153,21 +154,21 @@ def test_sharded_over_experts(mixtral):
     from tli_jax.distributed.mesh import make_mesh, param_sharding
     from tli_jax.models.tree import nest
 
-    config, whole = load_hf(mixtral["float32"])
+    config, full = load_hf(mixtral["float32"])
     mesh = make_mesh({"fsdp": 2, "expert": 3}, jax.devices()[:6])
     tensors = config.outer_tensors | {f"layers.{name}": ("L", *dims) for name, dims in config.layer_tensors.items()}
-    places = nest(
+    shardings = nest(
         {name: param_sharding(mesh, ["-" if d == "D" else d for d in dims]) for name, dims in tensors.items()}
     )
-    _, cut = load_hf(mixtral["float32"], shardings=places)
-    w1 = cut["layers"]["block_sparse_moe"]["experts"]["w1"]["weight"]
+    _, sharded = load_hf(mixtral["float32"], shardings=shardings)
+    w1 = sharded["layers"]["block_sparse_moe"]["experts"]["w1"]["weight"]
     assert w1.addressable_shards[0].data.shape == (4, 1, 24, 16)
-    for one, other in zip(jax.tree.leaves(cut), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(one, other)
+    for a, b in zip(jax.tree.leaves(sharded), jax.tree.leaves(full), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
-def test_refusals(base, mixtral, grow, tmp_path):
-    with pytest.raises(UsageError, match="the base has 3 experts a layer: only a dense one gets some"):
+def test_errors(base, mixtral, grow, tmp_path):
+    with pytest.raises(UsageError, match="the base already has 3 experts a layer: use a dense one"):
         grow(mixtral["float32"], PLANS["copy"], tmp_path / "a")
     experts = Experts(granularity=5, top_k=5, upcycle="virtual_groups")
     with pytest.raises(UsageError, match="granularity 5 does not divide the feed-forward size 24"):
@@ -180,7 +181,7 @@ def test_refusals(base, mixtral, grow, tmp_path):
     ("kind", "name"),
     [("qwen2_moe", "Qwen2MoeForCausalLM"), ("olmoe", "OlmoeForCausalLM"), ("phimoe", "PhimoeForCausalLM")],
 )
-def test_other_experts_are_refused_by_name(mixtral, tmp_path, kind, name):
+def test_other_mixtures_of_experts_are_refused_by_name(mixtral, tmp_path, kind, name):
     raw = json.loads((mixtral["float32"] / "config.json").read_text()) | {"model_type": kind, "architectures": [name]}
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(DataError, match=f"{name}.*{kind}.*is not supported"):
@@ -191,13 +192,13 @@ def test_other_experts_are_refused_by_name(mixtral, tmp_path, kind, name):
     ("change", "words"),
     [
         ({"num_experts_per_tok": 4}, "num_experts_per_tok 4 is more than num_local_experts 3"),
-        ({"num_local_experts": 4}, "tensors that the configuration asks for are missing"),
-        ({"num_local_experts": 2}, "tensors that a Llama of this configuration does not have"),
+        ({"num_local_experts": 4}, "tensors that config.json requires are missing"),
+        ({"num_local_experts": 2}, "tensors that a model with this config.json does not have"),
         ({"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1 is not supported"),
         ({"sliding_window": 4096}, "sliding_window = 4096 is not supported"),
     ],
 )
-def test_a_mixtral_that_does_not_add_up(mixtral, tmp_path, change, words):
+def test_contradictory_mixtral(mixtral, tmp_path, change, words):
     raw = json.loads((mixtral["float32"] / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(raw))
     (tmp_path / "model.safetensors").write_bytes((mixtral["float32"] / "model.safetensors").read_bytes())
@@ -205,7 +206,7 @@ def test_a_mixtral_that_does_not_add_up(mixtral, tmp_path, change, words):
         open_checkpoint(tmp_path)
 
 
-def test_rows_by_hand(mixtral, grow, read_bytes, tmp_path):
+def test_explicit_rows(mixtral, grow, read_bytes, tmp_path):
     plan = Plan("hand", 4, (Row(((0, 0.5), (3, 0.5)), 0.25, "average", True, 1), Row(((2, 1.0),))))
     _, params = load_hf(mixtral["float32"])
     config, _ = load_hf(grow(mixtral["float32"], plan, tmp_path / "grown").folder)

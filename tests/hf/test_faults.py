@@ -1,4 +1,4 @@
-"""Bad inputs: each is made for real, given to the command, and refused in one line; nothing in the output moves."""
+"""Bad inputs: each is written to disk and given to the command, which refuses it in one line and changes no output."""
 
 import dataclasses
 import functools
@@ -22,10 +22,12 @@ from safetensors.numpy import load_file, save_file
 import tli_jax
 from tli_jax import evaluate, train, upscale
 from tli_jax.cli.config import UpscaleConfig
-from tli_jax.cli.console import console
 from tli_jax.cli.frame import run_command
 from tli_jax.errors import DataError
-from tli_jax.hf.headers import INDEX, MAX_HEADER, SINGLE
+from tli_jax.hf import sidecar
+from tli_jax.hf.headers import INDEX, SINGLE
+from tli_jax.hf.inputs import MAX_JSON
+from tli_jax.upscaling.job import grow, prepare
 
 CONFIG = tli_jax.LlamaConfig(
     vocab_size=258,
@@ -42,7 +44,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Damage = Callable[[Path], Any]
 
 
-# --- The bases, and the ways to damage a copy of one.
+# --- The bases, and ways to damage a copy of one.
 
 
 def save_tokenizer(folder: Path, tokens: int = 258) -> None:
@@ -57,12 +59,12 @@ def save_tokenizer(folder: Path, tokens: int = 258) -> None:
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders ``tied``, ``untied`` and ``sharded`` (tied, eight shards)."""
-    root, draw = tmp_path_factory.mktemp("bases"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("bases"), np.random.default_rng(0)
     for name, is_tied, shard in (("tied", True, "5GB"), ("untied", False, "5GB"), ("sharded", True, "20KB")):
         config = dataclasses.replace(CONFIG, tie_word_embeddings=is_tied)
-        # Only the shapes are taken from the API: to compile its random numbers takes seconds.
+        # Only the shapes come from the API: its random numbers take seconds to compile.
         shapes = jax.eval_shape(functools.partial(tli_jax.init_params, config), jax.random.key(0))
-        params = jax.tree.map(lambda leaf: draw.normal(0, 0.02, leaf.shape).astype(leaf.dtype), shapes)
+        params = jax.tree.map(lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(leaf.dtype), shapes)
         tli_jax.save_hf(root / name, config, params, max_shard_size=shard)
         save_tokenizer(root / name)
     assert len(list((root / "sharded").glob("*.safetensors"))) == 8
@@ -74,7 +76,7 @@ def shard(folder: Path, number: int) -> Path:
 
 
 def edit_json(name: str, **changes: Any) -> Damage:
-    """Set keys of a JSON file; a key set to ``...`` is removed."""
+    """Set keys of a JSON file; ``...`` removes a key."""
 
     def damage(folder: Path) -> None:
         content = json.loads((folder / name).read_text()) | changes
@@ -88,7 +90,7 @@ def config(**changes: Any) -> Damage:
 
 
 def map_to(*files: str, tensor: str = Q) -> Damage:
-    """Index entries to those files, of a tensor whose name is made up as soon as there are more."""
+    """Add index entries that map a tensor, and made-up names like it, to these files."""
 
     def damage(folder: Path) -> None:
         index = json.loads((folder / INDEX).read_text())
@@ -99,7 +101,7 @@ def map_to(*files: str, tensor: str = Q) -> Damage:
 
 
 def tensors(change: Callable[[dict[str, np.ndarray]], Any], file: str = SINGLE) -> Damage:
-    """Change the tensors of a safetensors file, which stays a good file."""
+    """Change the tensors of a safetensors file, which remains valid."""
 
     def damage(folder: Path) -> None:
         content = {name: array.copy() for name, array in load_file(folder / file).items()}
@@ -110,7 +112,7 @@ def tensors(change: Callable[[dict[str, np.ndarray]], Any], file: str = SINGLE) 
 
 
 def header(change: Callable[[dict[str, Any]], Any] | bytes, tail: bytes = b"") -> Damage:
-    """Change the header and leave the data as it is; bytes replace the whole header."""
+    """Change the header but not the data; bytes replace the complete header."""
 
     def damage(folder: Path) -> None:
         data = (folder / SINGLE).read_bytes()
@@ -162,16 +164,16 @@ def cast(name: str, dtype: str) -> Damage:
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """Everything in a folder: name → bytes, target of a link, or None for a folder."""
-    found: dict[str, Any] = {}
+    """Everything in a folder: name → bytes, link target, or None for a folder."""
+    files: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         content = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
-        found[str(path.relative_to(folder))] = content
-    return found
+        files[str(path.relative_to(folder))] = content
+    return files
 
 
 class Command:
-    """The command on a damaged copy ``base``, with a complete older ``out`` beside it and leave to replace that."""
+    """Runs the command on a damaged copy ``base``. A complete older ``out`` exists and may be replaced."""
 
     def __init__(self, bases: Path, root: Path, capsys: pytest.CaptureFixture[str]):
         self.bases, self.root, self.capsys = bases, root, capsys
@@ -179,29 +181,29 @@ class Command:
         shutil.copytree(bases / "tied", self.outputs / "out")
 
     def start(self, layout: str, damage: Damage, *flags: str, proof: bool = False) -> tuple[int, str]:
-        """Exit code, and what was said on stderr apart from progress."""
+        """Exit code, and stderr without progress."""
         shutil.copytree(self.bases / layout, self.base)
         damage(self.base)
         flags = ("--model", str(self.base), "--output", str(self.outputs / "out"), "--overwrite", *flags)
         code = run_command(upscale.main, flags if proof else (*flags, "--no-proof"))
-        said = self.capsys.readouterr().err
-        return code, "".join(line for line in said.splitlines(True) if " done in " not in line)
+        stderr = self.capsys.readouterr().err
+        return code, "".join(line for line in stderr.splitlines(True) if " done in " not in line)
 
     def refuses(self, layout: str, damage: Damage, code: int, *texts: str, flags: tuple[str, ...] = (), **kw: bool):
         before = snapshot(self.outputs)
-        found, said = self.start(layout, damage, *flags, **kw)
-        *warnings, line = said.splitlines()
+        exit_code, stderr = self.start(layout, damage, *flags, **kw)
+        *warnings, line = stderr.splitlines()
         assert line.startswith("error: ") and "internal" not in line
         assert all(warning.startswith("warning: ") for warning in warnings)
         for text in texts:
             assert text in line
-        assert found == code
+        assert exit_code == code
         assert snapshot(self.outputs) == before
 
     def accepts(self, layout: str, damage: Damage, *warnings: str, flags: tuple[str, ...] = ()) -> Path:
-        code, said = self.start(layout, damage, *flags)
-        assert code == 0, said
-        lines = said.splitlines()
+        code, stderr = self.start(layout, damage, *flags)
+        assert code == 0, stderr
+        lines = stderr.splitlines()
         assert len(lines) == len(warnings)
         for line, warning in zip(lines, warnings, strict=True):
             assert line.startswith("warning: ") and warning in line
@@ -219,13 +221,13 @@ def cli(bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Iter
         signal.signal(number, handler)
 
 
-def test_the_bases_are_good(cli: Command) -> None:
+def test_bases_are_valid(cli: Command) -> None:
     for layout in ("tied", "untied", "sharded"):
         cli.accepts(layout, lambda folder: None)
         shutil.rmtree(cli.base)
 
 
-# --- Rows 1 to 5: weights.
+# --- Weights.
 
 
 @pytest.mark.parametrize("where", ["empty", "length", "header", "middle", "last byte"])
@@ -253,17 +255,17 @@ def test_a_tensor_in_two_shards(cli: Command) -> None:
 
 
 CONTRADICTIONS: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
-    "the index names what a shard lacks": (
+    "the index lists tensors that no shard contains": (
         "sharded",
         map_to(*[shard(Path(), 1).name] * 7, tensor="model.x"),
-        (INDEX, "model.x, model.xx, model.xxx, model.xxxx, model.xxxxx, …", "(7 in all)"),
+        (INDEX, "model.x, model.xx, model.xxx, model.xxxx, model.xxxxx, …", "(7 in total)"),
     ),
-    "the index does not name what a shard holds": (
+    "the index does not list a tensor of a shard": (
         "sharded",
         tensors(lambda t: t.update(more=np.ones(3, np.float32)), shard(Path(), 1).name),
-        (INDEX, "does not name", "more (1 in all)"),
+        (INDEX, "does not list", "more (1 in total)"),
     ),
-    "the index names the wrong shard": ("sharded", map_to(shard(Path(), 1).name), (INDEX, "wrong shard", Q)),
+    "the index lists the wrong shard": ("sharded", map_to(shard(Path(), 1).name), (INDEX, "wrong shard", Q)),
     "the index maps to a number": ("sharded", edit_json(INDEX, weight_map={Q: 1}), (INDEX, "weight_map")),
     "the index has no map": ("sharded", edit_json(INDEX, weight_map=...), (INDEX, "weight_map")),
     "the index maps nothing": (
@@ -276,20 +278,20 @@ CONTRADICTIONS: dict[str, tuple[str, Damage, tuple[str, ...]]] = {
     "tensors that no Llama has": (
         "tied",
         tensors(lambda t: t.update({f"model.layers.{i}.self_attn.q_proj.bias": t[Q][0].copy() for i in range(4)})),
-        ("model.layers.0.self_attn.q_proj.bias", "(4 in all)"),
+        ("model.layers.0.self_attn.q_proj.bias", "(4 in total)"),
     ),
     "a layer more than the configuration": (
         "tied",
         config(num_hidden_layers=3),
-        ("model.layers.3.input_layernorm.weight", "…", "(9 in all)"),
+        ("model.layers.3.input_layernorm.weight", "…", "(9 in total)"),
     ),
     "layers that are missing": (
         "tied",
         config(num_hidden_layers=5),
-        ("model.layers.4.input_layernorm.weight", "…", "(9 in all)"),
+        ("model.layers.4.input_layernorm.weight", "…", "(9 in total)"),
     ),
-    "a missing tensor": ("tied", tensors(lambda t: t.pop(Q)), ("missing", Q, "(1 in all)")),
-    "a buffer that is none": ("tied", tensors(lambda t: t.update(inv_freq=np.ones(4, np.float32))), ("inv_freq",)),
+    "a missing tensor": ("tied", tensors(lambda t: t.pop(Q)), ("missing", Q, "(1 in total)")),
+    "an unknown buffer": ("tied", tensors(lambda t: t.update(inv_freq=np.ones(4, np.float32))), ("inv_freq",)),
 }
 
 
@@ -316,12 +318,12 @@ def test_an_index_does_not_leave_its_folder(name: str, cli: Command) -> None:
 
 
 LINKS: dict[str, tuple[str, Damage, str]] = {
-    "shard": ("sharded", link(shard(Path(), 2).name, "../elsewhere/shard"), "is a link out of the folder"),
-    "single": ("tied", link(SINGLE, "../elsewhere/file"), "is a link out of the folder"),
-    "index": ("sharded", link(INDEX, "../elsewhere/file"), "is a link out of the folder"),
-    "tokenizer": ("tied", link("tokenizer.json", "../elsewhere/file"), "is a link out of the folder"),
-    "licence": ("tied", lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"), "is a link out of the folder"),
-    "blobs of no snapshot": ("tied", link(SINGLE, "../blobs/hash"), "is a link out of the folder"),
+    "shard": ("sharded", link(shard(Path(), 2).name, "../elsewhere/shard"), "outside the folder"),
+    "single": ("tied", link(SINGLE, "../elsewhere/file"), "outside the folder"),
+    "index": ("sharded", link(INDEX, "../elsewhere/file"), "outside the folder"),
+    "tokenizer": ("tied", link("tokenizer.json", "../elsewhere/file"), "outside the folder"),
+    "licence": ("tied", lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"), "outside the folder"),
+    "blobs outside a snapshot": ("tied", link(SINGLE, "../blobs/hash"), "outside the folder"),
     "circle": (
         "sharded",
         lambda folder: (shard(folder, 2).unlink(), shard(folder, 2).symlink_to(shard(folder, 2).name)),
@@ -337,7 +339,7 @@ def test_links_do_not_leave_the_folder(case: str, cli: Command) -> None:
     cli.refuses(layout, damage, 66 if case == "circle" else 65, text)
 
 
-def test_the_links_of_the_hub_cache_are_followed(cli: Command) -> None:
+def test_links_of_the_hub_cache_are_followed(cli: Command) -> None:
     def cache(folder: Path) -> None:
         snapshot = folder / "models--org--name" / "snapshots" / "0123"
         snapshot.mkdir(parents=True)
@@ -355,30 +357,30 @@ def offsets(start: int, end: int) -> Damage:
 
 
 HEADERS: dict[str, tuple[Damage, str]] = {
-    "claims more than there can be": (write(SINGLE, struct.pack("<Q", 2**63) + b"{}"), f"{2**63:,}"),
-    "claims more than a model has": (header(b" " * (MAX_HEADER + 1)), f"{MAX_HEADER + 1:,}"),
+    "an impossible length": (write(SINGLE, struct.pack("<Q", 2**63) + b"{}"), f"{2**63:,}"),
+    "a length larger than that of any model": (header(b" " * (MAX_JSON + 1)), f"{MAX_JSON + 1:,}"),
     "overlaps": (offsets(-4, -4), "overlaps"),
-    "a hole": (header(lambda h: h.pop(Q)), "leaves a hole"),
-    "a shape that does not fit": (header(lambda h: h[Q].update(shape=[32, 31])), "[32, 31] does not fill"),
+    "a gap": (header(lambda h: h.pop(Q)), "leaves a gap"),
+    "a shape that does not fit": (header(lambda h: h[Q].update(shape=[32, 31])), "[32, 31] does not match"),
     "trailing bytes": (header(lambda h: None, b"\0"), "trailing bytes"),
     "a key twice": (header(b'{"a":{},"b":{},"a":{}}'), "'a' appears twice"),
-    "a key twice within": (header(b'{"a":{"dtype":"F32","dtype":"F16"}}'), "'dtype' appears twice"),
+    "a key twice in an entry": (header(b'{"a":{"dtype":"F32","dtype":"F16"}}'), "'dtype' appears twice"),
     "a pointer": (write(SINGLE, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git lfs pull"),
     "a page": (write(SINGLE, b"<!DOCTYPE html><html><title>Sign in</title></html>"), "HTML page"),
     "another page": (write(SINGLE, b"\n<HTML><body>502 Bad Gateway"), "HTML page"),
     "no JSON": (header(b"{not JSON"), "is not JSON"),
     "no object": (header(b"[]"), "must be a JSON object"),
-    "no text": (header(b"\xff\xfe\xfa"), "is not JSON"),
+    "not UTF-8": (header(b"\xff\xfe\xfa"), "is not JSON"),
     "deep": (header(b'{"a":' * 500_000), "is not JSON"),
-    "deep, but not too deep": (header(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"), "'a' is not understood"),
+    "deep, but not too deep": (header(b'{"a":' + b"[" * 900 + b"]" * 900 + b"}"), "'a' is invalid"),
     "a number of a million digits": (header(b'{"a":' + b"9" * 1_000_000 + b"}"), "is not JSON"),
     "an unknown dtype": (header(lambda h: h[Q].update(dtype="Q4_K")), "'Q4_K'"),
-    "a dtype that is none": (header(lambda h: h[Q].update(dtype=["F32"])), "is not understood"),
+    "an invalid dtype": (header(lambda h: h[Q].update(dtype=["F32"])), "is invalid"),
     "a negative size": (header(lambda h: h[Q].update(shape=[-32, -32])), "-32"),
-    "a size that is no number": (header(lambda h: h[Q].update(shape=[True, 1024])), "True"),
-    "three offsets": (header(lambda h: h[Q]["data_offsets"].append(0)), "is not understood"),
-    "no offsets": (header(lambda h: h[Q].pop("data_offsets")), "is not understood"),
-    "metadata that is none": (header(lambda h: h.update(__metadata__=[])), "__metadata__"),
+    "a size that is not a number": (header(lambda h: h[Q].update(shape=[True, 1024])), "True"),
+    "three offsets": (header(lambda h: h[Q]["data_offsets"].append(0)), "is invalid"),
+    "no offsets": (header(lambda h: h[Q].pop("data_offsets")), "is invalid"),
+    "invalid metadata": (header(lambda h: h.update(__metadata__=[])), "__metadata__"),
     "an escape sequence": (header(lambda h: h.update({"\33[2J\n": {}})), "'\\x1b[2J\\n'"),
 }
 
@@ -389,12 +391,11 @@ def test_headers_that_do_not_add_up(case: str, cli: Command) -> None:
     cli.refuses("tied", damage, 65, str(cli.base / SINGLE), text)
 
 
-# Prints what the command takes on top of the started interpreter: MiB, and seconds.
+# Prints the MiB and the seconds that the command takes on top of the started interpreter.
 MEASURE = """
 import sys, time
 from tli_jax import upscale
 from tli_jax.cli.frame import run_command
-from tli_jax.cli.console import console
 def memory(key):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) // 1024 for line in status if line.startswith(key))
@@ -404,9 +405,9 @@ print("measured", memory("VmHWM") - before, time.process_time() - started, file=
 sys.exit(code)
 """
 FLOODS = {
-    "empty objects": b'{"a":[' + b",".join([b"{}"] * (MAX_HEADER // 3 - 9)) + b"]}",
-    "many tensors": b"{" + b",".join(b'"%06x":{}' % i for i in range(MAX_HEADER // 12)) + b"}",
-    "a late double": b"{" + b",".join(b'"%06x":{}' % i for i in range(MAX_HEADER // 12 - 9)) + b',"000000":0}',
+    "empty objects": b'{"a":[' + b",".join([b"{}"] * (MAX_JSON // 3 - 9)) + b"]}",
+    "many tensors": b"{" + b",".join(b'"%06x":{}' % i for i in range(MAX_JSON // 12)) + b"}",
+    "a late double": b"{" + b",".join(b'"%06x":{}' % i for i in range(MAX_JSON // 12 - 9)) + b',"000000":0}',
     "huge shapes": b'{"a":{"data_offsets":[0,0],"dtype":"F32","shape":[' + b",".join([b"9" * 4200] * 950) + b"]}}",
 }
 
@@ -423,9 +424,9 @@ def test_a_flood_of_a_header_costs_little(case: str, cli: Command) -> None:
     assert int(mib) < 200 and float(seconds) < 2
 
 
-# --- Rows 6 to 12: what kind of model it is.
+# --- Configurations.
 
-# Says what was opened and unpickled, and what was imported that is not needed to refuse.
+# Reports pickles that were opened, and imports that are not needed to refuse them.
 WATCH = """
 import sys
 def hook(event, arguments):
@@ -434,7 +435,6 @@ def hook(event, arguments):
 sys.addaudithook(hook)
 from tli_jax import upscale
 from tli_jax.cli.frame import run_command
-from tli_jax.cli.console import console
 code = run_command(upscale.main, sys.argv[1:])
 if {"torch", "jax"} & sys.modules.keys():  # pickle is: numpy imports it
     print("torch or jax was imported", file=sys.stderr)
@@ -464,16 +464,16 @@ CONFIGS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "a key mistyped": (config(num_hidden_layers=..., num_hiden_layers=4), ("is num_hiden_layers meant?",)),
     "text for a number": (config(hidden_size="32"), ("hidden_size is '32', must be a whole number",)),
     "a fraction": (config(num_hidden_layers=4.0), ("num_hidden_layers is 4.0",)),
-    "yes for a number": (config(num_key_value_heads=True), ("num_key_value_heads is True",)),
-    "nothing": (config(vocab_size=0), ("vocab_size is 0",)),
-    "text for yes": (config(tie_word_embeddings="yes"), ("tie_word_embeddings is 'yes'",)),
+    "a bool for a number": (config(num_key_value_heads=True), ("num_key_value_heads is True",)),
+    "zero": (config(vocab_size=0), ("vocab_size is 0",)),
+    "text for a bool": (config(tie_word_embeddings="yes"), ("tie_word_embeddings is 'yes'",)),
     "not a number": (config(rms_norm_eps=float("nan")), ("the number NaN, which is not finite",)),
     "an infinite number": (
         write("config.json", b'{"model_type": "llama", "x": [1e999]}'),
         ("the number 1e999, which is not finite",),
     ),
-    "a number that no float can hold": (config(rms_norm_eps=10**400), ("rms_norm_eps is 1000",)),
-    "a number without end": (write("config.json", b'{"x": ' + b"1" * 5000 + b"}"), ("is not JSON",)),
+    "a number too large for a float": (config(rms_norm_eps=10**400), ("rms_norm_eps is 1000",)),
+    "a number of 5,000 digits": (write("config.json", b'{"x": ' + b"1" * 5000 + b"}"), ("is not JSON",)),
     "nested too deeply": (write("config.json", b'{"x": ' + b"[" * 500 + b"]" * 500 + b"}"), ("nested more than 100",)),
     "nested far too deeply": (write("config.json", b'{"x": ' + b"[" * 10**6), ("is not JSON",)),
     "heads that do not divide": (config(head_dim=..., num_attention_heads=5), ("hidden_size 32", "_heads 5")),
@@ -481,8 +481,8 @@ CONFIGS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "an odd head": (config(head_dim=7), ("head_dim 7",)),
     "another width": (config(intermediate_size=50), ("mlp.down_proj.weight is [32, 48] instead of [32, 50]",)),
     "another vocabulary": (config(vocab_size=300), (f"{EMBEDDING} is [258, 32] instead of [300, 32]",)),
-    "other heads": (config(num_key_value_heads=4), ("k_proj.weight is [16, 32] instead of [32, 32]", "(8 in all)")),
-    "endless layers": (config(num_hidden_layers=10**12), ("num_hidden_layers 1,000,000,000,000",)),
+    "other heads": (config(num_key_value_heads=4), ("k_proj.weight is [16, 32] instead of [32, 32]", "(8 in total)")),
+    "a trillion layers": (config(num_hidden_layers=10**12), ("num_hidden_layers 1,000,000,000,000",)),
     # Not a plain Llama.
     "window": (config(sliding_window=4096), ("sliding_window = 4096",)),
     "attention bias": (config(attention_bias=True), ("attention_bias = True",)),
@@ -490,9 +490,9 @@ CONFIGS: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "activation": (config(hidden_act="gelu"), ("hidden_act = 'gelu'",)),
     "quantised": (config(quantization_config={"quant_method": "fp8"}), ("quantization_config = {'quant_method'",)),
     "windows by layer": (config(layer_types=["sliding_attention"] * 4), ("layer_types has 'sliding_attention'",)),
-    "rope type that is no name": (config(rope_scaling={"rope_type": 3}), ("rope_scaling has rope type 3",)),
+    "rope type that is not a string": (config(rope_scaling={"rope_type": 3}), ("rope_scaling has rope type 3",)),
     "rope factor": (config(rope_scaling={"rope_type": "linear"}), ("rope_scaling: key 'factor' is missing",)),
-    "rope that is none": (config(rope_scaling="linear"), ("rope_scaling is 'linear'",)),
+    "rope that is not an object": (config(rope_scaling="linear"), ("rope_scaling is 'linear'",)),
     "architecture": (config(architectures=["MistralForCausalLM"], model_type="mistral"), ("MistralForCausalLM",)),
     "model type": (config(model_type=...), ("model_type None",)),
     "a start that is text": (config(bos_token_id="<s>"), ("bos_token_id is '<s>'",)),
@@ -531,7 +531,7 @@ def test_dtypes_that_are_not_supported(case: str, cli: Command) -> None:
     ids=str,
 )
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
-def test_what_cannot_be_run_can_be_grown_without_a_proof(key: str, rope: dict[str, Any], cli: Command) -> None:
+def test_model_that_cannot_be_run_can_be_grown_without_a_proof(key: str, rope: dict[str, Any], cli: Command) -> None:
     kind = repr(rope.get("rope_type", rope.get("type")))
     damage = config(**{"rope_scaling": ..., "rope_theta": ..., key: rope})
     out = cli.accepts("tied", damage, f"RoPE type {kind} is not supported")
@@ -544,7 +544,7 @@ def test_what_cannot_be_run_can_be_grown_without_a_proof(key: str, rope: dict[st
         tli_jax.forward(*tli_jax.load_hf(out), ids)
 
 
-def test_what_cannot_be_run_is_neither_proved_nor_sampled_nor_trained(cli: Command, tmp_path: Path) -> None:
+def test_model_that_cannot_be_run_is_neither_proved_nor_sampled_nor_trained(cli: Command, tmp_path: Path) -> None:
     damage = config(rope_scaling={"type": "dynamic", "factor": 2.0})
     cli.refuses("tied", damage, 65, "cannot be run, RoPE type 'dynamic'", "works with --no-proof", proof=True)
     for flags in (
@@ -561,7 +561,7 @@ def test_what_cannot_be_run_is_neither_proved_nor_sampled_nor_trained(cli: Comma
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "base_model.model.", "module._orig_mod."])
 @pytest.mark.parametrize("layout", ["untied", "sharded"])
-def test_a_prefix_of_all_names_is_dropped(prefix: str, layout: str, cli: Command) -> None:
+def test_common_prefix_is_dropped(prefix: str, layout: str, cli: Command) -> None:
     good = cli.accepts(layout, lambda folder: None)
     expected = json.loads((good / "growth.json").read_text())["digests"]
     shutil.rmtree(cli.base)
@@ -578,16 +578,16 @@ def test_a_prefix_of_all_names_is_dropped(prefix: str, layout: str, cli: Command
 
 
 @pytest.mark.parametrize("names", [{}, {Q: "_orig_mod." + Q}], ids=["of another", "of some"])
-def test_other_names_are_shown_beside_those_that_are_missing(names: dict[str, str], cli: Command) -> None:
+def test_unknown_names_are_shown_with_the_missing_ones(names: dict[str, str], cli: Command) -> None:
     def rename(content: dict[str, np.ndarray]) -> None:
         for name in list(content):
             content[names.get(name, name) if names else f"transformer.{name}"] = content.pop(name)
 
     shown = "_orig_mod." + Q if names else f"transformer.{EMBEDDING}"
-    cli.refuses("tied", tensors(rename), 65, "are missing", Q if names else EMBEDDING, f"have instead {shown}")
+    cli.refuses("tied", tensors(rename), 65, "are missing", Q if names else EMBEDDING, f"found instead: {shown}")
 
 
-def test_an_index_may_name_what_a_llama_does_not_need(cli: Command) -> None:
+def test_index_may_list_tensors_that_a_llama_does_not_need(cli: Command) -> None:
     buffers = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(4)]
 
     def name(folder: Path) -> None:
@@ -595,19 +595,21 @@ def test_an_index_may_name_what_a_llama_does_not_need(cli: Command) -> None:
         file = shard(Path(), 1).name
         edit_json(INDEX, weight_map=index | dict.fromkeys([*buffers, HEAD], file))(folder)
 
-    out = cli.accepts("sharded", name, "names 5 tensors that no shard holds and the model does not need, like lm_head")
+    out = cli.accepts(
+        "sharded", name, "lists 5 tensors that no shard contains and the model does not need, such as lm_head"
+    )
     assert set(load_file(out / SINGLE)) == {
         f"model.layers.{i}.{name}" for i in range(5) for name in CONFIG.layer_tensors
     } | {EMBEDDING, "model.norm.weight"}
 
 
-def test_an_index_may_not_name_a_head_that_is_needed(cli: Command) -> None:
+def test_index_may_not_list_a_missing_head(cli: Command) -> None:
     cli.refuses(
         "sharded",
         after(config(tie_word_embeddings=False), map_to(shard(Path(), 1).name, tensor=HEAD)),
         65,
         HEAD,
-        "names tensors that the shards lack",
+        "lists tensors that no shard contains",
     )
 
 
@@ -619,16 +621,16 @@ def test_layers_keep_their_dtypes(cli: Command) -> None:
     grown, base = load_file(out / SINGLE), load_file(cli.base / SINGLE)
     assert grown[Q_NEXT].dtype == np.float16 and grown["model.layers.4.self_attn.q_proj.weight"].dtype == np.float16
     assert (grown[Q_NEXT] == base[Q_NEXT]).all() and (grown[Q] == base[Q]).all()
-    with pytest.warns(UserWarning, match="layers.self_attn.q_proj.weight has other dtypes in other layers"):
+    with pytest.warns(UserWarning, match="layers.self_attn.q_proj.weight is stored in different dtypes"):
         stacked = tli_jax.load_hf(out)[1]["layers"]["self_attn"]["q_proj"]["weight"]
     assert stacked.dtype == np.float32 and (np.asarray(stacked)[3] == base[Q_NEXT].astype(np.float32)).all()
     for dtype in ("float32", "float16", "bfloat16"):
-        leaves = jax.tree.leaves(tli_jax.load_hf(out, dtype=dtype)[1])  # warns of nothing
+        leaves = jax.tree.leaves(tli_jax.load_hf(out, dtype=dtype)[1])  # no warning
         assert {leaf.dtype.name for leaf in leaves} == {dtype}
 
 
 @pytest.mark.parametrize("method", ["average", "slayer"])
-def test_a_mean_of_layers_of_different_dtypes_is_that_of_their_float32(method: str, cli: Command) -> None:
+def test_mean_of_layers_of_different_dtypes_is_computed_in_float32(method: str, cli: Command) -> None:
     flags = ("--method", method, "--after", "2")
     out = cli.accepts("tied", cast(Q_NEXT, "float16"), MIXED, flags=flags)
     found = {name: array for name, array in load_file(out / SINGLE).items() if name.startswith("model.layers.3.")}
@@ -643,39 +645,33 @@ def test_a_mean_of_layers_of_different_dtypes_is_that_of_their_float32(method: s
         assert array.dtype == np.float32 and (array == expected[name]).all(), name
 
 
-def test_names_that_are_half_a_surrogate_pair_are_written_as_they_were_read(cli: Command) -> None:
+def test_lone_surrogates_are_written_unchanged(cli: Command) -> None:
     out = cli.accepts("tied", config(of_somebody="\ud800 ü"))
     assert json.loads((out / "config.json").read_text())["of_somebody"] == "\ud800 ü"
 
 
-# --- A base that changes while it is grown.
+# --- A base that changes during growth.
 
 
 @pytest.mark.parametrize("change", ["written to", "replaced", "removed", "configuration"])
-def test_a_base_that_changes_meanwhile(change: str, bases: Path, tmp_path: Path) -> None:
+def test_base_that_changes_meanwhile(change: str, bases: Path, tmp_path: Path) -> None:
     base = shutil.copytree(bases / "tied", tmp_path / "base")
-    arguments = UpscaleConfig(model=str(base), output=str(tmp_path / "out"), proof=False)
-    job = upscale.prepare(arguments)
+    job = prepare(UpscaleConfig(model=str(base), output=str(tmp_path / "out"), proof=False))
     file = base / ("config.json" if change == "configuration" else SINGLE)
-    if change == "written to":
-        with file.open("r+b") as stream:
-            stream.seek(-4, os.SEEK_END)
-            stream.write(b"\0\0\0\0")
-    elif change == "removed":
-        # In the last moment, or there would be nothing to read.
-        original = upscale.sidecar.copy_allowed
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(upscale.sidecar, "copy_allowed", lambda *args: (original(*args), file.unlink()))
-            with pytest.raises(DataError, match="changed while it was read"):
-                upscale.grow(job, console(), {})
-        assert not (tmp_path / "out").exists()
-        return
-    else:
-        shutil.copyfile(file, tmp_path / "copy")
-        shutil.copystat(file, tmp_path / "copy")
-        (tmp_path / "copy").replace(file)
-    with pytest.raises(DataError, match=rf"{file.name}: changed while it was read"):
-        upscale.grow(job, console(), {})
+    with pytest.MonkeyPatch.context() as patch:
+        if change == "written to":
+            with file.open("r+b") as stream:
+                stream.seek(-4, os.SEEK_END)
+                stream.write(b"\0\0\0\0")
+        elif change == "removed":  # at the last moment, or there would be nothing to read
+            copy_allowed = sidecar.copy_allowed
+            patch.setattr(sidecar, "copy_allowed", lambda *args: (copy_allowed(*args), file.unlink()))
+        else:
+            shutil.copyfile(file, tmp_path / "copy")
+            shutil.copystat(file, tmp_path / "copy")
+            (tmp_path / "copy").replace(file)
+        with pytest.raises(DataError, match=rf"{file.name}: changed while it was read"):
+            grow(job, {})
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".", "out"))] == []
 
 
@@ -686,7 +682,6 @@ import contextlib, io, json, resource, shutil, sys, time
 from pathlib import Path
 from tli_jax import upscale
 from tli_jax.cli.frame import run_command
-from tli_jax.cli.console import console
 
 def most() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -700,10 +695,10 @@ for name, changes, flags in json.load(sys.stdin):
     (base / "config.json").write_text(json.dumps(config | changes))
     shutil.rmtree(output, ignore_errors=True)
     before, started = most(), time.monotonic()
-    said = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+    stderr = io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr):
         code = run_command(upscale.main, ["--model", str(base), "--output", output, "--no-proof", *flags])
-    print(json.dumps([name, code, time.monotonic() - started, most() - before, said.getvalue()]), flush=True)
+    print(json.dumps([name, code, time.monotonic() - started, most() - before, stderr.getvalue()]), flush=True)
 """
 HUGE = 10**9
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
@@ -738,7 +733,7 @@ SIZES: dict[str, tuple[dict[str, Any], list[str], int]] = {
 }
 
 
-def test_sizes_that_nothing_has_are_refused_before_anything_is_made_of_them(bases: Path, tmp_path: Path) -> None:
+def test_impossible_sizes_are_refused_early(bases: Path, tmp_path: Path) -> None:
     shutil.copytree(bases / "tied", tmp_path / "base")
     call = [sys.executable, "-c", HOSTILE, str(tmp_path / "base"), str(tmp_path / "out")]
     cases = json.dumps([[name, changes, flags] for name, (changes, flags, _) in SIZES.items()])
@@ -746,8 +741,8 @@ def test_sizes_that_nothing_has_are_refused_before_anything_is_made_of_them(base
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [name for name, *_ in found] == list(SIZES)
-    for name, code, seconds, mebibytes, said in found:
-        assert code == SIZES[name][2], (name, said)
+    for name, code, seconds, mebibytes, stderr in found:
+        assert code == SIZES[name][2], (name, stderr)
         if code:
             assert seconds < 2 and mebibytes < 200, (name, seconds, mebibytes)
 
@@ -759,8 +754,8 @@ def test_remote_code_is_neither_run_nor_copied(cli: Command) -> None:
         config(auto_map={"AutoModelForCausalLM": "modeling_mine.Mine"}),
         *(write(name, code) for name in ("modeling_mine.py", "tokenization_mine.py", "LICENSE.py", "sitecustomize.py")),
     )
-    left = "not taken along: LICENSE.py, modeling_mine.py, sitecustomize.py, tokenization_mine.py"
-    out = cli.accepts("tied", damage, "auto_map asks for code of the model's own, which is never run", left)
+    left = "not copied: LICENSE.py, modeling_mine.py, sitecustomize.py, tokenization_mine.py"
+    out = cli.accepts("tied", damage, "auto_map refers to Python code of the model, which is never run", left)
     assert not marker.exists()
     assert not list(out.glob("*.py"))
 
@@ -777,7 +772,7 @@ def test_weights_that_are_not_finite(cli: Command) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_that_is_not_finite(dtype: str, cli: Command) -> None:
+def test_nonfinite_half_precision(dtype: str, cli: Command) -> None:
     def damage(folder: Path) -> None:
         all_tensors = {name: array.astype(jax.numpy.dtype(dtype)) for name, array in load_file(folder / SINGLE).items()}
         all_tensors[Q][3, :7] = np.nan
@@ -832,8 +827,8 @@ OPTIONS = {
     "--evry 2": "--evry is not known, is --every meant?",
     "--copys=2": "--copys=2 is not known, is --copies meant?",
     "--every two": "every is 'two'",
-    "--method sliding": "method is 'sliding': Input should be 'tli', 'dus'",
-    "--revision main": "is a folder here, which has no revision 'main'",
+    "--method sliding": "method is 'sliding', must be one of tli, dus, llama_pro",
+    "--revision main": "is a local folder, which has no revision 'main'",
     "2": "2 is not known",
 }
 
@@ -843,7 +838,7 @@ def test_options_out_of_range(flags: str, cli: Command) -> None:
     cli.refuses("tied", lambda folder: None, 2, OPTIONS[flags], flags=tuple(flags.split()))
 
 
-# --- Rows 16 and 34, texts, and what an earlier growth left.
+# --- Tokenizers, missing folders, texts, and records of an earlier growth.
 
 
 def test_a_tokenizer_larger_than_the_vocabulary(cli: Command) -> None:
@@ -860,9 +855,9 @@ def test_no_tokenizer(cli: Command) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"{}", b"<html>", b'{"model": {"type": "BPE", "vocab": {}}}'], ids=str)
-def test_a_damaged_tokenizer(content: bytes, cli: Command) -> None:
-    said = "is an HTML page" if content == b"<html>" else "the tokenizer cannot be read"
-    cli.refuses("tied", write("tokenizer.json", content), 65, str(cli.base), said)
+def test_damaged_tokenizer(content: bytes, cli: Command) -> None:
+    message = "is an HTML page" if content == b"<html>" else "the tokenizer cannot be read"
+    cli.refuses("tied", write("tokenizer.json", content), 65, str(cli.base), message)
 
 
 MISSING: dict[str, tuple[Damage, tuple[str, ...]]] = {
@@ -908,32 +903,32 @@ GROWTHS: dict[str, tuple[Damage, str]] = {
     "not JSON": (write("growth.json", b"{"), "is not JSON"),
     "a list": (write("growth.json", b"[]"), "must be a JSON object"),
     "empty": (write("growth.json", b"{}"), "version None is not 1"),
-    "of the future": (write("growth.json", json.dumps(PLAN | {"version": 2}).encode()), "version 2 is not 1"),
+    "of a future version": (write("growth.json", json.dumps(PLAN | {"version": 2}).encode()), "version 2 is not 1"),
     "no rows": (write("growth.json", json.dumps(PLAN | {"rows": []}).encode()), "not a growth plan"),
-    "a row that is none": (write("growth.json", json.dumps(PLAN | {"rows": [1] * 4}).encode()), "not a growth plan"),
+    "an invalid row": (write("growth.json", json.dumps(PLAN | {"rows": [1] * 4}).encode()), "not a growth plan"),
     "no history": (
         write("growth.json", json.dumps({k: v for k, v in PLAN.items() if k != "history"}).encode()),
         "history",
     ),
-    "a base it cannot have": (
+    "a base that is too shallow": (
         write("growth.json", json.dumps(PLAN | {"base": {"layers": 1}}).encode()),
         "the base has 0…0",
     ),
     "of another depth": (
         write("growth.json", json.dumps(tli_jax.tli(4, 1).to_json()).encode()),
-        "is about 8 layers, config.json about 4",
+        "describes 8 layers, config.json 4",
     ),
     "a short map": (write("growth.json", json.dumps(PLAN | {"layer_map": [[0]]}).encode()), "layer_map has 1 layers"),
 }
 
 
 @pytest.mark.parametrize("case", GROWTHS)
-def test_a_damaged_record_of_growth(case: str, cli: Command) -> None:
+def test_damaged_growth_record(case: str, cli: Command) -> None:
     damage, text = GROWTHS[case]
     cli.refuses("tied", damage, 65, str(cli.base / "growth.json"), text)
 
 
-def test_a_good_record_of_growth_is_continued(cli: Command) -> None:
+def test_valid_growth_record_is_continued(cli: Command) -> None:
     out = cli.accepts("tied", write("growth.json", json.dumps(PLAN).encode()))
     record = json.loads((out / "growth.json").read_text())
     assert record["layer_map"] == [[0], [0], [1], [1], [1]] and len(record["history"]) == 1

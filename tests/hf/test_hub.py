@@ -1,4 +1,4 @@
-"""``resolve`` against a real HTTP server that speaks the part of the hub's protocol that huggingface_hub uses.
+"""``resolve`` against a local HTTP server that speaks the part of the hub's protocol that huggingface_hub uses.
 
 Each test starts one fresh process, because huggingface_hub reads its environment when it is imported.
 """
@@ -33,11 +33,11 @@ SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
 def tensors(count: int, metadata: dict[str, str] | None = None) -> bytes:
-    """A safetensors file of ``count`` MB."""
+    """The content of a safetensors file of ``count`` MB."""
     return save({f"t{i}": np.full((512, 512), i + 1, np.float32) for i in range(count)}, metadata)
 
 
-LONG = {"note": "x" * 100_000}  # makes a header that the first read does not hold
+LONG = {"note": "x" * 100_000}  # makes a header that is longer than the first read
 SHARDED: dict[str, bytes] = {
     "config.json": b'{"model_type": "llama"}',
     INDEX: json.dumps({"weight_map": {"t0": SHARDS[0], "u0": SHARDS[1]}}).encode(),
@@ -78,7 +78,7 @@ REPOS: dict[str, dict[str, bytes]] = {
     "org/page": {"config.json": b"{}", "model.safetensors": b"<!DOCTYPE html><title>Sign in</title>"},
     "org/void": {"config.json": b"{}", "model.safetensors": b""},
 }
-# What the server answers instead, to any request about these: (status, X-Error-Code).
+# The server's answer to any request for these repositories: (status, X-Error-Code).
 FAILING = {"org/forbidden": (403, ""), "org/broken": (500, ""), "org/bad-token": (401, "")}
 
 
@@ -87,10 +87,10 @@ class Hub:
     endpoint: str
     requests: list[tuple[str, str]] = dataclasses.field(default_factory=list)  # (method, path without query)
     sent: int = 0  # bytes of bodies
-    authorized: set[str] = dataclasses.field(default_factory=set)  # paths that were asked for with a token
+    authorized: set[str] = dataclasses.field(default_factory=set)  # paths requested with a token
 
-    def asked_for(self) -> set[str]:
-        """Names of the files that any request was about."""
+    def requested(self) -> set[str]:
+        """The names of all files that were requested."""
         found = (re.search(r"(?:resolve/[^/]+|cdn/org/[^/]+)/(.+)", path) for _, path in self.requests)
         return {match.group(1) for match in found if match}
 
@@ -109,12 +109,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "GET":
-            with contextlib.suppress(ConnectionError):  # a client that has seen enough
+            with contextlib.suppress(ConnectionError):  # the client closed the connection
                 self.wfile.write(body)
                 self.hub.sent += len(body)
 
     def fail(self, status: int, code: str) -> None:
-        # A server that repeats the token in its message, in the hope that the client prints it.
+        # The message repeats the token, to find out whether the client prints it.
         echo = f"you sent {self.headers.get('Authorization')}"
         extra = {"X_Error_Code": code} if code else {}
         self.answer(status, json.dumps({"error": echo}).encode(), X_Error_Message=echo, **extra)
@@ -160,7 +160,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def serve(self, repo: str, name: str, data: bytes, from_cdn: bool) -> None:
         etag = f'"{repo.replace("/", "-")}-{name.replace("/", "-")}"'
         if name.endswith(".safetensors") and not from_cdn:
-            # Large files lie elsewhere, as on the real hub: another host name is another origin.
+            # Large files are on another origin, as on the real hub: another host name.
             to = f"{self.hub.endpoint.replace('127.0.0.1', 'localhost')}/cdn/{repo}/{name}"
             return self.answer(302, ETag=etag, X_Linked_ETag=etag, X_Linked_Size=str(len(data)), Location=to)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -183,13 +183,13 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-# Runs resolve on each call of argv[1], and tells what a user would see of it, with `--debug` too.
+# Runs resolve on each call in argv[1], and prints the result or the error and its traceback.
 CLIENT = """
 import json, os, sys, traceback
 from pathlib import Path
 from tli_jax.hf.hub import resolve
 from tli_jax.errors import TliError
-told = []
+results = []
 for call in json.loads(sys.argv[1]):
     try:
         folder = resolve(*call)
@@ -201,16 +201,16 @@ for call in json.loads(sys.argv[1]):
                 start = file.read(8)
                 heads[p.name] = (start + file.read(min(int.from_bytes(start, "little"), 200_000))).hex()
                 weights |= any(file.read(2**20))
-        told.append({"folder": str(folder), "files": files, "heads": heads, "weights": weights, "error": None})
+        results.append({"folder": str(folder), "files": files, "heads": heads, "weights": weights, "error": None})
     except TliError as error:
-        told.append({"folder": None, "code": error.exit_code, "error": str(error), "trace": traceback.format_exc()})
+        results.append({"folder": None, "code": error.exit_code, "error": str(error), "trace": traceback.format_exc()})
 assert not [name for name in sys.modules if name.split(".")[0] in ("torch", "transformers")]
-print(json.dumps(told))
+print(json.dumps(results))
 """
 
 
 def run(endpoint: str, home: Path, *calls: tuple, **env: str) -> list[dict]:
-    """What became of each ``resolve(*call)``, all in one new process that has a token and knows only ``endpoint``."""
+    """The results of ``resolve(*call)`` in one new process that has a token and uses ``endpoint`` as the hub."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
     clean |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
     clean |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TMPDIR": str(home.parent)} | env
@@ -220,22 +220,22 @@ def run(endpoint: str, home: Path, *calls: tuple, **env: str) -> list[dict]:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert env.get("HF_TOKEN", TOKEN) not in done.stdout + done.stderr
-    told = json.loads(done.stdout)
-    for one in told:
-        if one["error"]:
-            assert "\n" not in one["error"]
-            assert one["trace"].count("Traceback") == 1  # no exception of another library hangs on ours
-    return told
+    results = json.loads(done.stdout)
+    for result in results:
+        if result["error"]:
+            assert "\n" not in result["error"]
+            assert result["trace"].count("Traceback") == 1  # our error has no context of another library
+    return results
 
 
-def test_a_folder_is_returned_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_is_returned_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert resolve("org/name") == Path("org/name")
     assert resolve(str(tmp_path / "org"), headers_only=True) == tmp_path / "org"
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/org") == tmp_path / "org"
-    with pytest.raises(UsageError, match=r"'org/name' is a folder here"):
+    with pytest.raises(UsageError, match=r"'org/name' is a local folder"):
         resolve("org/name", "main")
 
 
@@ -245,34 +245,36 @@ def test_a_folder_is_returned_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
      "org/..", "-org/name", "org/a--b", "org/name.git", "org/name.", "org/.name", "org/n\u00e4me", "org/name\n",
      "org/na\0me", "x" * 97 + "/name", "x" * 5000],
 )  # fmt: skip
-def test_what_is_neither_a_folder_nor_a_hub_id_never_reaches_the_hub(model: str, tmp_path: Path, monkeypatch) -> None:
+def test_invalid_hub_ids_never_reach_the_hub(model: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it would fail
-    with pytest.raises(MissingInputError, match=r"^no folder .*, and it is no hub id either: give a folder") as caught:
+    with pytest.raises(
+        MissingInputError, match=r"^no folder .*, and it is not a hub id either: give a folder"
+    ) as caught:
         resolve(model)
     assert "\n" not in str(caught.value)
 
 
-def test_only_what_a_checkpoint_needs_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_only_the_files_of_a_checkpoint_are_downloaded(hub: Hub, tmp_path: Path) -> None:
     sharded, single, again = run(hub.endpoint, tmp_path, ("org/sharded", "main"), ("org/single",), ("org/single",))
-    needed = {"config.json", INDEX, *SHARDS, "tokenizer.json", "LICENSE.txt", "USE_POLICY.md"}
+    needed = {"config.json", INDEX, *SHARDS, "tokenizer.json", "LICENSE.txt", "USE_POLICY.md", "README.md"}
     needed |= {"additional_chat_templates/tool_use.jinja"}
     assert Path(sharded["folder"]).name == COMMIT
     assert set(sharded["files"]) == needed
     assert set(single["files"]) == set(SINGLE)
     assert single == again
-    assert hub.asked_for() == needed | set(SINGLE)
+    assert hub.requested() == needed | set(SINGLE)
     for name in needed:
         assert (Path(sharded["folder"]) / name).read_bytes() == SHARDED[name]
-    # The token goes to the hub and stays there.
+    # The token is sent to the hub only.
     assert any("/resolve/" in path for path in hub.authorized)
     assert not any("/cdn/" in path for path in hub.authorized)
 
-    # What is in the cache is found there without the hub, and what is not is said to be missing.
+    # Cached models need no hub; models that are not cached are reported as missing.
     hub.requests.clear()
     calls = (("org/sharded",), ("org/single", None, True), ("org/single", COMMIT), ("org/empty",))
     cached = run(hub.endpoint, tmp_path, *calls, HF_HUB_OFFLINE="1")
-    assert [one["folder"] for one in cached] == [sharded["folder"], single["folder"], single["folder"], None]
+    assert [result["folder"] for result in cached] == [sharded["folder"], single["folder"], single["folder"], None]
     assert cached[3]["code"] == 69 and "HF_HUB_OFFLINE is set" in cached[3]["error"]
     assert hub.requests == []
 
@@ -280,8 +282,8 @@ def test_only_what_a_checkpoint_needs_is_fetched(hub: Hub, tmp_path: Path) -> No
 def test_headers_only_reads_headers_and_no_weights(hub: Hub, tmp_path: Path) -> None:
     calls = [(model, None, True) for model in ("org/sharded", "org/gap", "org/page", "org/void")]
     sharded, gap, page, void = run(hub.endpoint, tmp_path / "home", *calls)
-    assert hub.asked_for() == {"config.json", INDEX, *SHARDS, "model.safetensors"}
-    # Of 5 MB: two first reads, the long header, and small files. The third model has the first shard alone.
+    assert hub.requested() == {"config.json", INDEX, *SHARDS, "model.safetensors"}
+    # Of 5 MB: two first reads, the long header, and small files. The second model has only the first shard.
     assert hub.sent < 3 * 65_536 + 120_000 + 20_000
     assert not any("/cdn/" in path for path in hub.authorized)
 
@@ -295,25 +297,25 @@ def test_headers_only_reads_headers_and_no_weights(hub: Hub, tmp_path: Path) -> 
         assert len(head) == 8 + int.from_bytes(head[:8], "little")
     assert not sharded["weights"]
     assert not Path(sharded["folder"]).exists()  # the process has ended
-    # A shard that the hub lacks, and files that are no safetensors, are left to the reader to refuse.
+    # The reader reports missing shards and files of another format.
     assert set(gap["files"]) == {"config.json", INDEX, SHARDS[0]}
     assert page["files"]["model.safetensors"][0] == len(REPOS["org/page"]["model.safetensors"])
     assert bytes.fromhex(page["heads"]["model.safetensors"]) == REPOS["org/page"]["model.safetensors"]
     assert void["files"]["model.safetensors"][0] == 0
 
 
-def test_a_sparse_shard_is_read_like_a_real_one(tmp_path: Path, hub: Hub) -> None:
-    (told,) = run(hub.endpoint, tmp_path / "home", ("org/private", "main", True))
-    size, _ = told["files"]["model.safetensors"]
+def test_sparse_shard_is_read_like_a_real_one(tmp_path: Path, hub: Hub) -> None:
+    (result,) = run(hub.endpoint, tmp_path / "home", ("org/private", "main", True))
+    size, _ = result["files"]["model.safetensors"]
     path = tmp_path / "model.safetensors"
-    path.write_bytes(bytes.fromhex(told["heads"]["model.safetensors"]))
+    path.write_bytes(bytes.fromhex(result["heads"]["model.safetensors"]))
     os.truncate(path, size)
     with safe_open(path, "numpy") as sparse:
         assert sparse.get_slice("t0").get_shape() == [512, 512]
 
 
 ERRORS = {
-    ("org/nowhere",): (66, "no folder 'org/nowhere' and no hub model that you may read: check the name, or log in"),
+    ("org/nowhere",): (66, "no folder 'org/nowhere' and no hub model that you can read: check the name, or log in"),
     ("org/gated",): (66, "hub model 'org/gated' is gated: accept its licence on its hub page, and log in"),
     ("org/gated", None, True): (66, "hub model 'org/gated' is gated"),
     ("org/single", "v9"): (66, "hub model 'org/single' has no revision 'v9': give a branch"),
@@ -324,45 +326,45 @@ ERRORS = {
     ("org/pickle",): (65, "hub model 'org/pickle' has only pickled weights (pytorch_model.bin): convert"),
     ("org/pickle", None, True): (65, "hub model 'org/pickle' has only pickled weights"),
     ("org/bad-index",): (65, "hub model 'org/bad-index': model.safetensors.index.json: is list, must be a JSON object"),
-    ("org/no-map",): (65, "hub model 'org/no-map': model.safetensors.index.json: weight_map must be an object"),
+    ("org/no-map",): (65, "hub model 'org/no-map': model.safetensors.index.json: weight_map must map"),
     ("org/no-ranges", None, True): (69, "the hub does not serve parts of model.safetensors of 'org/no-ranges'"),
-    ("org/forbidden",): (66, "no folder 'org/forbidden' and no hub model that you may read"),
-    ("org/bad-token",): (66, "no folder 'org/bad-token' and no hub model that you may read"),
+    ("org/forbidden",): (66, "no folder 'org/forbidden' and no hub model that you can read"),
+    ("org/bad-token",): (66, "no folder 'org/bad-token' and no hub model that you can read"),
     ("org/broken",): (69, "no folder 'org/broken', and the hub answers HTTP 500"),
 }
 
 
 def test_errors_are_one_line_of_ours_without_the_token(hub: Hub, tmp_path: Path) -> None:
-    for (code, text), told in zip(ERRORS.values(), run(hub.endpoint, tmp_path, *ERRORS), strict=True):
-        assert told["error"] is not None and told["error"].startswith(text)
-        assert told["code"] == code
-    assert not {"pytorch_model.bin", "llama.gguf"} & hub.asked_for()
-    assert hub.sent < 100_000  # of the 32 MB that come where a part was asked for, next to nothing was taken
+    for (code, text), result in zip(ERRORS.values(), run(hub.endpoint, tmp_path, *ERRORS), strict=True):
+        assert result["error"] is not None and result["error"].startswith(text)
+        assert result["code"] == code
+    assert not {"pytorch_model.bin", "llama.gguf"} & hub.requested()
+    assert hub.sent < 100_000  # almost nothing of the 32 MB that the server sends instead of a range
 
 
 @pytest.mark.parametrize("token", ["hf_secret\x0bcontrol", "hf_s\u00e9cret"])
-def test_a_token_that_is_no_header_is_not_quoted(token: str, hub: Hub, tmp_path: Path) -> None:
-    (told,) = run(hub.endpoint, tmp_path, ("org/single",), HF_TOKEN=token)
-    assert told["code"] == 69
-    assert "secret" not in told["trace"] and "cret" not in told["trace"]
+def test_token_that_is_not_a_valid_header_is_not_quoted(token: str, hub: Hub, tmp_path: Path) -> None:
+    (result,) = run(hub.endpoint, tmp_path, ("org/single",), HF_TOKEN=token)
+    assert result["code"] == 69
+    assert "secret" not in result["trace"] and "cret" not in result["trace"]
 
 
-def test_no_hub_at_all(tmp_path: Path) -> None:
-    with socket.socket() as taken:  # bound but not listening: refuses, and nobody else can get the port
+def test_no_hub(tmp_path: Path) -> None:
+    with socket.socket() as taken:  # bound but not listening: it refuses connections, and nobody else gets the port
         taken.bind(("127.0.0.1", 0))
-        (told,) = run(f"http://127.0.0.1:{taken.getsockname()[1]}", tmp_path, ("org/single",))
-    assert told["code"] == 69
-    assert told["error"].startswith("no folder 'org/single', and the hub cannot be reached (ConnectError): check")
+        (result,) = run(f"http://127.0.0.1:{taken.getsockname()[1]}", tmp_path, ("org/single",))
+    assert result["code"] == 69
+    assert result["error"].startswith("no folder 'org/single', and the hub cannot be reached (ConnectError): check")
 
 
-def test_a_hub_that_does_not_answer(tmp_path: Path) -> None:
+def test_hub_that_does_not_answer(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        (told,) = run(endpoint, tmp_path, ("org/single",), HF_HUB_ETAG_TIMEOUT="1")
-    assert told["code"] == 69 and "cannot be reached (ReadTimeout)" in told["error"]
+        (result,) = run(endpoint, tmp_path, ("org/single",), HF_HUB_ETAG_TIMEOUT="1")
+    assert result["code"] == 69 and "cannot be reached (ReadTimeout)" in result["error"]
 
 
-def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
+def test_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file where a folder has to be")
-    (told,) = run(hub.endpoint, tmp_path / "home", ("org/single",))
-    assert told["code"] == 74 and told["error"].startswith("cannot store 'org/single' (")
+    (result,) = run(hub.endpoint, tmp_path / "home", ("org/single",))
+    assert result["code"] == 74 and result["error"].startswith("cannot store 'org/single' (")

@@ -1,4 +1,4 @@
-"""The output is whole or not there, and an older one stays until then: whatever stops the command, and whenever."""
+"""The output is complete or not there, and an older one stays until then, whenever and however the command stops."""
 
 import functools
 import hashlib
@@ -48,15 +48,15 @@ WIDE = tli_jax.LlamaConfig(
 
 
 def make(folder: Path, config: tli_jax.LlamaConfig) -> None:
-    draw = np.random.default_rng(0)
-    # Only the shapes are taken from the API: to compile its random numbers takes seconds.
+    rng = np.random.default_rng(0)
+    # Only the shapes come from the API: its random numbers take seconds to compile.
     shapes = jax.eval_shape(functools.partial(tli_jax.init_params, config), jax.random.key(0))
-    tli_jax.save_hf(folder, config, jax.tree.map(lambda leaf: draw.random(leaf.shape, np.float32) - 0.5, shapes))
+    tli_jax.save_hf(folder, config, jax.tree.map(lambda leaf: rng.random(leaf.shape, np.float32) - 0.5, shapes))
     (folder / "LICENSE").write_text("be nice\n")
 
 
 def snapshot(folder: Path) -> dict[str, Any]:
-    """Everything in a folder: name → bytes, target of a link, or None for a folder."""
+    """Everything in a folder: name → bytes, link target, or None for a folder."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         content = str(path.readlink()) if path.is_symlink() else path.read_bytes() if path.is_file() else None
@@ -69,7 +69,7 @@ def names(folder: Path) -> list[str]:
 
 
 def work_folder(output: Path) -> Path:
-    """Where an output is written until it is complete: its name tells it from folders of the user."""
+    """Where an output is written until it is complete; its name differs from those of the user's folders."""
     digest = hashlib.sha256(b"tli_jax output " + output.name.encode()).hexdigest()[:16]
     return output.with_name(f".{output.name}.partial-{digest}")
 
@@ -80,7 +80,7 @@ def flags(base: Path, output: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``base``, and grown from it ``old/out`` and ``new/out``, which is what the tests make."""
+    """``base``, and two models grown from it: ``old/out``, and ``new/out``, which the tests make again."""
     root = tmp_path_factory.mktemp("folders")
     make(root / "base", CONFIG)
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +95,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """The command in this process: exit code, and what it said on stderr apart from progress and warnings."""
+    """Runs the command in this process: exit code, and stderr without progress and warnings."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
 
@@ -108,12 +108,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
         signal.signal(number, handler)
 
 
-def only_errors(said: str) -> str:
-    return "".join(line for line in said.splitlines(True) if " done in " not in line and "warning: " not in line)
+def only_errors(stderr: str) -> str:
+    return "".join(line for line in stderr.splitlines(True) if " done in " not in line and "warning: " not in line)
 
 
-def is_one_line(said: str) -> bool:
-    return said.startswith("error: ") and said.count("\n") == 1 and "internal" not in said
+def is_one_line(stderr: str) -> bool:
+    return stderr.startswith("error: ") and stderr.count("\n") == 1 and "internal" not in stderr
 
 
 # --- Where the output may be.
@@ -122,16 +122,16 @@ def is_one_line(said: str) -> bool:
 def test_an_output_that_is_there_needs_leave(folders: Path, tmp_path: Path, run: Run) -> None:
     shutil.copytree(folders / "old", tmp_path, dirs_exist_ok=True)
     arguments = flags(folders / "base", tmp_path / "out")
-    code, said = run(*arguments)
-    assert code == 73 and is_one_line(said)
-    assert f"{tmp_path / 'out'}: exists and is not empty" in said and "--overwrite" in said
+    code, stderr = run(*arguments)
+    assert code == 73 and is_one_line(stderr)
+    assert f"{tmp_path / 'out'}: exists and is not empty" in stderr and "--overwrite" in stderr
     assert snapshot(tmp_path) == snapshot(folders / "old")
     assert run(*arguments, "--overwrite")[0] == 0
     assert snapshot(tmp_path) == snapshot(folders / "new")
 
 
 @pytest.mark.parametrize("where", ["new/out", "a/b/out", "empty/out", "link/out"])
-def test_an_output_that_is_not_there_or_empty_is_made(where: str, folders: Path, tmp_path: Path, run: Run) -> None:
+def test_missing_or_empty_output_is_created(where: str, folders: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "empty" / "out").mkdir(parents=True)
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -142,7 +142,7 @@ def test_an_output_that_is_not_there_or_empty_is_made(where: str, folders: Path,
     assert (tmp_path / where).stat().st_mode & 0o777 == 0o777 & ~mask
 
 
-def test_an_output_that_is_a_link_is_replaced_where_it_leads(folders: Path, tmp_path: Path, run: Run) -> None:
+def test_target_of_a_link_is_replaced(folders: Path, tmp_path: Path, run: Run) -> None:
     shutil.copytree(folders / "old", tmp_path / "real")
     (tmp_path / "out").symlink_to("real/out")
     assert run(*flags(folders / "base", tmp_path / "out", "--overwrite"))[0] == 0
@@ -164,8 +164,8 @@ def test_what_is_no_model_is_not_replaced(text: str, folders: Path, tmp_path: Pa
     (tmp_path / "letters").mkdir()
     (tmp_path / "letters" / "to my mother").write_text("mine")
     before = snapshot(tmp_path)
-    code, said = run(*flags(folders / "base", tmp_path / TAKEN[text], "--overwrite"))
-    assert code == 73 and is_one_line(said) and str(tmp_path / TAKEN[text]) in said and text in said
+    code, stderr = run(*flags(folders / "base", tmp_path / TAKEN[text], "--overwrite"))
+    assert code == 73 and is_one_line(stderr) and str(tmp_path / TAKEN[text]) in stderr and text in stderr
     assert snapshot(tmp_path) == before
 
 
@@ -178,13 +178,13 @@ def test_output_and_model_do_not_lie_in_each_other(
     (tmp_path / "in" / "link").symlink_to("base")
     (tmp_path / "in" / "config.json").touch()
     before = snapshot(tmp_path)
-    code, said = run(*flags(tmp_path / "in" / "base", tmp_path / "in" / where, *more))
-    assert code == 2 and is_one_line(said) and str(tmp_path / "in" / "base") in said
+    code, stderr = run(*flags(tmp_path / "in" / "base", tmp_path / "in" / where, *more))
+    assert code == 2 and is_one_line(stderr) and str(tmp_path / "in" / "base") in stderr
     assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["a[1]", "x*", "**", "$(touch marker); echo 'ü'", "-n", "back\\slash"])
-def test_names_are_taken_as_they_are(name: str, folders: Path, tmp_path: Path, run: Run) -> None:
+def test_names_are_taken_literally(name: str, folders: Path, tmp_path: Path, run: Run) -> None:
     other = work_folder(tmp_path / "xyz")
     for abandoned in (work_folder(tmp_path / name), other):
         shutil.copytree(folders / "old", abandoned)
@@ -192,7 +192,7 @@ def test_names_are_taken_as_they_are(name: str, folders: Path, tmp_path: Path, r
     assert names(tmp_path) == sorted([name, other.name])
 
 
-def test_folders_named_like_ours_are_left_alone(folders: Path, tmp_path: Path, run: Run) -> None:
+def test_folders_with_similar_names_are_left_alone(folders: Path, tmp_path: Path, run: Run) -> None:
     shutil.copytree(folders / "old", tmp_path, dirs_exist_ok=True)
     for mine in (".out.partial-1", ".out.partial-0123456789abcdef", ".out.previous", ".out.lock"):
         shutil.copytree(folders / "old" / "out", tmp_path / mine)
@@ -205,24 +205,24 @@ def test_folders_named_like_ours_are_left_alone(folders: Path, tmp_path: Path, r
 
 
 @pytest.mark.parametrize("where", ["loop", "loop/out"])
-def test_links_that_lead_in_circles(where: str, folders: Path, tmp_path: Path, run: Run) -> None:
+def test_circular_links(where: str, folders: Path, tmp_path: Path, run: Run) -> None:
     (tmp_path / "loop").symlink_to("pool")
     (tmp_path / "pool").symlink_to("loop")
-    code, said = run(*flags(folders / "base", tmp_path / where))
-    assert code == 73 and is_one_line(said) and str(tmp_path / where) in said
+    code, stderr = run(*flags(folders / "base", tmp_path / where))
+    assert code == 73 and is_one_line(stderr) and str(tmp_path / where) in stderr
     assert run("--model", str(tmp_path / where), "--output", str(tmp_path / "out"))[0] == 66
     assert names(tmp_path) == ["loop", "pool"]
 
 
-def test_an_output_whose_name_has_a_nul(folders: Path, tmp_path: Path) -> None:
+def test_output_name_with_a_nul(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="null"), staged(tmp_path / "a\0b", 0):
         pass
 
 
-# --- Two at once.
+# --- Two writers at once.
 
 
-def test_of_two_writers_one_is_refused_at_once(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with staged(tmp_path / "out", 0, overwrite) as folder:
             (folder / "config.json").write_text("first")
@@ -236,7 +236,7 @@ def test_of_two_writers_one_is_refused_at_once(tmp_path: Path) -> None:
     assert names(tmp_path) == ["other", "out"]
 
 
-def test_what_comes_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+def test_output_that_is_created_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     def write() -> None:
         with staged(tmp_path / "out", 0) as folder:
             (folder / "config.json").write_text("mine")
@@ -245,7 +245,7 @@ def test_what_comes_into_being_meanwhile_is_not_replaced(tmp_path: Path) -> None
 
     with pytest.raises(OutputError, match="created by another process meanwhile"):
         write()
-    with pytest.raises(OutputError, match="exists and is not empty"):  # as after a check that was passed before
+    with pytest.raises(OutputError, match="exists and is not empty"):  # as after an earlier check
         write()
     assert snapshot(tmp_path) == {"out": None, "out/config.json": b"theirs"}
 
@@ -254,15 +254,15 @@ def test_two_commands_at_once(folders: Path, tmp_path: Path) -> None:
     calls = [flags(folders / "base", tmp_path / "out", "--every", every) for every in ("1", "2")]
     start = [sys.executable, "-m", "tli_jax.upscale"]
     processes = [subprocess.Popen([*start, *call], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for call in calls]
-    said = [process.communicate(timeout=120)[1] for process in processes]
+    stderr = [process.communicate(timeout=120)[1] for process in processes]
     codes = [process.returncode for process in processes]
-    assert sorted(codes) == [0, 73], said
+    assert sorted(codes) == [0, 73], stderr
     layers = {0: 8, 1: 6}[codes.index(0)]
     assert open_checkpoint(tmp_path / "out").config.num_hidden_layers == layers
     assert names(tmp_path) == ["out"]
 
 
-# --- An old output that cannot be removed.
+# --- An old output that cannot be deleted.
 
 AS_NOBODY = """
 import os, sys
@@ -286,7 +286,7 @@ for _ in range(2):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 @pytest.mark.parametrize("what", ["the folder is root's", "a folder in it is root's", "a sticky folder holds it"])
-def test_an_output_of_another_user_fails_as_often_as_it_is_tried(what: str) -> None:
+def test_output_of_another_user_fails_every_time(what: str) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to others
         parent, output = Path(name), Path(name) / "out"
         (output / "deep").mkdir(parents=True)
@@ -308,7 +308,7 @@ def test_an_output_of_another_user_fails_as_often_as_it_is_tried(what: str) -> N
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Mounts a small file system of its own at ``disk``, with the given options."""
+    """Mounts a small file system at ``disk`` with the given options."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -323,57 +323,57 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_disk_too_small_is_noticed_before_writing(disk, folders: Path, run: Run) -> None:
+def test_small_disk_is_noticed_before_writing(disk, folders: Path, run: Run) -> None:
     parent = disk("size=8m")
     shutil.copytree(folders / "old", parent, dirs_exist_ok=True)
-    code, said = run(*flags(folders / "base", parent / "out", "--overwrite"))
-    assert code == 73 and is_one_line(said)
-    assert str(parent / "out") in said and "are needed" in said and "are free" in said
+    code, stderr = run(*flags(folders / "base", parent / "out", "--overwrite"))
+    assert code == 73 and is_one_line(stderr)
+    assert str(parent / "out") in stderr and "are needed" in stderr and "are free" in stderr
     assert snapshot(parent) == snapshot(folders / "old")
 
 
-def test_a_disk_that_fills_up_loses_nothing(disk, folders: Path, run: Run) -> None:
-    # Room enough, but not for another three files: the root, the old folder and its files, and two more.
+def test_disk_that_fills_up_loses_nothing(disk, folders: Path, run: Run) -> None:
+    # Enough bytes, but not enough inodes for another three files.
     parent = disk(f"size=64m,nr_inodes={2 + len(snapshot(folders / 'old')) + 2}")
     shutil.copytree(folders / "old", parent, dirs_exist_ok=True)
-    code, said = run(*flags(folders / "base", parent / "out", "--overwrite"))
-    assert code == 74 and is_one_line(said)
-    assert f"{parent / 'out'}: writing failed (No space left on device)" in said
+    code, stderr = run(*flags(folders / "base", parent / "out", "--overwrite"))
+    assert code == 74 and is_one_line(stderr)
+    assert f"{parent / 'out'}: writing failed (No space left on device)" in stderr
     assert snapshot(parent) == snapshot(folders / "old")
 
 
-@pytest.mark.parametrize("method", ["tli", "average"])  # copied by the kernel, and written by us
-def test_a_file_that_cannot_grow_loses_nothing(method: str, folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["tli", "average"])  # copied by the kernel, and written from memory
+def test_file_size_limit_loses_nothing(method: str, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "old", tmp_path, dirs_exist_ok=True)
     arguments = flags(folders / "base", tmp_path / "out", "--overwrite", "--method", method)
     limited = ["sh", "-c", 'ulimit -f 64; exec "$@"', "sh", sys.executable, "-m", "tli_jax.upscale", *arguments]
     done = subprocess.run(limited, capture_output=True, text=True, timeout=60)
-    said = only_errors(done.stderr)
-    assert done.returncode == 74 and is_one_line(said)
-    assert f"{tmp_path / 'out'}: writing failed (File too large)" in said
+    stderr = only_errors(done.stderr)
+    assert done.returncode == 74 and is_one_line(stderr)
+    assert f"{tmp_path / 'out'}: writing failed (File too large)" in stderr
     assert snapshot(tmp_path) == snapshot(folders / "old")
 
 
-def test_a_folder_that_cannot_be_written_to(disk, folders: Path, tmp_path: Path, run: Run) -> None:
-    if os.geteuid() == 0:  # whom permissions do not stop
+def test_folder_without_write_permission(disk, folders: Path, tmp_path: Path, run: Run) -> None:
+    if os.geteuid() == 0:  # permissions do not stop root
         parent, text = disk("size=64m"), "Read-only file system"
         subprocess.run(["mount", "-o", "remount,ro", parent], check=True)
     else:
         parent, text = tmp_path / "locked", "Permission denied"
         parent.mkdir(mode=0o555)
-    code, said = run(*flags(folders / "base", parent / "out"))
-    assert code == 73 and is_one_line(said) and f"{parent / 'out'}: cannot be created ({text}: " in said
+    code, stderr = run(*flags(folders / "base", parent / "out"))
+    assert code == 73 and is_one_line(stderr) and f"{parent / 'out'}: cannot be created ({text}: " in stderr
 
 
-def test_a_mount_point_cannot_be_replaced(disk, folders: Path, run: Run) -> None:
+def test_mount_point_cannot_be_replaced(disk, folders: Path, run: Run) -> None:
     parent = disk("size=64m")
-    code, said = run(*flags(folders / "base", parent))
-    assert code == 73 and is_one_line(said) and f"{parent}: is a mount point" in said
+    code, stderr = run(*flags(folders / "base", parent))
+    assert code == 73 and is_one_line(stderr) and f"{parent}: is a mount point" in stderr
     assert run(*flags(folders / "base", parent / "out"))[0] == 0
 
 
-# --- Stopped at any moment. A process that has imported everything forks one command after the other. An audit hook
-# --- counts what a command does to files below the output's parent, and at the given moment strikes.
+# --- Stopped at any moment. A process with everything imported forks one command after another. An audit hook counts
+# --- the operations on files below the output's parent, and strikes at the given one.
 
 SERVER = """
 import errno, json, os, signal, sys
@@ -386,7 +386,7 @@ def strike(what, at, parent):
     count = 0
     def hook(event, arguments):
         nonlocal count
-        # With a descriptor of the folder, removal names files without it.
+        # Removal with a descriptor of the folder gives names without the folder.
         if event in TOUCHES and (event in ("os.remove", "os.rmdir") or str(arguments[0]).startswith(parent)):
             count += 1
             if count == at:
@@ -397,11 +397,11 @@ def strike(what, at, parent):
     sys.addaudithook(hook)
 
 for line in sys.stdin:
-    arguments, what, at, parent, said = json.loads(line)
+    arguments, what, at, parent, stderr = json.loads(line)
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         strike(what, at, parent)
         os._exit(run_command(upscale.main, arguments))
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
@@ -421,18 +421,18 @@ def server() -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def strike(server: subprocess.Popen[str], folders: Path, tmp_path: Path) -> Strike:
-    """Runs the command into ``outputs/out`` and strikes at a moment: exit code, errors, and whether it was reached."""
+    """Runs the command to ``outputs/out`` and strikes: exit code, errors, and whether the moment was reached."""
     (tmp_path / "outputs").mkdir()
 
     def strike(what: str, at: int) -> tuple[int, str, bool]:
         assert server.stdin is not None and server.stdout is not None
         arguments = flags(folders / "base", tmp_path / "outputs" / "out", "--overwrite")
-        call = (arguments, what, at, str(tmp_path / "outputs"), str(tmp_path / "said"))
+        call = (arguments, what, at, str(tmp_path / "outputs"), str(tmp_path / "stderr"))
         print(json.dumps(call), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
-        said = (tmp_path / "said").read_text().splitlines(True)
-        told = "".join(line for line in said if not line.startswith("struck: "))
-        return code, only_errors(told), any(line.startswith("struck: ") for line in said)
+        stderr = (tmp_path / "stderr").read_text().splitlines(True)
+        errors = "".join(line for line in stderr if not line.startswith("struck: "))
+        return code, only_errors(errors), any(line.startswith("struck: ") for line in stderr)
 
     return strike
 
@@ -445,25 +445,27 @@ def test_at_no_moment_is_anything_lost(what: str, before: str, folders: Path, tm
         shutil.rmtree(outputs)
         outputs.mkdir() if before == "nothing" else shutil.copytree(folders / "old", outputs)
         complete = (snapshot(outputs), new)
-        code, said, is_reached = strike(what, at)
+        code, stderr, is_reached = strike(what, at)
         if not is_reached:
             break
         found = snapshot(outputs)
         if what == "kill":
             assert code == -signal.SIGKILL
-            # One moment, between two renames, has the old one set aside under its other name.
+            # Between the two renames, the old output is in the work folder.
             visible = {name: content for name, content in found.items() if not name.startswith(".out.")}
             at_old = f"{work_folder(outputs / 'out').name}/old"
             aside = {k.replace(at_old, "out"): v for k, v in found.items() if k.startswith(at_old)}
             assert visible in complete or (not visible and aside == complete[0])
         else:
-            # Of the old one something may be left to be removed, once the new one is there.
+            # Once the new output is in place, parts of the old one may be left to delete.
             is_replaced = {name: content for name, content in found.items() if name.startswith("out")} == new
             assert is_replaced or found == complete[0]
             if what == "stop":
-                assert code == 75 and said == "error: stopped by SIGTERM: run the same command again\n"
+                assert code == 75 and stderr == "error: stopped by SIGTERM: run the same command again\n"
             else:
-                assert (code in (73, 74) and is_one_line(said) and str(outputs) in said) or (code == 0 and is_replaced)
+                assert (code in (73, 74) and is_one_line(stderr) and str(outputs) in stderr) or (
+                    code == 0 and is_replaced
+                )
         if found not in complete:
             assert strike("kill", 0)[0] == 0
             assert snapshot(outputs) == new
@@ -473,7 +475,7 @@ def test_at_no_moment_is_anything_lost(what: str, before: str, folders: Path, tm
 
 @pytest.mark.parametrize("is_overwritten", [False, True])
 @pytest.mark.parametrize("meanwhile", ["nothing", "an empty folder", "the new one"])
-def test_a_replacement_that_was_cut_short_is_cleared_up(
+def test_interrupted_replacement_is_recovered(
     meanwhile: str, is_overwritten: bool, folders: Path, tmp_path: Path, run: Run
 ) -> None:
     work = work_folder(tmp_path / "out")
@@ -491,7 +493,7 @@ def test_a_replacement_that_was_cut_short_is_cleared_up(
         assert snapshot(tmp_path) == snapshot(folders / "old")
 
 
-def test_the_lock_of_a_writer_dies_with_it(folders: Path, tmp_path: Path, run: Run) -> None:
+def test_lock_ends_with_its_process(folders: Path, tmp_path: Path, run: Run) -> None:
     locker = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print(); input()"
     work = work_folder(tmp_path / "out")
     work.mkdir()
@@ -499,8 +501,8 @@ def test_the_lock_of_a_writer_dies_with_it(folders: Path, tmp_path: Path, run: R
     with subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        code, said = run(*flags(folders / "base", tmp_path / "out", "--overwrite"))
-        assert code == 73 and is_one_line(said) and "another process is writing it" in said
+        code, stderr = run(*flags(folders / "base", tmp_path / "out", "--overwrite"))
+        assert code == 73 and is_one_line(stderr) and "another process is writing it" in stderr
         assert names(tmp_path) == [work.name]
         other.kill()
     assert run(*flags(folders / "base", tmp_path / "out"))[0] == 0
@@ -521,7 +523,7 @@ def large(tmp_path_factory: pytest.TempPathFactory, folders: Path) -> Iterator[P
     shutil.rmtree(root)
 
 
-# The command, then the most memory that the process has had, in MiB.
+# Runs the command, then prints the peak memory of the process in MiB.
 MEASURE = """
 import sys
 from tli_jax import upscale
@@ -554,11 +556,11 @@ def test_killed_and_stopped_while_weights_are_written(large: Path, tmp_path: Pat
                     process.send_signal(number)
                     break
                 time.sleep(0.0005)
-            _, said = process.communicate(timeout=30)
+            _, stderr = process.communicate(timeout=30)
         assert process.returncode == {signal.SIGKILL: -9, signal.SIGTERM: 75}[number]
         assert not (tmp_path / "out").exists()
         if number == signal.SIGTERM:
-            assert only_errors(said) == "error: stopped by SIGTERM: run the same command again\n"
+            assert only_errors(stderr) == "error: stopped by SIGTERM: run the same command again\n"
             assert names(tmp_path) == []
     subprocess.run(call, check=True, capture_output=True, timeout=60)
     assert names(tmp_path) == ["out"]

@@ -1,5 +1,6 @@
-"""The proof: its figures against whole logits, against transformers, and against checkpoints damaged on purpose."""
+"""The proof: compared with full logits and with transformers, and run on deliberately damaged checkpoints."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,17 @@ import numpy as np
 import pytest
 
 from tli_jax.data.documents import read_plain
-from tli_jax.errors import ProofError
-from tli_jax.growth.methods import average, custom, dus, interpose, llama_pro, slayer, stack, tli
+from tli_jax.errors import DataError, ProofError, UsageError
+from tli_jax.growth.custom import custom
+from tli_jax.growth.methods import average, dus, interpose, llama_pro, slayer, stack, tli
 from tli_jax.growth.plan import Plan
-from tli_jax.hf import tokens
-from tli_jax.hf.checkpoint import load_hf, open_checkpoint
+from tli_jax.hf import hub, tokens
+from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.headers import read_folder
-from tli_jax.hf.tokenizer import open_tokenizer
+from tli_jax.hf.load import load_hf
 from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import forward
-from tli_jax.verify import proof
+from tli_jax.verify import logits, proof
 
 MAKE = Callable[..., Path]
 GROW = Callable[..., Any]
@@ -44,18 +46,18 @@ INEXACT = [
 ]
 
 
-def draw_tokens(vocab: int, rows: int = 3, length: int = 32) -> np.ndarray:
+def random_tokens(vocab: int, rows: int = 3, length: int = 32) -> np.ndarray:
     return np.random.default_rng(1).integers(0, vocab, (rows, length), dtype=np.int32)
 
 
 def prove(
     base: Path, grown: Path, plan: Plan, tokens_BT: np.ndarray, step: Callable[[], None] = lambda: None
 ) -> proof.Proof:
-    return proof.prove(open_checkpoint(base), open_checkpoint(grown), plan, tokens_BT, "random ids", step)
+    return proof.compare_models(open_checkpoint(base), open_checkpoint(grown), plan, tokens_BT, "random ids", step)
 
 
-def from_whole_logits(base: Path, grown: Path, tokens_BT: np.ndarray) -> dict[str, float]:
-    """The same figures by the plain definitions, in fp64, from logits of ``forward``."""
+def from_full_logits(base: Path, grown: Path, tokens_BT: np.ndarray) -> dict[str, float]:
+    """The same statistics by their definitions, in fp64, from the logits of ``forward``."""
     loaded = [load_hf(folder) for folder in (base, grown)]
     a, b = (np.asarray(forward(config, params, tokens_BT)).astype(np.float64) for config, params in loaded)
     log_a, log_b = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (a, b))
@@ -85,7 +87,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, make_model: MAKE) -> dict[st
 def test_exact_growth_is_proved_bit_for_bit(bases: dict[str, Path], grow: GROW, tmp_path: Path, plan: Plan, kind: str):
     base, steps = bases[kind], []
     grown = grow(base, plan, tmp_path / "grown").folder
-    found = prove(base, grown, plan, draw_tokens(48), lambda: steps.append(1))
+    found = prove(base, grown, plan, random_tokens(48), lambda: steps.append(1))
     proof.check(plan, found)
     assert len(steps) == proof.layers_to_run(plan) == len(plan)
     assert found.parted_at is None
@@ -103,7 +105,7 @@ def test_exact_growth_is_proved_bit_for_bit(bases: dict[str, Path], grow: GROW, 
 
 @pytest.mark.parametrize("slice_bytes", [16 * 2**20, 640, 1], ids=["whole", "ten-rows", "one-row"])
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_figures_equal_those_of_whole_logits(
+def test_statistics_equal_those_of_full_logits(
     bases: dict[str, Path],
     grow: GROW,
     tmp_path: Path,
@@ -111,26 +113,26 @@ def test_figures_equal_those_of_whole_logits(
     kind: str,
     slice_bytes: int,
 ):
-    """48 tokens of vocabulary: in one slice, in four of ten and one of eight, and one by one."""
-    monkeypatch.setattr(proof, "_SLICE_BYTES", slice_bytes)
-    base, plan, tokens_BT = bases[kind], tli(4, 2, "copy"), draw_tokens(48)
+    """A vocabulary of 48: in one slice, in slices of ten, and one by one."""
+    monkeypatch.setattr(logits, "_SLICE_BYTES", slice_bytes)
+    base, plan, tokens_BT = bases[kind], tli(4, 2, "copy"), random_tokens(48)
     grown = grow(base, plan, tmp_path / "grown", "9KB").folder
     found = prove(base, grown, plan, tokens_BT)
-    expected = from_whole_logits(base, grown, tokens_BT)
+    expected = from_full_logits(base, grown, tokens_BT)
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
     assert 0 < expected["top1"] < 1 and expected["kl"] > 0.001
 
 
 @pytest.mark.parametrize("plan", INEXACT, ids=lambda plan: f"{plan.method}-{plan.options.get('init', '')}")
-def test_figures_of_other_plans(bases: dict[str, Path], grow: GROW, tmp_path: Path, plan: Plan):
-    base, tokens_BT, steps = bases["tied"], draw_tokens(48), []
+def test_statistics_of_inexact_plans(bases: dict[str, Path], grow: GROW, tmp_path: Path, plan: Plan):
+    base, tokens_BT, steps = bases["tied"], random_tokens(48), []
     grown = grow(base, plan, tmp_path / "grown").folder
     found = prove(base, grown, plan, tokens_BT, lambda: steps.append(1))
     assert len(steps) == proof.layers_to_run(plan)
-    expected = from_whole_logits(base, grown, tokens_BT)
+    expected = from_full_logits(base, grown, tokens_BT)
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    proof.check(plan, found)  # nothing is promised, so nothing is broken
-    # They part at the first layer that is not the base's next.
+    proof.check(plan, found)  # nothing is guaranteed
+    # They differ from the first layer on that is not the next one of the base.
     whole = [(row.is_base_layer and row.sources[0][0]) for row in plan.rows]
     first = next(number for number, layer in enumerate(whole) if layer is False or layer != number)
     assert found.parted_at == first
@@ -138,17 +140,17 @@ def test_figures_of_other_plans(bases: dict[str, Path], grow: GROW, tmp_path: Pa
     assert all(-1 <= change.cosine < 1 for change in found.changes)
 
 
-def test_figures_in_bf16_are_near_those_of_whole_logits(bases: dict[str, Path], grow: GROW, tmp_path: Path):
-    base, plan, tokens_BT = bases["bfloat16"], tli(4, 2, "copy"), draw_tokens(48)
+def test_statistics_in_bf16_are_near_those_of_full_logits(bases: dict[str, Path], grow: GROW, tmp_path: Path):
+    base, plan, tokens_BT = bases["bfloat16"], tli(4, 2, "copy"), random_tokens(48)
     grown = grow(base, plan, tmp_path / "grown").folder
     found = prove(base, grown, plan, tokens_BT)
-    expected = from_whole_logits(base, grown, tokens_BT)
+    expected = from_full_logits(base, grown, tokens_BT)
     assert {name: getattr(found, name) for name in expected} == pytest.approx(expected, rel=0.05, abs=0.05)
 
 
 def damage(folder: Path, name: str, row: int = 0) -> None:
-    """Turn the sign of the first value in a row of a tensor: one byte, its last, as numbers are stored."""
-    tensor = read_folder(folder).tensors[name]
+    """Flip the sign of the first value in a row of a tensor."""
+    tensor = read_folder(folder)[0][name]
     at = tensor.start + row * (tensor.nbytes // tensor.shape[0]) + 3
     with tensor.file.open("r+b") as file:
         file.seek(at)
@@ -157,15 +159,15 @@ def damage(folder: Path, name: str, row: int = 0) -> None:
         file.write(bytes([byte ^ 0x80]))
 
 
-def spoil(folder: Path, name: str) -> None:
-    tensor = read_folder(folder).tensors[name]
+def write_nan(folder: Path, name: str) -> None:
+    tensor = read_folder(folder)[0][name]
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start)
         file.write(np.float32(np.nan).tobytes())
 
 
-def fill(folder: Path, name: str) -> None:
-    tensor = read_folder(folder).tensors[name]
+def write_constant(folder: Path, name: str) -> None:
+    tensor = read_folder(folder)[0][name]
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start)
         file.write(np.full(tensor.shape, 0.01, np.float32).tobytes())
@@ -177,24 +179,24 @@ DAMAGED = {
     "model.layers.1.input_layernorm.weight": (damage, "after layer 1 of the grown model"),
     "model.layers.3.mlp.up_proj.weight": (damage, "after layer 3 of the grown model"),
     "model.layers.4.mlp.down_proj.weight": (damage, "after layer 4 of the grown model"),
-    "model.layers.2.self_attn.o_proj.weight": (fill, "after layer 2 of the grown model"),
-    "model.layers.5.mlp.down_proj.weight": (fill, "after layer 5 of the grown model"),
+    "model.layers.2.self_attn.o_proj.weight": (write_constant, "after layer 2 of the grown model"),
+    "model.layers.5.mlp.down_proj.weight": (write_constant, "after layer 5 of the grown model"),
     "model.norm.weight": (damage, "in the head"),
     "lm_head.weight": (damage, "in the head"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGED)
-def test_one_wrong_byte_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path, name: str):
-    base, plan, tokens_BT = bases["untied"], tli(4, 2), draw_tokens(48)
+def test_wrong_byte_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path, name: str):
+    base, plan, tokens_BT = bases["untied"], tli(4, 2), random_tokens(48)
     grown = grow(base, plan, tmp_path / "grown").folder
     how, where = DAMAGED[name]
     how(grown, name)
     found = prove(base, grown, plan, tokens_BT)
-    with pytest.raises(ProofError, match=f"the models part {re.escape(where)}"):
+    with pytest.raises(ProofError, match=f"the models differ {re.escape(where)}"):
         proof.check(plan, found)
-    # What the proof says of the damaged model is true all the same.
-    expected = from_whole_logits(base, grown, tokens_BT)
+    # The statistics of the damaged model are correct all the same.
+    expected = from_full_logits(base, grown, tokens_BT)
     assert {key: getattr(found, key) for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -202,63 +204,95 @@ def test_one_wrong_byte_is_found(bases: dict[str, Path], grow: GROW, tmp_path: P
 def test_nan_in_the_head_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path, name: str):
     base, plan = bases["untied"], tli(4, 2)
     grown = grow(base, plan, tmp_path / "grown").folder
-    spoil(grown, name)
-    with pytest.raises(ProofError, match="the models part in the head"):
-        proof.check(plan, prove(base, grown, plan, draw_tokens(48)))
+    write_nan(grown, name)
+    with pytest.raises(ProofError, match="the models differ in the head"):
+        proof.check(plan, prove(base, grown, plan, random_tokens(48)))
 
 
-def test_nan_of_the_base_is_no_difference(bases: dict[str, Path], make_model: MAKE, grow: GROW, tmp_path: Path):
+def test_same_nan_in_both_models_is_no_difference(bases: dict[str, Path], make_model: MAKE, grow: GROW, tmp_path: Path):
     base = make_model(tmp_path / "base")
-    spoil(base, "model.layers.3.mlp.down_proj.weight")
-    found = prove(base, grow(base, tli(4, 3), tmp_path / "grown").folder, tli(4, 3), draw_tokens(48))
+    write_nan(base, "model.layers.3.mlp.down_proj.weight")
+    found = prove(base, grow(base, tli(4, 3), tmp_path / "grown").folder, tli(4, 3), random_tokens(48))
     proof.check(tli(4, 3), found)
     assert found.parted_at is None and found.max_abs_logit_difference == 0 and np.isnan(found.loss_base)
 
 
-def test_a_base_layer_that_is_marked_injected(bases: dict[str, Path], grow: GROW, tmp_path: Path):
+def test_base_layer_that_is_marked_injected(bases: dict[str, Path], grow: GROW, tmp_path: Path):
     plan = custom(4, "0i, 1-3")
     assert plan.is_exact
-    proof.check(plan, prove(bases["tied"], grow(bases["tied"], plan, tmp_path / "g").folder, plan, draw_tokens(48)))
+    proof.check(plan, prove(bases["tied"], grow(bases["tied"], plan, tmp_path / "g").folder, plan, random_tokens(48)))
 
 
-def test_figures_of_a_model_with_another_embedding(bases: dict[str, Path], grow: GROW, tmp_path: Path):
-    base, plan, tokens_BT = bases["untied"], tli(4, 2, "copy"), draw_tokens(48)
+def test_statistics_with_another_embedding(bases: dict[str, Path], grow: GROW, tmp_path: Path):
+    base, plan, tokens_BT = bases["untied"], tli(4, 2, "copy"), random_tokens(48)
     grown = grow(base, plan, tmp_path / "grown").folder
     damage(grown, "model.embed_tokens.weight", int(tokens_BT[1, 5]))
-    expected = from_whole_logits(base, grown, tokens_BT)
+    expected = from_full_logits(base, grown, tokens_BT)
     found = prove(base, grown, plan, tokens_BT)
     assert {key: getattr(found, key) for key in expected} == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["tied", "untied"])
-def test_a_damaged_embedding_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path, kind: str):
-    base, plan, tokens_BT = bases[kind], tli(4, 2), draw_tokens(48)
+def test_damaged_embedding_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path, kind: str):
+    base, plan, tokens_BT = bases[kind], tli(4, 2), random_tokens(48)
     grown = grow(base, plan, tmp_path / "grown").folder
     damage(grown, "model.embed_tokens.weight", int(tokens_BT[1, 5]))
-    with pytest.raises(ProofError, match="the models part after layer 0 of the grown model"):
+    with pytest.raises(ProofError, match="the models differ after layer 0 of the grown model"):
         proof.check(plan, prove(base, grown, plan, tokens_BT))
 
 
-def test_what_adds_nothing_may_hold_anything(bases: dict[str, Path], grow: GROW, tmp_path: Path):
-    """Behind zeroed residual outputs no logit can tell; that such bytes are right is what the digests are for."""
+def test_layer_that_adds_nothing_may_contain_anything(bases: dict[str, Path], grow: GROW, tmp_path: Path):
+    """Behind zeroed residual outputs no logit depends on it; digests check such bytes."""
     base, plan = bases["untied"], tli(4, 2)
     grown = grow(base, plan, tmp_path / "grown").folder
     damage(grown, "model.layers.2.mlp.up_proj.weight")
-    found = prove(base, grown, plan, draw_tokens(48))
+    found = prove(base, grown, plan, random_tokens(48))
     proof.check(plan, found)
     assert found.parted_at is None
 
 
-def test_a_model_that_was_not_grown_as_planned_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path):
+def test_model_that_was_not_grown_as_planned_is_found(bases: dict[str, Path], grow: GROW, tmp_path: Path):
     base = bases["tied"]
     copied = grow(base, tli(4, 2, "copy"), tmp_path / "grown").folder
     with pytest.raises(ProofError, match="after layer 2 of the grown model"):
-        proof.check(tli(4, 2), prove(base, copied, tli(4, 2), draw_tokens(48)))
-    # Or of another base.
+        proof.check(tli(4, 2), prove(base, copied, tli(4, 2), random_tokens(48)))
+    # Or from another base.
     other = [base, bases["untied"]]
     exact = grow(other[1], tli(4, 2), tmp_path / "other").folder
     with pytest.raises(ProofError, match="after layer 0"):
-        proof.check(tli(4, 2), prove(base, exact, tli(4, 2), draw_tokens(48)))
+        proof.check(tli(4, 2), prove(base, exact, tli(4, 2), random_tokens(48)))
+
+
+def test_prove_reads_the_plan_from_the_grown_folder(
+    bases: dict[str, Path], grow: GROW, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    base, plan = bases["tied"], tli(4, 2)
+    grown = grow(base, plan, tmp_path / "grown").folder
+    with pytest.raises(DataError, match=r"no growth\.json"):
+        proof.prove(base, grown)
+    (grown / "growth.json").write_text(json.dumps(plan.to_json()))
+    found = proof.prove(base, open_checkpoint(grown), max_tokens=128)
+    assert (found.tokens, found.text, found.max_abs_logit_difference, found.parted_at) == (128, "random ids", 0.0, None)
+    with pytest.raises(DataError, match="no tokenizer for the text"):
+        proof.prove(base, grown, "a text")
+    with pytest.raises(UsageError, match=r"was grown from 4 layers, .* has 6"):
+        proof.prove(grown, grown)
+    damage(grown, "model.layers.1.input_layernorm.weight")
+    with pytest.raises(ProofError, match="the models differ after layer 1"):
+        proof.prove(base, grown)
+
+
+def test_prove_runs_a_text(grow: GROW, tmp_path: Path):
+    base, plan = hub.resolve("embedded"), tli(12, 4)
+    grown = grow(base, plan, tmp_path / "grown").folder
+    (grown / "growth.json").write_text(json.dumps(plan.to_json()))
+    text = "def add(a, b):\n    return a + b\n" * 40
+    found = proof.prove("embedded", grown, text, max_tokens=256)
+    assert (found.tokens, found.text, found.max_abs_logit_difference) == (256, "a given text", 0.0)
+    assert found.loss_base == found.loss_grown < 2.0
+    assert proof.prove("embedded", grown, max_tokens=256).text == "the embedded text"
+    with pytest.raises(DataError, match=r"the text has \d+ tokens"):
+        proof.prove("embedded", grown, "short")
 
 
 def test_number_of_tokens(bases: dict[str, Path]):
@@ -270,9 +304,9 @@ def test_number_of_tokens(bases: dict[str, Path]):
 
 
 def stories_tokens(material: Path) -> np.ndarray:
-    """The sample of stories as the command cuts it: windows of 512, BOS in front."""
+    """The sample of stories, split as the command splits it: windows of 512 that start with BOS."""
     base = open_checkpoint(material / "stories260k")
-    tokenizer, warnings = open_tokenizer(base.folder, base.config)
+    tokenizer, warnings = tokens.open_tokenizer(base.folder, base.config)
     assert tokenizer is not None and warnings == []
     text = read_plain(material / "text" / "tinystories_sample_4kb.txt")
     return tokens.windows(tokenizer.encode(text), base.config, 4096, 512)
@@ -280,7 +314,7 @@ def stories_tokens(material: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def transformers_losses() -> Callable[[Path, np.ndarray], float]:
-    """Mean cross-entropy that transformers finds, in fp32; not of the last token of a window."""
+    """Mean cross-entropy by transformers in fp32, without the last token of each window."""
     torch = pytest.importorskip("torch", reason="torch is not installed: no transformers model to compare with")
     transformers = pytest.importorskip("transformers")
 
@@ -308,21 +342,21 @@ def transformers_losses() -> Callable[[Path, np.ndarray], float]:
     ],
     ids=lambda plan: "-".join(str(option) for option in (plan.method, *plan.options.values())),
 )
-def test_transformers_finds_the_loss_of_the_proof(
+def test_transformers_computes_the_loss_of_the_proof(
     material: Path, grow: GROW, tmp_path: Path, transformers_losses: Callable[[Path, np.ndarray], float], plan: Plan
 ):
     base, tokens_BT = material / "stories260k", stories_tokens(material)
     grown = grow(base, plan, tmp_path / "grown").folder
     found = prove(base, grown, plan, tokens_BT)
     proof.check(plan, found)
-    # Above the 1.30 of the stories one by one: here the marks between them are text too, spelt out in letters.
+    # More than the 1.30 of separate stories: here the marks between them are part of the text.
     assert found.loss_base == pytest.approx(1.8732, abs=5e-4)
     assert found.loss_grown == pytest.approx(transformers_losses(grown, tokens_BT), abs=1e-4)
     assert (found.loss_grown == found.loss_base) if plan.is_exact else (found.loss_grown > found.loss_base + 0.01)
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_the_grown_folder_tells_the_same_story_in_transformers(material: Path, grow: GROW, tmp_path: Path, every: int):
+def test_grown_folder_continues_the_same_story_in_transformers(material: Path, grow: GROW, tmp_path: Path, every: int):
     torch = pytest.importorskip("torch", reason="torch is not installed: no transformers model to compare with")
     transformers = pytest.importorskip("transformers")
     grown = grow(material / "stories260k", tli(5, every), tmp_path / "grown").folder
@@ -331,7 +365,7 @@ def test_the_grown_folder_tells_the_same_story_in_transformers(material: Path, g
     story = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=200, do_sample=False).numpy()
     config, params = load_hf(material / "stories260k")
     np.testing.assert_array_equal(story, generate_tokens(config, params, ids.numpy(), 200))
-    # The tokenizer came along.
+    # The tokenizer was copied.
     text = transformers.AutoTokenizer.from_pretrained(grown).decode(story[0], skip_special_tokens=True)
     assert text.startswith(
         "Once upon a time, there was a little girl named Lily. She loved to play outside in the park."

@@ -495,8 +495,8 @@ def huge(file: Path) -> None:
 
 REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipe": (pipe, "is not a regular file"),
-    "device": (lambda file: file.symlink_to("/dev/zero"), "is a link out of the folder, to /dev/zero"),
-    "elsewhere": (lambda file: file.symlink_to("/etc/passwd"), "is a link out of the folder"),
+    "device": (lambda file: file.symlink_to("/dev/zero"), "outside the folder, to /dev/zero"),
+    "elsewhere": (lambda file: file.symlink_to("/etc/passwd"), "outside the folder"),
     "nowhere": (lambda file: file.symlink_to("absent"), "is a link to a file that does not exist"),
     "circle": (lambda file: file.symlink_to(file.name), "is a link to a file that does not exist"),
     "huge": (huge, "has 10,737,418,240 bytes, more than"),
@@ -617,7 +617,7 @@ def test_files_that_transformers_reads_are_copied_and_others_listed(tmp_path: Pa
     assert names == {*kept, "tokenizer.json", "tokenizer_config.json"}
     assert transformers.AutoTokenizer.from_pretrained(grown).chat_template == {"default": "{}", "tool_use": "{}"}
     assert sidecar.left_behind(base) == [
-        f"{base}: not taken along: LICENSES/, a\\x1b[31m.txt, adapter_config.json,"
+        f"{base}: not copied: LICENSES/, a\\x1b[31m.txt, adapter_config.json,"
         " additional_chat_templates/notes.txt, my.py, original/, params.json"
     ]
     assert sidecar.left_behind(grown) == sidecar.left_behind(hub.resolve("embedded")) == []

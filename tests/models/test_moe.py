@@ -135,7 +135,7 @@ def mixtral(tmp_path_factory):
 def test_parity_with_transformers(mixtral):
     import torch
 
-    from tli_jax.hf.checkpoint import load_hf
+    from tli_jax.hf.load import load_hf
 
     folder, model = mixtral
     config, params = load_hf(folder)
@@ -150,7 +150,7 @@ def test_parity_with_transformers(mixtral):
 def test_gradients_equal_those_of_transformers(mixtral):
     import torch
 
-    from tli_jax.hf.checkpoint import load_hf
+    from tli_jax.hf.load import load_hf
 
     folder, model = mixtral
     config, params = load_hf(folder)

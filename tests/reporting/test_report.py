@@ -11,7 +11,6 @@ from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.growth.methods import tli
 from tli_jax.hf import sidecar
-from tli_jax.hf.card import grown_card, trained_card
 from tli_jax.report import main
 from tli_jax.reporting.layer_map import draw_svg
 from tli_jax.training.metrics import Metrics
@@ -208,37 +207,6 @@ def test_damaged_metrics(tmp_path, capsys):
         assert run_command(main, [str(run)]) == 0, line
     (run / "metrics.jsonl").write_text('{"tokens": "x"}\n')
     report(capsys, run, "--curves", tmp_path / "curves.png", code=65)
-
-
-def front(card: str) -> list[str]:
-    return card.split("---\n")[1].splitlines()
-
-
-def test_card_of_a_grown_model():
-    plan = tli(4, every=2)
-    card = grown_card("out", GROWTH, plan)
-    assert front(card) == ["library_name: transformers", "tags: [llama, tli_jax, depth-growth]"]
-    assert "llama made deeper" in card and "novel.txt" in card and "/home" not in card and "secret" not in card
-    on_hub = GROWTH | {"base": {"layers": 4, "name": "meta-llama/Llama-3.2-1B", "revision": "4e20de36"}}
-    assert front(grown_card("out", on_hub, plan))[0] == "base_model: meta-llama/Llama-3.2-1B"
-    trained = GROWTH | {"base": GROWTH["base"] | {"training": [TRAINING]}}
-    assert "The base had been trained on 81,920 tokens in 40 steps." in grown_card("out", trained, plan)
-    assert "No proof was run" in grown_card("out", GROWTH | {"proof": None}, plan)
-
-
-def test_card_of_a_trained_model():
-    card = trained_card("out", TRAINING, TRAINED)
-    assert front(card)[-1] == "tags: [llama, tli_jax, depth-growth, continued-pretraining]"
-    assert "llama trained with [tli_jax] 0.1.0 on 81,920 tokens in 40 steps." in card
-    assert "Validation loss, nats per token: 3.2500 before training, 2.1250 after it." in card
-    assert "Proof of the grown model before it was trained, on 512 tokens of novel.txt" in card
-    assert "peak learning rate 0.0001 (all), 0.001 (injected)" in card and "4 → 6 layers" in card
-    assert "/home" not in card and "secret" not in card and "not been trained" not in card
-    on_hub = TRAINING | {"base": {"name": "a/b", "revision": "c"}, "earlier": [TRAINING]}
-    card = trained_card(NAME, on_hub, None)
-    assert front(card)[0] == "base_model: a/b" and "depth-growth" not in card and "Proof" not in card
-    assert "Trained before, on 81,920 tokens in 40 steps (run `0123456789abcdef`)." in card
-    card.encode()
 
 
 def test_layer_map_is_xml(tmp_path):

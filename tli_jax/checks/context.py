@@ -83,7 +83,7 @@ class Context:
         """The dtype in which the base stores a parameter, or the parameter from which growth will make it."""
         base = require(self.base, "a model")
         is_stored = spec.tensor in base.config.layer_tensors or not spec.layers
-        return base.stored(spec.tensor if is_stored else "mlp.gate_proj.weight", spec.layers[:1] and (0,)).dtype
+        return base.stack(spec.tensor if is_stored else "mlp.gate_proj.weight", spec.layers[:1] and (0,)).dtype
 
 
 def require(value: Value | None, name: str) -> Value:

@@ -13,9 +13,9 @@ from tli_jax.errors import UsageError
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grown_config
-from tli_jax.hf.headers import CODES, Tensor
+from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.output import check_output
-from tli_jax.hf.stream import grown_pieces
+from tli_jax.hf.tensors import CODES, Tensor
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape, read_shape
@@ -49,7 +49,7 @@ def check_growth(context: Context) -> Result:
     # Any importance will do: which layers a plan repeats changes nothing that is checked here.
     importance = [0.0] * base.config.num_hidden_layers
     context.plan = plan = make_plan(config, base, importance)
-    nbytes = sum(piece.nbytes for piece in grown_pieces(base, plan))
+    nbytes = sum(piece.nbytes for piece in grown_tensors(base, plan))
     context.writes.append(("grown model", Path(config.output), nbytes))
     has_begun = config.train is not None and config.train.run and RunDirectory(config.train.run).is_begun
     if not has_begun:

@@ -10,7 +10,7 @@ from tli_jax.comparison.contenders import Contender
 from tli_jax.comparison.starts import score
 from tli_jax.comparison.workspace import Workspace, write_json
 from tli_jax.errors import DataError, DivergedError
-from tli_jax.hf.headers import read_json
+from tli_jax.hf.inputs import read_json
 from tli_jax.training.metrics import read_metrics, validation
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.train import Trained, train

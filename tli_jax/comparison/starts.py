@@ -13,7 +13,7 @@ from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.grown_config import grown_config
-from tli_jax.hf.headers import read_json
+from tli_jax.hf.inputs import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.results import RANDOM
 from tli_jax.training.trainer import make_trainer

@@ -10,7 +10,7 @@ from tli_jax.cli.console import warn
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import hub
 from tli_jax.hf.chat import has_chat_template, render_chat
-from tli_jax.hf.checkpoint import load_hf
+from tli_jax.hf.load import load_hf
 from tli_jax.hf.tokenizer import open_tokenizer
 
 

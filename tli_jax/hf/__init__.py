@@ -1,1 +1,1 @@
-"""Hugging Face folders: read and checked, grown file to file, written whole or not at all, and proved."""
+"""Hugging Face folders: find, open, load, grow and write them."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf.encoding import as_data_error, silence_stderr
-from tli_jax.hf.headers import inside, read_json
+from tli_jax.hf.inputs import inside, read_json
 
 
 def has_chat_template(folder: Path) -> bool:

@@ -56,11 +56,7 @@ def lock(path: Path, *, blocking: bool = True) -> Iterator[None]:
 
 
 def flock(descriptor: int, *, blocking: bool = True) -> None:
-    """Lock an open file or folder until its descriptor is closed.
-
-    Raises:
-        BlockingIOError: another process holds the lock and ``blocking`` is false.
-    """
+    """Lock an open file or folder until its descriptor is closed; see ``lock``."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if blocking else fcntl.LOCK_NB))
 
 
@@ -75,11 +71,7 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` raised in the block into a one-line error that names the file, or else ``path``.
-
-    Raises:
-        StorageError: in place of the ``OSError``.
-    """
+    """Turn an ``OSError`` raised in the block into a ``StorageError`` that names its file, or else ``path``."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Configuration of a grown model."""
+"""The configuration of a grown model."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,18 +10,16 @@ from tli_jax.models.config import LlamaConfig
 
 
 def grown_config(config: LlamaConfig, plan: Plan) -> LlamaConfig:
-    """What a plan makes of a model of that configuration.
+    """The configuration of the model that a plan makes from a model with ``config``.
 
     Raises:
-        UsageError: it makes experts, and there are some already, or the feed-forward cannot be cut as it says.
+        UsageError: the plan makes experts, but the base already has some, or its feed-forward cannot be split so.
     """
     grown, experts = config.with_layers(len(plan)), plan.experts
     if experts is None:
         return grown
     if config.num_experts:
-        raise UsageError(
-            f"{plan.method}: the base has {config.num_experts} experts a layer: only a dense one gets some"
-        )
+        raise UsageError(f"{plan.method}: the base already has {config.num_experts} experts a layer: use a dense one")
     return dataclasses.replace(
         grown,
         num_experts=experts.total,
@@ -31,10 +29,9 @@ def grown_config(config: LlamaConfig, plan: Plan) -> LlamaConfig:
 
 
 def grow_config(raw: Mapping[str, Any], config: LlamaConfig, plan: Plan) -> dict[str, Any]:
-    """``config.json`` of the grown model: all of the base's, the depth and every per-layer list rewritten, and what
-    experts need.
+    """The ``config.json`` of the grown model: the base's, with the new depth, per-layer lists and experts.
 
-    A per-layer list is one whose key speaks of layers and that is as long as the base is deep.
+    A per-layer list is one with "layer" in its key and as many items as the base has layers.
     """
 
     def grow(key: str, value: Any) -> Any:

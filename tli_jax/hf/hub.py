@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder here, the package itself, or the Hugging Face hub (neither code nor pickles)."""
+"""Find a model: a local folder, the base in this package, or the Hugging Face Hub (never code, never pickles)."""
 
 import atexit
 import concurrent.futures
@@ -11,97 +11,109 @@ from importlib import resources
 from pathlib import Path
 
 from tli_jax.errors import DataError, MissingInputError, StorageError, TliError, UnavailableError, UsageError
-from tli_jax.hf.headers import INDEX, MAX_HEADER, SINGLE, parse_json
+from tli_jax.hf.headers import INDEX, SINGLE
+from tli_jax.hf.inputs import MAX_JSON, parse_json
 from tli_jax.hf.sidecar import ALLOWED
 
 EMBEDDED = "embedded"
 _CONFIG_FILES = ("config.json", "generation_config.json", INDEX, "growth.json", "training.json")
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))[a-z0-9_][\w.-]{0,95}/[a-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII | re.I)
 _SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
-_FIRST_READ = 65_536  # bytes; most headers are shorter, so that one request is enough
+_FIRST_READ = 65_536  # bytes; most headers are shorter, so one request is enough
 
 
 def resolve(model: Path | str, revision: str | None = None, headers_only: bool = False) -> Path:
-    """The local folder that holds ``model``: a folder, which is returned as it is, the word ``embedded`` for the small
-    base that the package carries, or else a hub id ``name/name``.
+    """The local folder of a model. A hub model is downloaded to the hub's cache, to a folder named after its commit.
 
-    ``revision`` is a branch, tag or full commit hash on the hub. A hub model lands in the hub's cache, in a folder that
-    is named by the commit. With ``headers_only``, unless its weights are cached, it lands in a temporary folder of that
-    name, gone when the process ends: configuration, index and sparse safetensors files, which have their real header
-    and their real size, but no weights (they read as zeros). That is good for a plan, and for nothing else.
+    Args:
+        model: a folder, which is returned unchanged; ``"embedded"`` for the small base in this package; or a hub id.
+        revision: branch, tag or full commit hash of a hub id.
+        headers_only: good for a plan, and for nothing else. Unless the weights of a hub model are cached, the result is
+            a temporary folder, deleted at exit, with configuration, index and sparse safetensors files: their headers
+            and sizes are real, their weights read as zeros.
 
-    Raises MissingInputError (no such folder, model, revision or weights; no access), UnavailableError (no answer, not
-    cached), DataError (only pickles; damaged index), StorageError (disk), UsageError (a folder with ``revision``).
+    Raises:
+        MissingInputError: the folder, model, revision or weights do not exist, or you have no access.
+        UnavailableError: the hub does not answer, and the model is not cached.
+        DataError: the weights are pickles, or the index is damaged.
+        StorageError: the model cannot be stored.
+        UsageError: a folder with a ``revision``.
     """
     model = str(model)
     if model == EMBEDDED:
         return Path(str(resources.files("tli_jax") / "assets" / "base"))
-    folder = os.path.expanduser(model)  # noqa: PTH111  # Path's own raises where there is no such home
-    if os.path.isdir(folder):  # noqa: PTH112  # and Path.is_dir where the name is too long
+    folder = os.path.expanduser(model)  # noqa: PTH111  # Path.expanduser raises if there is no such user
+    if os.path.isdir(folder):  # noqa: PTH112  # Path.is_dir raises if the name is too long
         if revision is not None:
-            raise UsageError(f"{model!r} is a folder here, which has no revision {revision!r}: leave the revision out")
+            raise UsageError(f"{model!r} is a local folder, which has no revision {revision!r}: leave the revision out")
         return Path(folder)
     if not _HUB_ID.fullmatch(model):
-        raise MissingInputError(f"no folder {model!r}, and it is no hub id either: give a folder, or name/name")
+        raise MissingInputError(f"no folder {model!r}, and it is not a hub id either: give a folder, or name/name")
 
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
 
     try:
         return _fetch(model, revision, headers_only)
     except (HTTPError, OSError, RuntimeError, UnicodeError, json.JSONDecodeError) as error:
-        problem = _in_our_words(error, model, revision)
-    # Raised out here because inside `except` the exception above, whose text may quote the token, would be its context.
+        problem = _translate(error, model, revision)
+    # Not raised in the except block: that exception, whose text may quote the token, would become its context.
     raise problem
 
 
 def origin(folder: Path) -> tuple[str, str] | None:
     """Hub id and commit of a folder in the hub's cache; None for any other folder."""
-    snapshots = Path(os.path.abspath(folder)).parent  # noqa: PTH100  # Path.absolute keeps the ".."
-    repository = snapshots.parent.name
-    if snapshots.name != "snapshots" or not repository.startswith("models--"):
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100  # Path.absolute keeps ".."
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return None
-    return repository.removeprefix("models--").replace("--", "/"), Path(os.path.abspath(folder)).name  # noqa: PTH100
+    return repository.removeprefix("models--").replace("--", "/"), folder.name
 
 
 def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
     import huggingface_hub as hf
 
     if not isinstance(hf.try_to_load_from_cache(model, "config.json", revision=revision), str):
-        # Asked once, because a download asks a hub that does not answer again and again, for half a minute.
+        # One request that fails fast: a download retries for half a minute if the hub does not answer.
         hf.get_hf_file_metadata(hf.hf_hub_url(model, "config.json", revision=revision))
     commit = Path(hf.hf_hub_download(model, "config.json", revision=revision)).parent.name
 
     def download(*patterns: str) -> Path:
-        # In these patterns a * matches slashes too. Only some of ours have a *, and none is meant for a sub-folder's.
+        # In these patterns * matches slashes too, but ours do not mean sub-folders.
         never = ["*.py", "*.bin", "*/*/*", *(f"{pattern}/*" for pattern in ALLOWED if pattern.endswith("*"))]
         return Path(hf.snapshot_download(model, revision=commit, allow_patterns=[*patterns], ignore_patterns=never))
 
-    folder = download(*_CONFIG_FILES, *(() if headers_only else ALLOWED))
+    # README.md is the model card, which gives the licence.
+    folder = download(*_CONFIG_FILES, *(() if headers_only else (*ALLOWED, "README.md")))
     shards = _shards(folder, model)
     if not headers_only and shards:
         download(*shards)
     elif not all((folder / shard).is_file() for shard in shards):
         folder = _without_weights(folder, shards, model)
     if any((folder / shard).is_file() for shard in shards):
-        return folder  # one that lacks some of its shards is the reader's to refuse: it names them all
+        return folder  # if some shards are missing, the reader lists them
     files = [file.rfilename for file in hf.HfApi().model_info(model, revision=commit, timeout=10).siblings or []]
     if pickles := sorted(file for file in files if file.endswith((".bin", ".pth", ".pt", ".ckpt"))):
         raise DataError(f"hub model {model!r} has only pickled weights ({pickles[0]}): convert them to safetensors")
-    raise MissingInputError(f"hub model {model!r} has no weights: looked for {SINGLE} and the shards named by {INDEX}")
+    raise MissingInputError(f"hub model {model!r} has no weights: looked for {SINGLE} and the shards listed in {INDEX}")
 
 
 def _shards(folder: Path, model: str) -> list[str]:
-    """Names of the safetensors files to fetch; where there is an index, those that it names and no others."""
+    """The safetensors files to download: those that the index lists, if there is one."""
     if not (folder / INDEX).is_file():
         return [SINGLE]
     weight_map = parse_json((folder / INDEX).read_bytes(), f"hub model {model!r}: {INDEX}").get("weight_map")
     if not isinstance(weight_map, dict):
-        raise DataError(f"hub model {model!r}: {INDEX}: weight_map must be an object of tensor name → file name")
+        raise DataError(f"hub model {model!r}: {INDEX}: weight_map must map tensor names to file names")
     return sorted({name for name in weight_map.values() if isinstance(name, str) and _SHARD.fullmatch(name)})
 
 
 def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
-    """A temporary copy of ``folder`` with sparse shards; shards that the hub lacks are left out."""
+    """A temporary copy of a folder with sparse shards; shards that the hub does not have are left out.
+
+    ``HfApi.get_safetensors_metadata`` does not do here. It downloads the complete file if a server ignores ranges, it
+    fails on a shard that is missing or not safetensors, and it parses headers leniently. Local and remote headers must
+    go through the same strict reader, which needs their bytes.
+    """
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
@@ -112,7 +124,7 @@ def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
 
     def read(shard: str, url: str, start: int, stop: int) -> bytes:
         headers = build_hf_headers() | {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
-        # Streamed, because a server that knows no ranges answers 200 and sends the whole file.
+        # Streamed: a server that ignores ranges answers 200 and sends the complete file.
         with http_stream_backoff("GET", url, headers=headers, timeout=10, max_retries=2) as response:
             hf_raise_for_status(response)
             data = response.read() if response.status_code == 206 else b""
@@ -128,9 +140,9 @@ def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
             return
         data = read(shard, url, 0, min(size, _FIRST_READ)) if size else b""
         end = 8 + int.from_bytes(data[:8], "little")
-        if len(data) < end <= min(size, MAX_HEADER):
+        if len(data) < end <= min(size, MAX_JSON):
             data += read(shard, url, len(data), end)
-        (copy / shard).write_bytes(data[:end])  # of what is no safetensors file, enough for the reader to name it
+        (copy / shard).write_bytes(data[:end])  # of a file of another format, enough for the reader to name it
         os.truncate(copy / shard, size)
 
     with concurrent.futures.ThreadPoolExecutor(8) as pool:  # a model of 400B parameters has 200 shards
@@ -138,8 +150,8 @@ def _without_weights(folder: Path, shards: list[str], model: str) -> Path:
     return copy
 
 
-def _in_our_words(error: Exception, model: str, revision: str | None) -> TliError:
-    """What an exception of huggingface_hub means to the user, without any of its text: it may quote the token."""
+def _translate(error: Exception, model: str, revision: str | None) -> TliError:
+    """Our error for an exception of huggingface_hub, without any of its text, which may quote the token."""
     from huggingface_hub import errors
 
     cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
@@ -148,14 +160,14 @@ def _in_our_words(error: Exception, model: str, revision: str | None) -> TliErro
     if isinstance(cause, errors.GatedRepoError):
         return MissingInputError(f"hub model {model!r} is gated: accept its licence on its hub page, and {log_in}")
     if isinstance(cause, errors.RepositoryNotFoundError) or status in (401, 403):
-        return MissingInputError(f"no folder {model!r} and no hub model that you may read: check the name, or {log_in}")
+        return MissingInputError(f"no folder {model!r} and no hub model that you can read: check the name, or {log_in}")
     if isinstance(cause, errors.RevisionNotFoundError):
         return MissingInputError(f"hub model {model!r} has no revision {revision!r}: give a branch, tag or full commit")
     if isinstance(cause, errors.RemoteEntryNotFoundError):
-        return MissingInputError(f"hub model {model!r} has no config.json: only Hugging Face Llama folders can be read")
+        return MissingInputError(f"hub model {model!r} has no config.json: only Llama and Mixtral folders can be read")
     if isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, ConnectionError):
-        return StorageError(f"cannot store {model!r} ({os.strerror(cause.errno)}): point HF_HOME, TMPDIR to free space")
+        return StorageError(f"cannot store {model!r} ({os.strerror(cause.errno)}): set HF_HOME, TMPDIR to a free disk")
     if isinstance(cause, errors.OfflineModeIsEnabled):
-        return UnavailableError(f"no folder {model!r}, HF_HUB_OFFLINE is set and the hub cache lacks it: go online")
-    why = f"answers HTTP {status}" if status else f"cannot be reached ({type(cause).__name__})"
-    return UnavailableError(f"no folder {model!r}, and the hub {why}: check the connection, or give a folder")
+        return UnavailableError(f"no folder {model!r}, not in the hub cache, and HF_HUB_OFFLINE is set: go online")
+    reason = f"answers HTTP {status}" if status else f"cannot be reached ({type(cause).__name__})"
+    return UnavailableError(f"no folder {model!r}, and the hub {reason}: check the connection, or give a folder")

@@ -1,8 +1,8 @@
-"""Layer-stacked params written back as a Hugging Face folder, a tensor at a time."""
+"""Save layer-stacked params as a Hugging Face folder, one tensor at a time."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,13 @@ import numpy as np
 
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
-from tli_jax.hf import sidecar
-from tli_jax.hf.checkpoint import hf_name
+from tli_jax.hf import hub
+from tli_jax.hf.checkpoint import tensor_names
 from tli_jax.hf.grown_config import grow_config
-from tli_jax.hf.headers import CODES
-from tli_jax.hf.output import check_output, staged
-from tli_jax.hf.stream import Piece, parse_size, split_shards, write_safetensors
+from tli_jax.hf.output import check_output
+from tli_jax.hf.shards import OutputTensor, as_chunks, parse_size, split_shards
+from tli_jax.hf.tensors import CODES
+from tli_jax.hf.write import write_model
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import pick
 
@@ -30,63 +31,67 @@ def save_hf(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
-    """Write params as a folder that any Llama loader opens, whole or not at all. One tensor is on the host at a time.
+    """Save params as a folder that any Llama loader opens. It is written completely or not at all.
+
+    Only one tensor at a time is copied to the host.
 
     Args:
-        path: folder to write; must not exist, or be empty, unless ``overwrite``, which replaces a model folder only.
-        config: of the model, or of the base where that differs in depth alone: the depth is that of the params. For
-            params with experts ``tli_jax.grown_config`` makes it.
-        params: layer-stacked, as ``load_hf`` and ``inject`` give them; dtypes are kept.
+        path: the folder to write. It must not exist, or be empty, unless ``overwrite`` is set.
+        config: configuration of the model. The number of layers is taken from the params, so the base's configuration
+            will do, except for params with experts: for those use ``tli_jax.grown_config``. If ``load_hf`` returned it,
+            keys of ``config.json`` that ``LlamaConfig`` does not know are written too.
+        params: layer-stacked, ``[L, …]``, as ``load_hf`` and ``inject`` return them. Dtypes are kept.
         plan: how the params were grown; written as ``growth.json``.
-        source: folder of the base, whose tokenizer, generation, licence and notice files are taken along.
-        max_shard_size: largest safetensors file, e.g. ``"5GB"``.
+        source: the base model, as a folder, a hub id or ``"embedded"``. Its tokenizer, generation configuration,
+            licence and notice files are copied.
+        max_shard_size: largest safetensors file, such as ``"5GB"``.
+        overwrite: replace an existing model folder, but no other folder.
 
     Raises:
-        UsageError: a dtype that is not supported, or params that do not fit the plan.
+        UsageError: a dtype cannot be written, or the params do not fit the plan.
         OutputError, StorageError: the folder cannot be written.
+
+    Example::
+
+        config, params = tli_jax.load_hf("embedded")
+        plan = tli_jax.tli(config.num_hidden_layers, every=4)
+        grown = tli_jax.inject(params, plan)
+        tli_jax.save_hf("grown", config, grown, plan=plan, source="embedded")
     """
-    path = Path(path)
-    pieces = [_piece(name, array) for name, array in unstack(config, params)]
+    path, source = Path(path), None if source is None else hub.resolve(source)
     depth = _depth(params)
     if plan is not None and len(plan) != depth:
-        raise UsageError(f"the plan gives {len(plan)} layers, the params have {depth}: inject first")
-    check_output(path, None if source is None else Path(source), overwrite)
-    with staged(path, sum(piece.nbytes for piece in pieces), overwrite=overwrite) as partial:
-        write_safetensors(partial, split_shards(pieces, parse_size(max_shard_size)), {}, lambda _: None)
-        raw = config.with_layers(depth).to_hf()
+        raise UsageError(f"the plan makes {len(plan)} layers, the params have {depth}: inject first")
+    shards = split_shards(
+        [_output_tensor(name, get) for name, get in unstack(config, params)], parse_size(max_shard_size)
+    )
+    check_output(path, source, overwrite)
+    raw = config.with_layers(depth).to_hf()
+    if plan is not None:
+        # Params with experts come with a configuration that has them already.
+        raw = grow_config(raw, config, dataclasses.replace(plan, experts=None))
+    with write_model(path, shards, raw, source=source, overwrite=overwrite) as model:
         if plan is not None:
-            # Params that have experts come with the configuration of those.
-            raw = grow_config(raw, config, dataclasses.replace(plan, experts=None))
-        sidecar.write_json(partial / "config.json", raw)
-        if plan is not None:
-            sidecar.write_json(partial / "growth.json", plan.to_json() | {"digests": None, "proof": None})
-        if source is not None:
-            sidecar.copy_allowed(Path(source), partial)
+            model.write_record("growth.json", plan.to_json() | {"digests": None, "proof": None})
 
 
-def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, functools.partial[Any]]]:
-    """Hugging Face name of every tensor, and a call that gives it; layer by layer, as deep as the params are."""
-    first, *rest = config.outer_tensors
-    yield hf_name(first), functools.partial(pick, params, first)
-    for layer in range(_depth(params)):
-        for name, dims in config.layer_tensors.items():
-            for expert, stored in enumerate(config.stored_tensors(name)):
-                at = (layer, expert) if len(dims) == 3 else (layer,)
-                yield hf_name(stored, layer), functools.partial(lambda n, at: pick(params, f"layers.{n}")[at], name, at)
-    yield from ((hf_name(name), functools.partial(pick, params, name)) for name in rest)
+def unstack(config: LlamaConfig, params: dict[str, Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The Hugging Face name of every tensor with a function that returns it, layer by layer."""
+    for stored, name, index in tensor_names(config, _depth(params)):
+        yield stored, functools.partial(_pick, params, f"layers.{name}" if index else name, index)
+
+
+def _pick(params: dict[str, Any], name: str, index: tuple[int, ...]) -> Any:
+    return pick(params, name)[index] if index else pick(params, name)
 
 
 def _depth(params: dict[str, Any]) -> int:
     return len(pick(params, "layers.input_layernorm.weight"))
 
 
-def _piece(name: str, get: functools.partial[Any]) -> Piece:
-    like = get()
-    code = CODES.get(np.dtype(like.dtype))
+def _output_tensor(name: str, get: Callable[[], Any]) -> OutputTensor:
+    array = get()
+    code = CODES.get(np.dtype(array.dtype))
     if code is None:
-        raise UsageError(f"{name}: dtype {like.dtype} cannot be written, use one of float32, bfloat16, float16")
-
-    def make() -> Iterator[memoryview]:
-        yield np.ascontiguousarray(get()).reshape(-1).view(np.uint8).data
-
-    return Piece(name, code, tuple(like.shape), like.nbytes, make=make)
+        raise UsageError(f"{name}: dtype {array.dtype} cannot be written, use float32, bfloat16 or float16")
+    return OutputTensor(name, code, tuple(array.shape), make=as_chunks(get))

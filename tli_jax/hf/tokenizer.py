@@ -13,7 +13,7 @@ from typing import Any
 
 from tli_jax.errors import DataError
 from tli_jax.hf.encoding import PythonTokenizer, RustTokenizer, Tokenizer, as_data_error, silence_stderr
-from tli_jax.hf.headers import inside
+from tli_jax.hf.inputs import inside
 from tli_jax.hf.sidecar import allowed_files
 from tli_jax.hf.tokenizer_backend import CONFIG, FILES, TokenizerSettings, read_optional_json, transformers_reason
 from tli_jax.models.config import LlamaConfig

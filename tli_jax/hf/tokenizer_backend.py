@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from tli_jax.errors import DataError
 from tli_jax.hf.encoding import RustTokenizer, as_data_error, silence_stderr
-from tli_jax.hf.headers import inside, read_json
+from tli_jax.hf.inputs import inside, read_json
 
 if TYPE_CHECKING:
     import tokenizers

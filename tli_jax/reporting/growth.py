@@ -11,7 +11,7 @@ from tli_jax.cli.tables import Table, make_columns, show_number
 from tli_jax.growth.plan import Plan, draw_layer_map
 from tli_jax.hf.card import GUARANTEES
 from tli_jax.hf.card import options as options_of
-from tli_jax.hf.record import reading
+from tli_jax.hf.records import reading
 from tli_jax.reporting.records import Trained
 
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 
 from tli_jax.cli.console import printable
 from tli_jax.errors import MissingInputError
-from tli_jax.hf.headers import parse_json
-from tli_jax.hf.record import read_growth_record
-from tli_jax.hf.training_record import RECORD, read_training
+from tli_jax.hf.inputs import parse_json
+from tli_jax.hf.records import TRAINING, read_growth, read_training
 from tli_jax.reporting.run import Lines, read_run
 from tli_jax.training.run_directory import RunDirectory
 
@@ -50,11 +49,11 @@ def read_records(folders: Sequence[str]) -> Records:
             raise MissingInputError(f"{folder}: a comparison without results: run tli-jax compare again to finish it")
         elif RunDirectory(folder).is_begun:
             records.runs[name] = read_run(folder)
-        elif (path / RECORD).is_file():
-            growth = read_growth_record(path / "growth.json") if (path / "growth.json").is_file() else None
-            records.trained[name] = Trained(read_training(path / RECORD), growth)
+        elif (path / TRAINING).is_file():
+            growth = read_growth(path / "growth.json") if (path / "growth.json").is_file() else None
+            records.trained[name] = Trained(read_training(path / TRAINING), growth)
         elif (path / "growth.json").is_file():
-            records.grown[name] = read_growth_record(path / "growth.json")
+            records.grown[name] = read_growth(path / "growth.json")
         else:
             raise MissingInputError(
                 f"{folder}: nothing to report on: expected a run directory, a grown model (growth.json), a trained"

@@ -7,7 +7,7 @@ from tli_jax.cli.config import TrainConfig
 from tli_jax.hf import hub
 from tli_jax.hf.card import is_on_hub
 from tli_jax.hf.checkpoint import Checkpoint
-from tli_jax.hf.training_record import read_trainings
+from tli_jax.hf.records import read_trainings
 from tli_jax.training.metrics import losses, read_metrics
 from tli_jax.training.run_directory import RunDirectory
 

@@ -35,7 +35,7 @@ from tli_jax.errors import MissingInputError, OutputError, StorageError, UsageEr
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.hf.files import lock, replace_file, storage_errors
-from tli_jax.hf.record import read_growth_record
+from tli_jax.hf.records import read_growth
 from tli_jax.training.remote import RemoteDirectory
 from tli_jax.training.run_identity import check_files, file_digests, parse_facts, sha256
 
@@ -215,7 +215,7 @@ class RunDirectory:
     def growth(self) -> dict[str, Any] | None:
         """The content of ``growth.json``, or None if the model is not grown."""
         file = self.path / "growth.json"
-        return read_growth_record(file) if file.is_file() else None
+        return read_growth(file) if file.is_file() else None
 
 
 @contextlib.contextmanager

@@ -9,8 +9,9 @@ from typing import Any
 
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import sidecar
-from tli_jax.hf.checkpoint import Checkpoint, read_chunks
-from tli_jax.hf.headers import parse_json
+from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.inputs import parse_json
+from tli_jax.hf.tensors import read_chunks
 
 # The keys of run.json and their types. In the mappings, every value is a string.
 _MAPPINGS = {"files", "dtypes", "versions"}

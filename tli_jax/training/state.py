@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping
 
 from tli_jax.distributed.mesh import param_sharding
 from tli_jax.errors import DataError
-from tli_jax.hf.checkpoint import Checkpoint, load_array
+from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.load import load_array
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.step import Programs, TrainState
@@ -23,7 +24,7 @@ def load(programs: Programs, weights: Checkpoint) -> tuple[Arrays, Arrays]:
     for spec in programs.param_specs:
         dtype = programs.config.param_dtype if spec.trains else None
         sharding = param_sharding(programs.mesh, spec.dims)
-        parts[not spec.trains][spec.name] = load_array(weights.stored(spec.tensor, spec.layers), sharding, dtype)
+        parts[not spec.trains][spec.name] = load_array(weights.stack(spec.tensor, spec.layers), sharding, dtype)
     return parts
 
 

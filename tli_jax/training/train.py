@@ -149,7 +149,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
     """The content of ``run.json``. ``dtypes`` are the stored dtypes, in which the tensors are exported."""
-    dtypes = {spec.name: weights.stored(spec.tensor, spec.layers).dtype.name for spec in trainer.param_specs}
+    dtypes = {spec.name: weights.stack(spec.tensor, spec.layers).dtype.name for spec in trainer.param_specs}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "id": secrets.token_hex(8),

@@ -1,1 +1,1 @@
-"""."""
+"""Growth from folder to folder, as the command runs it."""

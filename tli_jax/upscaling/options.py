@@ -1,4 +1,4 @@
-"""From the options of a growth to its plan."""
+"""Make a plan from the options of ``upscale``."""
 
 import dataclasses
 import inspect
@@ -12,56 +12,57 @@ from tli_jax.growth.methods import METHODS
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.checkpoint import Checkpoint
 
+_OPTIONS = ("every", "init", "scale", "after", "remainder", "drop", "groups", "copies", "times", "layers")
+_OPTIONS += ("seed", "noise_ratio", "block", "count")
+
 
 def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[float] | None = None) -> Plan:
-    """The plan that the options ask for, continuing the base's own growth where it has one.
+    """The plan for a base model. If the base was grown before, the plan continues its history.
 
     Args:
-        importance: of the layers, for ``adept`` (see ``needs_importance``).
+        importance: of each layer, for method ``adept``; see ``needs_importance``.
 
     Raises:
-        UsageError: an option does not belong to the method, or is out of range.
+        UsageError: an option does not apply to the method, or is out of range.
     """
-    preset = METHODS[config.method]
-    known = inspect.signature(preset).parameters
-    names = ("every", "init", "scale", "after", "remainder", "drop", "groups", "copies", "times", "layers")
-    names += ("seed", "noise_ratio", "block", "count")
-    given = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
+    method = METHODS[config.method]
+    parameters = inspect.signature(method).parameters
+    given = {name: getattr(config, name) for name in _OPTIONS if getattr(config, name) is not None}
     experts = _make_experts(config, base)
     if experts is not None:
-        # What is drawn is drawn for the experts, unless the method draws too.
-        given = {name: value for name, value in given.items() if name in known or name not in ("seed", "noise_ratio")}
+        # Seed and noise belong to the experts, unless the method has random weights too.
+        given = {k: value for k, value in given.items() if k in parameters or k not in ("seed", "noise_ratio")}
     if config.method == "custom":
         if "layers" not in given:
             raise UsageError("custom needs --layers, e.g. --layers '0-3, 3*0, 4-7'")
         given["spec"] = given.pop("layers")
-    foreign = sorted(name for name in given if name not in known or name == "layers")
-    if foreign:
-        own = ", ".join(name for name in known if name in names and name != "layers") or "none"
-        raise UsageError(f"{', '.join(foreign)}: not an option of method {config.method}, which has {own}")
-    if "std" in known:
+    unknown = sorted(name for name in given if name not in parameters or name == "layers")
+    if unknown:
+        allowed = ", ".join(name for name in parameters if name in _OPTIONS and name != "layers") or "none"
+        raise UsageError(f"{', '.join(unknown)}: not an option of method {config.method}, which has {allowed}")
+    if "std" in parameters:
         given["std"] = base.config.initializer_range
     if needs_importance(config):
         given["importance"] = importance
-    plan = dataclasses.replace(preset(base.config.num_hidden_layers, **given), experts=experts)
-    return (
-        plan if base.growth is None else plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
-    )
+    plan = dataclasses.replace(method(base.config.num_hidden_layers, **given), experts=experts)
+    if base.growth is None:
+        return plan
+    return plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
 
 
 def _make_experts(config: UpscaleConfig, base: Checkpoint) -> Experts | None:
-    """What the options make of the feed-forwards; None where they say nothing of experts."""
-    keys: dict[str, Any] = {"count": config.experts, "top_k": config.top_k, "granularity": config.granularity}
-    keys |= {"upcycle": config.upcycle, "router_std": config.router_std}
-    given: dict[str, Any] = {name: value for name, value in keys.items() if value is not None}
+    """The experts that the options ask for, if any."""
+    options: dict[str, Any] = {"count": config.experts, "top_k": config.top_k, "granularity": config.granularity}
+    options |= {"upcycle": config.upcycle, "router_std": config.router_std}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if not given and config.method != "moe":
         return None
     if config.seed is not None:
         given["seed"] = config.seed
     if config.noise_ratio is not None and (config.method == "moe" or given.get("upcycle") in ("noise", "drop")):
         given["ratio"] = config.noise_ratio
-    defaults: dict[str, Any] = {"router_std": base.config.initializer_range}
-    return Experts(**defaults | given)
+    given.setdefault("router_std", base.config.initializer_range)
+    return Experts(**given)
 
 
 def needs_importance(config: UpscaleConfig) -> bool:

@@ -1,4 +1,4 @@
-"""Growth from file to file: the same bytes as in memory, true digests, every way of copying, and what goes along."""
+"""Growth from folder to folder: the same bytes as in memory, correct digests, every way of copying, sidecar files."""
 
 import errno
 import hashlib
@@ -17,11 +17,11 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tli_jax.errors import DataError, UsageError
+from tli_jax.growth.custom import custom
 from tli_jax.growth.inject import inject
 from tli_jax.growth.methods import (
     adept,
     average,
-    custom,
     dus,
     interpose,
     lesa,
@@ -33,12 +33,15 @@ from tli_jax.growth.methods import (
     stack,
     tli,
 )
-from tli_jax.growth.plan import COMPUTED_INITS, Plan
-from tli_jax.growth.rows import Row
-from tli_jax.hf.checkpoint import load_hf, open_checkpoint
+from tli_jax.growth.plan import Plan
+from tli_jax.growth.rows import COMPUTED_INITS, Row
+from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.headers import read_folder, read_header
+from tli_jax.hf.load import load_hf
 from tli_jax.hf.save import unstack
-from tli_jax.hf.stream import Piece, check_tensors, grown_pieces, parse_size, split_shards, write_safetensors
+from tli_jax.hf.shards import OutputTensor, parse_size, split_shards, write_shards
+from tli_jax.hf.tensors import check_tensors
 
 PLANS = {
     "tli-identity": tli(4, 2),
@@ -66,7 +69,9 @@ PLANS = {
     "lidas": lidas(4, 2),
     "adept": adept(4, 2, importance=[1, 0, 3, 2]),
     "custom": custom(4, "3, 0-1*0.7, 3*0, 2*1e-3"),
-    "by hand": Plan("hand", 4, (Row(((0, 0.7), (2, -0.1), (3, 0.4)), 0.3), Row(((1, 2.0),)), Row(((2, 1.0),), -1.0))),
+    "explicit": Plan(
+        "explicit", 4, (Row(((0, 0.7), (2, -0.1), (3, 0.4)), 0.3), Row(((1, 2.0),)), Row(((2, 1.0),), -1.0))
+    ),
 }
 GROW = Callable[..., Any]
 READ = Callable[[Path], dict[str, bytes]]
@@ -74,7 +79,7 @@ READ = Callable[[Path], dict[str, bytes]]
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Path]) -> dict[str, Path]:
-    """A base in one file of fp32, one in three of bf16, and one of fp16."""
+    """A base in one fp32 file, one in three bf16 files, and one in one fp16 file."""
     folder = tmp_path_factory.mktemp("bases")
     return {
         "float32": make_model(folder / "float32"),
@@ -84,7 +89,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, make_model: Callable[..., Pa
 
 
 LINEAR = [name for name, plan in PLANS.items() if not any(row.init in COMPUTED_INITS for row in plan.rows)]
-LINEAR.remove("by hand")
+LINEAR.remove("explicit")
 
 
 @pytest.mark.parametrize(
@@ -94,7 +99,7 @@ LINEAR.remove("by hand")
         ("float16", "tli-scaled", True),
         ("float32", "tli-noise", True),
         ("float32", "tli-random", True),
-        # Fused on the host, and under jit by a call back to it.
+        # Fused on the host, under jit by a callback.
         *[(dtype, "opt_deus", jitted) for dtype in ("float32", "bfloat16") for jitted in (True, False)],
         ("float32", "tli-transport", True),
         ("float32", "lesa", False),
@@ -102,23 +107,23 @@ LINEAR.remove("by hand")
         ("float32", "tli-average", False),
         ("bfloat16", "tli-noise-scaled", False),
         ("bfloat16", "tli-random-zeroed", False),
-        # Under jit a product that is not exact may be fused with the sum that follows, and rounded once less.
-        ("float32", "by hand", False),
-        ("bfloat16", "by hand", False),
+        # Under jit, an inexact product may be fused with the sum that follows, and rounded once less.
+        ("float32", "explicit", False),
+        ("bfloat16", "explicit", False),
     ],
 )
-def test_bytes_equal_those_of_injection_in_memory(
+def test_same_bytes_as_injection_in_memory(
     bases: dict[str, Path], grow: GROW, read_bytes: READ, tmp_path: Path, dtype: str, plan: str, jitted: bool
 ):
     base, plan = bases[dtype], PLANS[plan]
     growth = grow(base, plan, tmp_path / "grown", "9KB" if dtype == "bfloat16" else "5GB")
     config, params = load_hf(base)
-    in_memory = (jax.jit(inject_as(plan)) if jitted else inject_as(plan))(params)
+    in_memory = (jax.jit(injector(plan)) if jitted else injector(plan))(params)
     in_memory = {name: np.asarray(get()).tobytes() for name, get in unstack(config, in_memory)}
     from_files = read_bytes(growth.folder)
     assert from_files.keys() == in_memory.keys()
     assert [name for name in in_memory if in_memory[name] != from_files[name]] == []
-    # What is recorded is what lies there.
+    # The digests are those of the files.
     assert growth.digests == {name: hashlib.sha256(data).hexdigest() for name, data in from_files.items()}
     assert growth.base_digests == {name: hashlib.sha256(data).hexdigest() for name, data in read_bytes(base).items()}
     assert growth.bytes_written == sum(map(len, from_files.values()))
@@ -127,12 +132,12 @@ def test_bytes_equal_those_of_injection_in_memory(
         assert len(files) > 1 and not (growth.folder / "model.safetensors").exists()
 
 
-def inject_as(plan: Plan) -> Callable[[Any], Any]:
+def injector(plan: Plan) -> Callable[[Any], Any]:
     return lambda params: inject(params, plan)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_safetensors_library_opens_the_output(bases: dict[str, Path], grow: GROW, tmp_path: Path, dtype: str):
+def test_safetensors_opens_the_output(bases: dict[str, Path], grow: GROW, tmp_path: Path, dtype: str):
     growth = grow(bases[dtype], PLANS["tli-half"], tmp_path / "grown", "9KB")
     weight_map = json.loads((growth.folder / "model.safetensors.index.json").read_text())["weight_map"]
     digests = {}
@@ -144,7 +149,7 @@ def test_the_safetensors_library_opens_the_output(bases: dict[str, Path], grow: 
                 tensor = tensors.get_tensor(name)
                 assert tensor.dtype == np.dtype(dtype)
                 digests[name] = hashlib.sha256(tensor.tobytes()).hexdigest()
-        # Data starts at a multiple of eight bytes, as the format's own writer sees to.
+        # Data starts at a multiple of eight bytes, as in the files of the safetensors library.
         assert min(tensor.start for tensor in read_header(file).values()) % 8 == 0
     assert digests == growth.digests
     index = json.loads((growth.folder / "model.safetensors.index.json").read_text())
@@ -152,7 +157,7 @@ def test_the_safetensors_library_opens_the_output(bases: dict[str, Path], grow: 
     assert open_checkpoint(growth.folder).config.num_hidden_layers == 5
 
 
-def refuse(number: int) -> Callable[..., int]:
+def failing(number: int) -> Callable[..., int]:
     def copy(*args: Any, **kwargs: Any) -> int:
         raise OSError(number, os.strerror(number))
 
@@ -160,18 +165,18 @@ def refuse(number: int) -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM])
-def test_where_the_kernel_cannot_copy(
+def test_fallback_if_the_kernel_cannot_copy(
     bases: dict[str, Path], grow: GROW, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ):
     by_kernel = grow(bases["bfloat16"], PLANS["tli-half"], tmp_path / "kernel")
-    monkeypatch.setattr(os, "copy_file_range", refuse(number))
-    by_hand = grow(bases["bfloat16"], PLANS["tli-half"], tmp_path / "hand")
+    monkeypatch.setattr(os, "copy_file_range", failing(number))
+    by_buffer = grow(bases["bfloat16"], PLANS["tli-half"], tmp_path / "buffer")
     for file in by_kernel.folder.iterdir():
-        assert (by_hand.folder / file.name).read_bytes() == file.read_bytes()
-    assert by_hand.bytes_written == by_kernel.bytes_written
+        assert (by_buffer.folder / file.name).read_bytes() == file.read_bytes()
+    assert by_buffer.bytes_written == by_kernel.bytes_written
 
 
-def test_a_copy_in_pieces_and_one_that_stops_half_way(
+def test_copies_in_parts_and_copies_that_stop(
     bases: dict[str, Path], grow: GROW, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     plain = grow(bases["float32"], PLANS["dus"], tmp_path / "plain")
@@ -184,35 +189,35 @@ def test_a_copy_in_pieces_and_one_that_stops_half_way(
         return kernel(source, target, min(count, 100), **kwargs)
 
     monkeypatch.setattr(os, "copy_file_range", copy)
-    pieces = grow(bases["float32"], PLANS["dus"], tmp_path / "pieces")
+    in_parts = grow(bases["float32"], PLANS["dus"], tmp_path / "parts")
     assert len(calls) > 50
-    assert (pieces.folder / "model.safetensors").read_bytes() == (plain.folder / "model.safetensors").read_bytes()
-    assert pieces.bytes_written == plain.bytes_written
+    assert (in_parts.folder / "model.safetensors").read_bytes() == (plain.folder / "model.safetensors").read_bytes()
+    assert in_parts.bytes_written == plain.bytes_written
 
 
-def test_other_errors_of_the_kernel_are_not_hidden(
+def test_other_errors_of_the_kernel_are_raised(
     bases: dict[str, Path], grow: GROW, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(os, "copy_file_range", refuse(errno.ENOSPC))
+    monkeypatch.setattr(os, "copy_file_range", failing(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"):
         grow(bases["float32"], PLANS["dus"], tmp_path / "grown")
 
 
-def test_a_base_that_shrinks_meanwhile(bases: dict[str, Path], grow: GROW, tmp_path: Path, monkeypatch: Any):
+def test_base_that_shrinks_meanwhile(bases: dict[str, Path], grow: GROW, tmp_path: Path, monkeypatch: Any):
     base = shutil.copytree(bases["float32"], tmp_path / "base")
     checkpoint = open_checkpoint(base)
-    pieces = grown_pieces(checkpoint, PLANS["tli-average"])
+    outputs = grown_tensors(checkpoint, PLANS["tli-average"])
     os.truncate(base / "model.safetensors", 2000)
-    with pytest.raises(DataError, match="the file was cut while it was read"):
-        grow_pieces(pieces, checkpoint, tmp_path / "kernel")
-    monkeypatch.setattr(os, "copy_file_range", refuse(errno.EXDEV))
-    with pytest.raises(DataError, match="the file was cut while it was read"):
-        grow_pieces(pieces, checkpoint, tmp_path / "hand")
+    with pytest.raises(DataError, match="the file was truncated while it was read"):
+        write(outputs, checkpoint, tmp_path / "kernel")
+    monkeypatch.setattr(os, "copy_file_range", failing(errno.EXDEV))
+    with pytest.raises(DataError, match="the file was truncated while it was read"):
+        write(outputs, checkpoint, tmp_path / "buffer")
 
 
-def grow_pieces(pieces: list[Piece], checkpoint: Any, output: Path) -> None:
+def write(outputs: list[OutputTensor], checkpoint: Any, output: Path) -> None:
     output.mkdir()
-    write_safetensors(output, split_shards(pieces, 10**9), dict.fromkeys(checkpoint.tensors, ""), lambda _: None)
+    write_shards(output, split_shards(outputs, 10**9), dict.fromkeys(checkpoint.tensors, ""), lambda _: None)
 
 
 @pytest.fixture
@@ -233,11 +238,11 @@ def test_across_file_systems(bases: dict[str, Path], grow: GROW, tmp_path: Path,
     assert {back.digests[name] for name in back.digests} >= set(far.digests.values())
 
 
-def test_the_configuration_keeps_every_key(make_model: Callable[..., Path], grow: GROW, tmp_path: Path):
+def test_configuration_keeps_every_key(make_model: Callable[..., Path], grow: GROW, tmp_path: Path):
     extra = {
         "layer_types": ["full_attention"] * 4,
         "per_layer_note": [10, 11, 12, 13],
-        "eos_token_id": [2, 3, 4, 5],  # as long as the model is deep, but no list of layers
+        "eos_token_id": [2, 3, 4, 5],  # has as many items as layers, but is not a per-layer list
         "no_rope_layers": None,
         "a key of its own": {"nested": [1, 2, {"Ü": None}]},
         "rope_scaling": {
@@ -262,7 +267,7 @@ def test_the_configuration_keeps_every_key(make_model: Callable[..., Path], grow
     assert list(after) == list(before)
 
 
-def test_what_is_taken_along(make_model: Callable[..., Path], grow: GROW, tmp_path: Path):
+def test_sidecar_files(make_model: Callable[..., Path], grow: GROW, tmp_path: Path):
     base = make_model(tmp_path / "base")
     allowed = ["LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "tokenizer.json", "tokenizer.model"]
     allowed += ["tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"]
@@ -282,28 +287,28 @@ def test_what_is_taken_along(make_model: Callable[..., Path], grow: GROW, tmp_pa
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_values_that_are_not_finite_are_counted(bases: dict[str, Path], tmp_path: Path, dtype: str):
+def test_nonfinite_values_are_counted(bases: dict[str, Path], tmp_path: Path, dtype: str):
     base = shutil.copytree(bases[dtype], tmp_path / "base")
     spoil = {"model.layers.1.mlp.up_proj.weight": [np.nan, np.inf, -np.inf], "model.norm.weight": [-np.nan]}
-    tensors = read_folder(base).tensors
+    tensors = read_folder(base)[0]
     for name, values in spoil.items():
         with tensors[name].file.open("r+b") as file:
-            # The last ones: a count that stops early would miss them.
+            # The last values: a count that stops early would miss them.
             data = np.asarray(values, np.float32).astype(np.dtype(dtype)).tobytes()
             file.seek(tensors[name].start + tensors[name].nbytes - len(data))
             file.write(data)
     seen: list[int] = []
-    digests, nonfinite = check_tensors(read_folder(base).tensors.values(), seen.append)
+    digests, nonfinite = check_tensors(read_folder(base)[0].values(), seen.append)
     assert nonfinite == {name: len(values) for name, values in spoil.items()}
     assert sum(seen) == sum(tensor.nbytes for tensor in tensors.values())
     assert digests.keys() == tensors.keys()
     # The largest finite value is finite.
-    assert check_tensors(read_folder(bases[dtype]).tensors.values(), lambda _: None)[1] == {}
+    assert check_tensors(read_folder(bases[dtype])[0].values(), lambda _: None)[1] == {}
 
 
 def test_the_largest_finite_value_is_finite(make_model: Callable[..., Path], tmp_path: Path):
     base = make_model(tmp_path / "base")
-    tensor = read_folder(base).tensors["model.norm.weight"]
+    tensor = read_folder(base)[0]["model.norm.weight"]
     with tensor.file.open("r+b") as file:
         file.seek(tensor.start)
         file.write(np.asarray([np.finfo(np.float32).max, -np.finfo(np.float32).max, 1e-45], np.float32).tobytes())
@@ -314,44 +319,42 @@ def test_the_largest_finite_value_is_finite(make_model: Callable[..., Path], tmp
     ("text", "expected"),
     [("5GB", 5 * 10**9), ("500MiB", 500 * 2**20), ("1.5 kb", 1500), ("7", 7), ("2tb", 2 * 10**12)],
 )
-def test_sizes(text: str, expected: int):
+def test_parse_size(text: str, expected: int):
     assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GB", "0", "-5GB", "5 apples", "5iB", "1e9"])
-def test_sizes_that_are_none(text: str):
+def test_invalid_sizes(text: str):
     with pytest.raises(UsageError, match="is not a size like 5GB"):
         parse_size(text)
 
 
-def test_shards_keep_the_order_and_the_limit():
-    pieces = [Piece(str(i), "F32", (n,), 4 * n) for i, n in enumerate([10, 10, 50, 1, 1, 30])]
-    shards = split_shards(pieces, 100)
+def test_shards_keep_order_and_limit():
+    outputs = [OutputTensor(str(i), "F32", (n,)) for i, n in enumerate([10, 10, 50, 1, 1, 30])]
+    shards = split_shards(outputs, 100)
     assert list(shards) == [f"model-{i:05}-of-00004.safetensors" for i in range(1, 5)]
-    assert [[piece.name for piece in shard] for shard in shards.values()] == [["0", "1"], ["2"], ["3", "4"], ["5"]]
-    assert list(split_shards(pieces, 10**6)) == ["model.safetensors"]
+    assert [[tensor.name for tensor in shard] for shard in shards.values()] == [["0", "1"], ["2"], ["3", "4"], ["5"]]
+    assert list(split_shards(outputs, 10**6)) == ["model.safetensors"]
 
 
 @pytest.mark.parametrize("plan", [average(4, after=[1]), slayer(4, after=[1]), dus(4, 1)], ids=lambda plan: plan.method)
-def test_sources_of_different_dtypes_become_what_they_do_in_memory(
-    plan: Plan, make_model: Callable[..., Path], grow: GROW, tmp_path: Path
-):
+def test_sources_of_different_dtypes(plan: Plan, make_model: Callable[..., Path], grow: GROW, tmp_path: Path):
     base, name = make_model(tmp_path / "base"), "model.layers.2.mlp.down_proj.weight"
     tensors = load_file(base / "model.safetensors")
     save_file(tensors | {name: tensors[name].astype(np.float16)}, base / "model.safetensors")
     grown = load_file(grow(base, plan, tmp_path / "grown").folder / "model.safetensors")
-    with pytest.warns(UserWarning, match="down_proj.weight has other dtypes in other layers"):
+    with pytest.warns(UserWarning, match="down_proj.weight is stored in different dtypes"):
         config, params = load_hf(base)
     in_memory = dict(unstack(config, inject(params, plan)))
     assert in_memory.keys() == grown.keys()
     for name, get in in_memory.items():
         assert np.array_equal(np.asarray(get()), grown[name].astype(np.float32)), name
-    # A tensor of one layer keeps its dtype; that of two is float32, like the array in memory.
+    # A tensor built from one layer keeps its dtype; one built from two is float32, like the array in memory.
     dtypes = {number: grown[f"model.layers.{number}.mlp.down_proj.weight"].dtype.name for number in range(len(plan))}
     halves = [2, 4] if plan.method == "dus" else [3]
     assert dtypes == {number: "float16" if number in halves else "float32" for number in range(len(plan))}
 
 
-def test_a_file_has_no_more_tensors_than_a_header_can_name():
-    pieces = [Piece(str(i), "F32", (1,), 4) for i in range(45_000)]
-    assert [len(shard) for shard in split_shards(pieces, 10**9).values()] == [20_000, 20_000, 5_000]
+def test_number_of_tensors_in_a_file_is_limited():
+    outputs = [OutputTensor(str(i), "F32", (1,)) for i in range(45_000)]
+    assert [len(shard) for shard in split_shards(outputs, 10**9).values()] == [20_000, 20_000, 5_000]

@@ -1,4 +1,4 @@
-"""``growth.json`` of anybody: what a growth writes is read as it is, anything else is damage, never a crash."""
+"""``growth.json`` from anyone: a valid record is read unchanged, anything else is reported as damage, never a crash."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from tli_jax.errors import DataError
 from tli_jax.growth.experts import Experts
 from tli_jax.growth.methods import adept, stack
 from tli_jax.growth.plan import Plan
-from tli_jax.hf.record import read_growth_record
+from tli_jax.hf.records import read_growth
 
 FIRST = adept(4, 2, importance=[0.5, 0.25, 1.0, 0.0])
 SECOND = stack(len(FIRST), 2).continues(FIRST)
@@ -45,11 +45,11 @@ RECORD: dict[str, Any] = {
 NONSENSE = [None, True, -1, 1.5, 10**30, "", "x", "\ud800", [], [[0]], [None], {}, {"a": [1]}]
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """The path to everything in JSON data."""
+def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path to every value in JSON data."""
     found = [path] if path else []
     for key, child in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        found += places(child, (*path, key))
+        found += paths(child, (*path, key))
     return found
 
 
@@ -69,7 +69,7 @@ def put(record: dict[str, Any], path: tuple[Any, ...], value: Any) -> dict[str, 
 def read(folder: Path, record: Any) -> dict[str, Any]:
     file = folder / "growth.json"
     file.write_text(record if isinstance(record, str) else json.dumps(record))
-    return read_growth_record(file)
+    return read_growth(file)
 
 
 @pytest.fixture(scope="module")
@@ -77,29 +77,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("record")
 
 
-def test_what_a_growth_writes_is_read_as_it_is(folder: Path):
+def test_valid_record_is_read_unchanged(folder: Path):
     assert read(folder, RECORD) == RECORD
     assert Plan.from_json(RECORD).history == SECOND.history
-    # Less was known to those who saved by hand, and a proof of what is not finite has null in it.
+    # save_hf writes fewer keys, and a proof has null for values that are not finite.
     assert read(folder, SECOND.to_json())["proof"] is None
     assert read(folder, put(RECORD, ("proof", "loss_base"), None))["proof"]["loss_base"] is None
 
 
-@given(path=st.sampled_from(places(RECORD)), value=st.sampled_from([..., *NONSENSE]))
+@given(path=st.sampled_from(paths(RECORD)), value=st.sampled_from([..., *NONSENSE]))
 @settings(max_examples=600)
-def test_nonsense_anywhere_is_damage_or_makes_no_difference_to_the_types(
-    folder: Path, path: tuple[Any, ...], value: Any
-):
-    refused = ""
+def test_nonsense_anywhere_is_reported_or_harmless(folder: Path, path: tuple[Any, ...], value: Any):
+    message = ""
     try:
         found = read(folder, put(RECORD, path, value))
     except DataError as error:
-        found, refused = None, str(error)
+        found, message = None, str(error)
     if found is None:
-        assert refused.startswith(str(folder / "growth.json")) and len(refused) < 500 and "\n" not in refused
+        assert message.startswith(str(folder / "growth.json")) and len(message) < 500 and "\n" not in message
         return
     plan = Plan.from_json(found)
-    # All that is done with it: as text, as a base for the next growth, in reports.
+    # Everything that uses it: as text, as a base of the next growth, in reports.
     assert str(plan) and hash(plan) and stack(len(plan), 2).continues(plan).generation == plan.generation + 1
     assert all(layer < 4 for layers in plan.layer_map for layer in layers)
     if found["proof"] is not None:
@@ -109,32 +107,32 @@ def test_nonsense_anywhere_is_damage_or_makes_no_difference_to_the_types(
 
 DAMAGED = {
     "an infinite weight": (("rows", 0, "sources", 0, 1), float("inf"), "not finite"),
-    "a weight that is no number": (("rows", 0, "sources", 0, 1), float("nan"), "not finite"),
+    "a weight that is not a number": (("rows", 0, "sources", 0, 1), float("nan"), "not finite"),
     "an infinite layer": (("rows", 0, "sources", 0, 0), float("inf"), "not finite"),
     "a layer that is a fraction": (("rows", 0, "sources", 0, 0), 0.5, "0 is 0.5, must be a whole number"),
     "a map in a map": (("layer_map", 0), [[0]], "[0], must be a whole number"),
     "a map beyond the first base": (("layer_map", 0), [4], "[4], must be layers of the first base"),
-    "a growth to come": (("rows", 0, "generation"), 3, "generation is 3, must be 0…2"),
-    "a generation without end": (("rows", 0, "generation"), 10**30, "must be a whole number"),
-    "yes for a number": (("rows", 0, "scale"), True, "scale is True, must be a number"),
-    "an init nobody has": (("rows", 0, "init"), "magic", "init 'magic' is not known"),
-    "an importance of words": (("history", 0, "options", "importance"), ["a"], "must be a number"),
-    "experts of words": (("experts", "count"), "8", "experts: count is '8'"),
-    "experts with an option": (("experts", "more"), 1, "more"),
-    "a proof that is a number": (("proof",), 1.0, "proof is 1.0"),
-    "a proof that lacks a loss": (("proof", "loss_base"), ..., "proof is {"),
-    "parameters in words": (("parameters",), "many", "parameters is 'many'"),
-    "digests of numbers": (("digests", "grown"), {"a": 1}, "digests is {"),
-    "a base whose name is a number": (("base", "name"), 3, "base.name is 3"),
+    "a future growth": (("rows", 0, "generation"), 3, "generation is 3, must be 0…2"),
+    "a huge generation": (("rows", 0, "generation"), 10**30, "must be a whole number"),
+    "a bool instead of a number": (("rows", 0, "scale"), True, "scale is True, must be a number"),
+    "an unknown init": (("rows", 0, "init"), "magic", "init 'magic' is not known"),
+    "an importance of strings": (("history", 0, "options", "importance"), ["a"], "must be a number"),
+    "a string as the number of experts": (("experts", "count"), "8", "experts: count is '8'"),
+    "experts with an unknown option": (("experts", "more"), 1, "more"),
+    "a proof that is a number": (("proof",), 1.0, "proof missing or invalid"),
+    "a proof that lacks a loss": (("proof", "loss_base"), ..., "proof.loss_base missing"),
+    "parameters as a string": (("parameters",), "many", "parameters missing or invalid"),
+    "digests of numbers": (("digests", "grown"), {"a": 1}, "digests.grown.a missing or invalid"),
+    "a base whose name is a number": (("base", "name"), 3, "base.name missing or invalid"),
     "a version that is true": (("version",), True, "version True is not 1"),
-    "a history of words": (("history", 0), "x", "must be an object"),
+    "a history of strings": (("history", 0), "x", "must be an object"),
     "too many layers": (("base", "layers"), 10**9, "more than the 10,000"),
 }
 
 
 @pytest.mark.parametrize("case", DAMAGED)
 def test_damage_is_named(case: str, folder: Path):
-    path, value, said = DAMAGED[case]
-    with pytest.raises(DataError) as refusal:
+    path, value, message = DAMAGED[case]
+    with pytest.raises(DataError) as error:
         read(folder, put(RECORD, path, value))
-    assert said in str(refusal.value), str(refusal.value)
+    assert message in str(error.value)
