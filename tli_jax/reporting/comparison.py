@@ -124,9 +124,15 @@ def describe(results: Mapping[str, Any]) -> list[str]:
         "* best of its column; ≈ indistinguishable from the best with these seeds; losses in nats per token, ± standard"
         " deviation over seeds"
     ]
+    not_measured = []
     for claim, rows in claims_by_kind(results).items():
         names = {kind: [row["tli"] for row in rows if row["verdict"] == kind] for kind in (HOLDS, FAILS, UNKNOWN)}
-        lines.append(f"{claim}: " + "; ".join(f"{kind}: {', '.join(some)}" for kind, some in names.items() if some))
+        if len(names[UNKNOWN]) == len(rows):
+            not_measured.append(claim)
+        else:
+            lines.append(f"{claim}: " + "; ".join(f"{kind}: {', '.join(some)}" for kind, some in names.items() if some))
+    if not_measured:
+        lines.append(f"not measured: {', '.join(not_measured)}")
     lines += [f"{name} was left out: {why}" for name, why in results["left_out"].items()]
     return [*lines, f"wrote results.json, results.csv, report.html and plots to {results['config']['output']}"]
 
