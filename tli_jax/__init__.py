@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from tli_jax.models.loss import losses as losses
     from tli_jax.training.trainer import Trainer as Trainer
     from tli_jax.verify.importance import measure_importance as measure_importance
+    from tli_jax.verify.proof import prove as prove
 
 _EXPORTS = {
     "errors": "TliError",
@@ -62,6 +63,7 @@ _EXPORTS = {
     "models.loss": "losses",
     "training.trainer": "Trainer",
     "verify.importance": "measure_importance",
+    "verify.proof": "prove",
 }
 _MODULES = {name: f"tli_jax.{module}" for module, names in _EXPORTS.items() for name in names.split()}
 
