@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -59,6 +60,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"tli-jax {tli_jax.__version__}\n"
     assert call("version") == 0
     assert f"tli_jax {tli_jax.__version__}\n" in capsys.readouterr().out
+
+
+def test_every_export_resolves() -> None:
+    source = Path(tli_jax.__file__).read_text(encoding="utf-8")
+    declared = set(re.findall(r"^    from tli_jax\.\S+ import (\w+) as \1$", source, re.MULTILINE))
+    assert declared == set(tli_jax._MODULES)
+    for name in tli_jax._MODULES:
+        assert getattr(tli_jax, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = tli_jax.nothing
 
 
 def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
