@@ -133,7 +133,7 @@ def jax_program(job: Job, contender: Contender) -> Program:
     import jax
     import optax
 
-    from tli_jax.cli.config import TrainConfig
+    from tli_jax.cli.train_config import TrainConfig
     from tli_jax.distributed.kernels import choose_attention
     from tli_jax.distributed.mesh import make_mesh, param_sharding
     from tli_jax.hf.checkpoint import hf_name, open_checkpoint

@@ -14,16 +14,11 @@ import pytest
 import tli_jax
 from tli_jax.__main__ import COMMANDS, main
 from tli_jax.cli import progress as progress_module
-from tli_jax.cli.config import (
-    CompareConfig,
-    EvaluateConfig,
-    GenerateConfig,
-    PreflightConfig,
-    TrainConfig,
-    UpscaleConfig,
-)
+from tli_jax.cli.config import CompareConfig, EvaluateConfig, GenerateConfig
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
 from tli_jax.cli.progress import progress
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.evaluation.continuation import continue_prompt
 
 CONFIGS = {

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tli_jax.cli.config import CompareConfig, TrainConfig, UpscaleConfig
+from tli_jax.cli.config import CompareConfig
+from tli_jax.cli.growth_config import UpscaleConfig
 from tli_jax.cli.parse import from_yaml, parse
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.values import Source
 from tli_jax.cli.yaml_file import to_yaml
 from tli_jax.errors import MissingInputError, UsageError

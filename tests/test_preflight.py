@@ -13,10 +13,10 @@ from tli_jax import preflight
 from tli_jax.checks import files
 from tli_jax.checks import preflight as checks
 from tli_jax.checks.context import Context
-from tli_jax.cli.config import PreflightConfig, UpscaleConfig
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
+from tli_jax.cli.libtpu import has_compiler
 from tli_jax.cli.parse import parse
-from tli_jax.distributed import topology
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.models.shapes import SHAPES
 
@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SHIPPED = sorted(path.name for path in CONFIGS.glob("llama*.yaml"))
 LARGE = {"train.batch-size": 2**20, "train.sequence-length": 64, "train.remat": "none"}
 pytestmark = pytest.mark.usefixtures("_compile_once")
-needs_libtpu = pytest.mark.skipif(not topology.has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
+needs_libtpu = pytest.mark.skipif(not has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_search_finds_the_largest_batch(check):
     largest = found["step compiles"]["largest"]
     assert largest == {"none": 2, "dots": 2, "full": 2}  # 16 sequences over eight devices
     assert found["step compiles"]["flags"] == "--train.remat none --train.grad-accum-steps 1"
-    assert "remat none, 2 sequences a device at a time: fits" in err
+    assert "remat none, 2 sequences per device: fits" in err
 
 
 def test_two_processes_report_their_versions_and_devices(start, tmp_path):
@@ -257,7 +257,7 @@ def test_estimates_agree_with_the_compiler(check, name, slice_, keys):
     assert abs(step["on_paper"]["peak"] / step["peak"] - 1) < 0.1
 
 
-@pytest.mark.skipif(topology.has_compiler(), reason="the TPU compiler is installed")
+@pytest.mark.skipif(has_compiler(), reason="the TPU compiler is installed")
 def test_without_the_compiler_a_slice_is_not_checked(check):
     found, _ = check(topology="v5e-4", until="mesh")
     assert found["mesh"]["status"] == "not checked" and "tli_jax[tpu]" in found["mesh"]["text"]

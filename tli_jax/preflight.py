@@ -5,10 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from tli_jax.checks.preflight import run_checks
-from tli_jax.cli.config import PreflightConfig, TrainConfig
 from tli_jax.cli.console import print_json
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.growth_config import PreflightConfig
 from tli_jax.cli.parse import parse
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed import processes
 from tli_jax.errors import UsageError
 

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.parse import parse
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed import processes
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.train import train

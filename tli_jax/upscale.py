@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.config import UpscaleConfig
 from tli_jax.cli.console import console, print_json, printable, say
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.growth_config import UpscaleConfig
 from tli_jax.cli.parse import parse
 from tli_jax.distributed import processes
 from tli_jax.growth.plan import Plan

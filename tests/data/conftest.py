@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.values import Source
 from tli_jax.data.batches import Data, open_data
 from tli_jax.data.embedded import embedded_text

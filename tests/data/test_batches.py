@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.batches import _MixtureOrder, open_evaluation_data
 from tli_jax.errors import DataError, UsageError
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.decompress import CHUNK
 from tli_jax.data.documents import Documents, read_plain
 from tli_jax.data.formats import need
@@ -357,7 +357,7 @@ def test_flipped_bits_in_an_arrow_file_never_crash(name, write):
 # Every text read is part of the true texts, apart from one character.
 FLIP = """
 import json, pathlib, sys
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.documents import Documents
 from tli_jax.errors import DataError
 

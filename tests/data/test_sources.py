@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.documents import Documents
 from tli_jax.data.sources import find_files
 from tli_jax.errors import DataError, MissingInputError

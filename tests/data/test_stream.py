@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.stream import open_stream
 from tli_jax.data.tokenization import Rules, split_document
 from tli_jax.errors import DataError, MissingInputError
@@ -196,7 +196,7 @@ from pathlib import Path
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.tokenizer import open_tokenizer
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.stream import open_stream
 from tli_jax.data.tokenization import Rules
 folder = hub.resolve("embedded")

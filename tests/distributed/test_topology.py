@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tli_jax.cli.libtpu import has_compiler, silence_libtpu
 from tli_jax.distributed import topology
-from tli_jax.distributed.topology import GENERATIONS, compile_only_devices, has_compiler, parse_topology
+from tli_jax.distributed.topology import GENERATIONS, compile_only_devices, parse_topology
 from tli_jax.errors import UsageError
 
 
@@ -66,7 +67,7 @@ def environ(monkeypatch):
 
 def test_libtpu_is_quiet_without_a_tpu(environ):
     before = dict(environ)
-    topology.silence_libtpu()
+    silence_libtpu()
     added = {name: value for name, value in environ.items() if name not in before}
     assert added.items() >= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}.items()
     assert added.get("JAX_PLATFORMS", "cpu") == "cpu"
@@ -74,7 +75,7 @@ def test_libtpu_is_quiet_without_a_tpu(environ):
 
 def test_a_choice_of_platform_is_kept(environ):
     environ["JAX_PLATFORMS"] = "cuda,cpu"
-    topology.silence_libtpu()
+    silence_libtpu()
     assert environ["JAX_PLATFORMS"] == "cuda,cpu"
 
 
@@ -87,7 +88,7 @@ def test_libtpu_may_report_errors_of_a_tpu(environ, monkeypatch, sign):
     else:
         environ[sign] = "0"
     before = dict(environ)
-    topology.silence_libtpu()
+    silence_libtpu()
     assert environ == before
 
 
@@ -95,7 +96,7 @@ def test_libtpu_may_report_errors_of_a_tpu(environ, monkeypatch, sign):
 def test_jax_starts_in_silence_without_a_tpu():
     if [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]:
         pytest.skip("this machine may have a TPU")
-    code = "from tli_jax.distributed.topology import silence_libtpu; silence_libtpu(); import jax; print(jax.devices())"
+    code = "from tli_jax.cli.libtpu import silence_libtpu; silence_libtpu(); import jax; print(jax.devices())"
     environ = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_"))}
     done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.errors import DataError
 from tli_jax.evaluation.scoring import compute_metrics, encode, log_likelihoods, score_tasks
 from tli_jax.evaluation.tasks import Question, Task, open_tasks

@@ -21,8 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 import tli_jax
 from tli_jax import evaluate, train, upscale
-from tli_jax.cli.config import UpscaleConfig
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.growth_config import UpscaleConfig
 from tli_jax.errors import DataError
 from tli_jax.hf import sidecar
 from tli_jax.hf.headers import INDEX, SINGLE

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from tli_jax.distributed import topology
+from tli_jax.cli.libtpu import has_compiler
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -351,7 +351,7 @@ def accepts(flags, name):
     return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True).returncode
 
 
-@pytest.mark.skipif(not topology.has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
+@pytest.mark.skipif(not has_compiler(), reason="the TPU compiler is not installed, jax[tpu]")
 def test_tpu_compiler_accepts_its_flags():
     assert flags("tpu") and flags("v6e")
     assert accepts(flags("tpu") + flags("v6e"), "LIBTPU_INIT_ARGS") == 0

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.frame import run_command
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.growth.methods import tli
 from tli_jax.hf import sidecar
 from tli_jax.report import main

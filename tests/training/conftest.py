@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed.mesh import make_mesh
 from tli_jax.models.attention import causal
 from tli_jax.models.config import LlamaConfig

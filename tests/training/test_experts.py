@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed.kernels import choose_dispatch, grouped
 from tli_jax.distributed.mesh import make_mesh
 from tli_jax.models.attention import causal

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.errors import DataError, StorageError, UsageError
 from tli_jax.reporting.run import draw_curves, make_table, read_run, summarise
 from tli_jax.training.metrics import Metrics, read_metrics, validation

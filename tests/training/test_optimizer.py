@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.training.freezing import Layout, group
 from tli_jax.training.optimizer import make_optimizer, make_schedule
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tli_jax
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.batches import open_data
 from tli_jax.errors import UsageError
 from tli_jax.training.train import train

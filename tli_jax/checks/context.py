@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tli_jax.cli.config import PreflightConfig, TrainConfig
+from tli_jax.cli.growth_config import PreflightConfig
+from tli_jax.cli.libtpu import has_compiler
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed import topology
 from tli_jax.errors import TliError, UsageError
 from tli_jax.growth.plan import Plan
@@ -75,7 +77,7 @@ class Context:
         if not self.config.topology:
             return None
         requested = topology.parse_topology(self.config.topology, self.config.slices)
-        if not topology.has_compiler():
+        if not has_compiler():
             raise NotCheckedError(f"compiling for {requested} needs pip install 'tli_jax[tpu]'")
         return topology.compile_only_devices(requested)
 

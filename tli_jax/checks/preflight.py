@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from tli_jax.checks import compilation, files, setup
 from tli_jax.checks.context import Context, DoesNotFitError, Finding, NotCheckedError, Result
-from tli_jax.cli.config import PreflightConfig
 from tli_jax.cli.console import console
+from tli_jax.cli.growth_config import PreflightConfig
 from tli_jax.distributed import processes
 from tli_jax.errors import TliError
 

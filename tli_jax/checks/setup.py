@@ -4,7 +4,8 @@ import platform
 from importlib import metadata
 
 from tli_jax.checks.context import Context, NotCheckedError, Result, join, require
-from tli_jax.distributed import processes, topology
+from tli_jax.cli.libtpu import has_compiler
+from tli_jax.distributed import processes
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.grown_config import grown_config
@@ -17,7 +18,7 @@ def check_processes(context: Context) -> Result:
     """All processes must have the same versions and the same devices."""
     config = context.config
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
-    if topology.has_compiler():
+    if has_compiler():
         versions["libtpu"] = metadata.version("libtpu")
     if config.topology and not (config.train and (config.train.distributed or config.train.process)):
         return f"only this one, {join(versions)}", {"versions": versions}

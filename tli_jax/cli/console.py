@@ -48,6 +48,8 @@ def print_json(content: Any) -> None:
 
 
 _log: contextvars.ContextVar[TextIO | None] = contextvars.ContextVar("log", default=None)
+# The console of a progress bar: other lines must go through it, or they would break the bar.
+_live: contextvars.ContextVar["Console | None"] = contextvars.ContextVar("live", default=None)
 
 
 @contextlib.contextmanager
@@ -58,6 +60,16 @@ def logging_to(file: TextIO) -> Iterator[None]:
         yield
     finally:
         _log.reset(token)
+
+
+@contextlib.contextmanager
+def live_on(screen: "Console") -> Iterator[None]:
+    """Send what is printed to stderr inside through the console of a progress bar."""
+    token = _live.set(screen)
+    try:
+        yield
+    finally:
+        _live.reset(token)
 
 
 class Console(rich.console.Console):
@@ -86,6 +98,8 @@ def console(is_stderr: bool = False) -> Console:
     """The console to print to: as wide as the terminal or ``COLUMNS``, otherwise 120 characters."""
     if (log := _log.get()) is not None:
         return Console(file=log, width=120)
+    if is_stderr and (live := _live.get()) is not None:
+        return live
     terminal = Console(stderr=is_stderr)
     return terminal if terminal.is_terminal else Console(stderr=is_stderr, width=120)
 

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from tli_jax.cli.console import printable
+from tli_jax.cli.libtpu import silence_libtpu
 from tli_jax.errors import MissingInputError, StorageError, TliError, UsageError
 
 # System errors for a path that does not exist; all others are storage errors.
@@ -73,6 +74,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    silence_libtpu()
     codecs.register_error("tli_jax.ascii", _replace)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # an encoding without "→" must not end a growth

@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 
-from tli_jax.cli.config import PreflightConfig, TrainConfig, UpscaleConfig
 from tli_jax.cli.frame import Parser
+from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.yaml_file import is_unicode, read_yaml
 from tli_jax.errors import UsageError, nearest
 

@@ -9,7 +9,7 @@ import rich.console
 import rich.progress
 from rich.filesize import decimal
 
-from tli_jax.cli.console import console, printable
+from tli_jax.cli.console import console, live_on, printable
 
 LINE_EVERY = 10.0  # seconds between two lines of progress without a terminal
 
@@ -43,7 +43,7 @@ def progress(title: str, total: int, unit: str = "bytes", done: int = 0) -> Iter
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.fields[note]}", markup=False),
     )
-    with rich.progress.Progress(*columns, console=screen) as bar:
+    with rich.progress.Progress(*columns, console=screen) as bar, live_on(screen):
         task = bar.add_task(title, total=total, completed=done, note="")
         yield lambda amount, note="", /: bar.update(task, advance=amount, note=printable(note))
 

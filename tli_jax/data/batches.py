@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tli_jax.cli.config import Reading, Recipe
+from tli_jax.cli.train_config import Reading, Recipe
 from tli_jax.data.formats import need
 from tli_jax.data.stream import Stream, open_stream
 from tli_jax.data.tokenization import Rules

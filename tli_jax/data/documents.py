@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.config import Reading
+from tli_jax.cli.train_config import Reading
 from tli_jax.data import formats, records
 from tli_jax.data.columnar import read_array_record, read_arrow
 from tli_jax.data.decompress import read_chunks

@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from tli_jax.cli.config import Reading
 from tli_jax.cli.progress import progress
+from tli_jax.cli.train_config import Reading
 from tli_jax.data.documents import Documents
 from tli_jax.errors import DataError
 from tli_jax.hf.encoding import Tokenizer

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tli_jax.cli.config import EvaluateConfig, Reading, TrainConfig
+from tli_jax.cli.config import EvaluateConfig
 from tli_jax.cli.console import say, warn
 from tli_jax.cli.parse import from_values
 from tli_jax.cli.progress import progress
+from tli_jax.cli.train_config import Reading, TrainConfig
 from tli_jax.data.embedded import topics
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import hub, sidecar

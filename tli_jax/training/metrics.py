@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.console import warn
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.errors import UsageError
 from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.training.run_directory import RunDirectory

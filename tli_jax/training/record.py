@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.hf import hub
 from tli_jax.hf.card import is_on_hub
 from tli_jax.hf.checkpoint import Checkpoint

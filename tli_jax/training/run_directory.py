@@ -27,8 +27,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.parse import difference, from_yaml
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.distributed.processes import is_first
 from tli_jax.errors import MissingInputError, OutputError, StorageError, UsageError

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan

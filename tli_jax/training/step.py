@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from tli_jax.cli.config import TrainConfig
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.values import Group
 from tli_jax.distributed.mesh import batch_sharding, constrain, param_sharding, replicated
 from tli_jax.models.attention import AttentionImpl

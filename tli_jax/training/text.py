@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tli_jax.cli.config import Recipe
+from tli_jax.cli.train_config import Recipe
 from tli_jax.cli.values import Source
 from tli_jax.data.embedded import topics
 from tli_jax.distributed import processes

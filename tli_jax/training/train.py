@@ -6,9 +6,9 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tli_jax.cli.config import TrainConfig
 from tli_jax.cli.console import say
 from tli_jax.cli.progress import Advance, progress
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.hf import sidecar

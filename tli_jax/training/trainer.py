@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tli_jax.cli.config import Recipe, TrainConfig
 from tli_jax.cli.parse import from_values
+from tli_jax.cli.train_config import Recipe, TrainConfig
 from tli_jax.distributed.kernels import choose_attention, choose_dispatch
 from tli_jax.distributed.mesh import batch_degree, batch_sharding, check_fits, make_mesh, param_sharding
 from tli_jax.distributed.processes import flag_array

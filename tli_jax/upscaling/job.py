@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.config import UpscaleConfig
 from tli_jax.cli.console import warn
+from tli_jax.cli.growth_config import UpscaleConfig
 from tli_jax.cli.progress import progress
 from tli_jax.data.documents import read_plain
 from tli_jax.data.embedded import embedded_text

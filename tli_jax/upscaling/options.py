@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from tli_jax.cli.config import UpscaleConfig
+from tli_jax.cli.growth_config import UpscaleConfig
 from tli_jax.errors import UsageError
 from tli_jax.growth.experts import Experts
 from tli_jax.growth.methods import METHODS
