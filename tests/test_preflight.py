@@ -260,7 +260,7 @@ def test_estimates_agree_with_the_compiler(check, name, slice_, keys):
 @pytest.mark.skipif(has_compiler(), reason="the TPU compiler is installed")
 def test_without_the_compiler_a_slice_is_not_checked(check):
     found, _ = check(topology="v5e-4", until="mesh")
-    assert found["mesh"]["status"] == "not checked" and "tli_jax[tpu]" in found["mesh"]["text"]
+    assert found["mesh"]["status"] == "not checked" and "jax[tpu]" in found["mesh"]["text"]
 
 
 def test_batch_is_split_for_the_mesh(check):

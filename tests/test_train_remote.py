@@ -265,4 +265,4 @@ def test_refused_without_a_request(start, tmp_path):
     output = command(
         {"XDG_CACHE_HOME": tmp_path}, *flags, "--run", "gs://bucket/run", code=2, script=("-c", WITHOUT_GCSFS)
     )
-    assert "run gs://bucket/run: object storage needs pip install 'tli_jax[gcs]'" in output
+    assert "run gs://bucket/run: object storage needs gcsfs: pip install gcsfs" in output

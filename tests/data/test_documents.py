@@ -409,7 +409,7 @@ def test_missing_files_and_libraries_are_named(tmp_path, write):
         read(tmp_path / "nothing")
     with pytest.raises(DataError, match="contains no text files"):
         read(tmp_path)
-    with pytest.raises(UsageError, match=r"needs nosuchthing: pip install 'tli_jax\[data\]'"):
+    with pytest.raises(UsageError, match=r"needs nosuchthing: pip install nosuchthing"):
         need("nosuchthing.inner")
     folder = write("dataset_dict", ["one"])
     (folder / "train").rename(folder / "dev")

@@ -116,5 +116,5 @@ def test_errors(monkeypatch):
     with pytest.raises(UsageError, match=r"fuses dense layers, mlp\.experts\.gate_proj\.weight has 3 dims"):
         inject({"layers": experts}, opt_deus(2))
     monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(UsageError, match=r"needs POT: pip install 'tli_jax\[transport\]'"):
+    with pytest.raises(UsageError, match=r"needs POT: pip install POT"):
         inject({"layers": {name: jnp.asarray(stack) for name, stack in layers(L=2).items()}}, opt_deus(2))

@@ -78,7 +78,7 @@ class Context:
             return None
         requested = topology.parse_topology(self.config.topology, self.config.slices)
         if not has_compiler():
-            raise NotCheckedError(f"compiling for {requested} needs pip install 'tli_jax[tpu]'")
+            raise NotCheckedError(f"compiling for {requested} needs libtpu: pip install 'jax[tpu]'")
         return topology.compile_only_devices(requested)
 
     def stored_dtype(self, spec: Any) -> Any:

@@ -123,7 +123,7 @@ class Data:
             DataError: see ``check_enough``.
         """
         self.check_enough(batch_size)
-        grain = need("grain", "grain")
+        grain = need("grain")
         # With one seed for all, sources of equal length would be read in the same order.
         seeds = np.random.SeedSequence(seed).generate_state(len(self.training))
         endless = [

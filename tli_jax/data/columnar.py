@@ -15,7 +15,7 @@ def read_array_record(file: Path) -> Iterator[Record]:
     Raises:
         ValueError, RuntimeError: the file is damaged.
     """
-    reader = need("array_record.python.array_record_module", "array_record").ArrayRecordReader(str(file))
+    reader = need("array_record.python.array_record_module").ArrayRecordReader(str(file))
     if not reader.ok():
         raise ValueError("not an ArrayRecord file, or truncated")
     count = reader.num_records()

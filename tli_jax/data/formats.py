@@ -50,8 +50,8 @@ _HTML = re.compile(rb"(?i)\s*(<\?xml[^>]*>\s*)?(<!--.{0,200}?-->\s*)?(<!doctype\
 _READABLE = {"Parquet": "parquet", "an Arrow file": "arrow", "an Arrow stream": "arrow"}
 
 
-def need(module: str, package: str = "tli_jax[data]") -> Any:
-    """Import an optional library.
+def need(module: str) -> Any:
+    """Import a library for a data format.
 
     Raises:
         UsageError: it is not installed.
@@ -59,7 +59,8 @@ def need(module: str, package: str = "tli_jax[data]") -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UsageError(f"reading this source needs {module.split('.')[0]}: pip install '{package}'") from None
+        package = module.split(".")[0]
+        raise UsageError(f"reading this source needs {package}: pip install {package}") from None
 
 
 def kind_by_name(file: Path) -> str | None:

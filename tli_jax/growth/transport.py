@@ -40,7 +40,7 @@ class Transport:
                 os.environ.setdefault(f"POT_BACKEND_DISABLE_{backend}", "1")
             import ot
         except ImportError:
-            raise UsageError("init transport needs POT: pip install 'tli_jax[transport]'") from None
+            raise UsageError("init transport needs POT: pip install POT") from None
         self._ot: Any = ot
         self.plan, self.read = plan, read
         self.facts: dict[str, Any] = {"solved": 0, "most_iterations": 0, "not_converged": []}

@@ -60,7 +60,7 @@ def open_tokenizer(
     if all(name.endswith(".model") for name in vocabularies) and importlib.util.find_spec("sentencepiece") is None:
         return None, [
             f"{folder}: {min(vocabularies)} needs sentencepiece, so text cannot be read:"
-            " pip install 'tli_jax[sentencepiece]'"
+            " pip install sentencepiece protobuf"
         ]
     with as_data_error(*unreadable), silence_stderr():
         tokenizer = _load(folder, settings, config.vocab_size, parse_special)

@@ -28,7 +28,7 @@ def require_libraries() -> None:
     """
     for name in ("matplotlib", "plotly", "jinja2"):
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"the report needs {name}: pip install 'tli_jax[plot]'")
+            raise UsageError(f"the report needs {name}: pip install matplotlib plotly jinja2")
 
 
 def write_report(results: Mapping[str, Any], config: str, folder: Path) -> None:

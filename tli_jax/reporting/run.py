@@ -72,7 +72,7 @@ def draw_curves(runs: Mapping[str, Lines], file: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("--curves needs matplotlib: pip install 'tli_jax[plot]'") from None
+        raise UsageError("--curves needs matplotlib: pip install matplotlib") from None
     from tli_jax.reporting.curves import COLOURS, GREY
     from tli_jax.reporting.plots import add_legend
 

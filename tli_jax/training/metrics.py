@@ -38,10 +38,10 @@ class Metrics:
         self._run, self._path, self._file = run, file, file.open("ab", buffering=0)
         self._tensorboard = self._wandb = None
         if "tensorboard" in config.track:
-            writer = _import("tensorboardX", "tensorboard").SummaryWriter
+            writer = _import("tensorboardX").SummaryWriter
             self._tensorboard = writer(str(run.path / "tensorboard"), purge_step=step + 1)
         if config.wandb:
-            self._wandb = _import("wandb", "wandb").init(
+            self._wandb = _import("wandb").init(
                 project=config.wandb, id=run_id, resume="allow", dir=str(run.path), config=dataclasses.asdict(config)
             )
 
@@ -147,8 +147,8 @@ def losses(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _import(module: str, extra: str) -> Any:
+def _import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UsageError(f"{extra} needs pip install 'tli_jax[{extra}]'") from None
+        raise UsageError(f"track needs {module}: pip install {module}") from None

@@ -43,7 +43,7 @@ class RemoteDirectory:
         try:
             yield
         except ImportError:
-            raise UsageError(f"run {self}: object storage needs pip install 'tli_jax[gcs]'") from None
+            raise UsageError(f"run {self}: object storage needs gcsfs: pip install gcsfs") from None
         except Exception as error:  # gcsfs, aiohttp and google.auth have exceptions of their own
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             raise UnavailableError(
