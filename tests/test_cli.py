@@ -69,7 +69,7 @@ def test_every_export_resolves() -> None:
 
 def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("upscle") == 2
-    assert "upscle is not a command, is upscale meant?" in capsys.readouterr().err
+    assert "upscle is not a command, did you mean upscale?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -108,7 +108,7 @@ def test_options_of_training_have_a_help_of_their_own(name: str, capsys: pytest.
 )
 def test_likely_flags_are_suggested(arguments: list[str], suggestion: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(*arguments) == 2
-    assert f"is not known, is {suggestion} meant?" in capsys.readouterr().err
+    assert f"is not known, did you mean {suggestion}?" in capsys.readouterr().err
 
 
 def test_generate_continues_side_by_side(tmp_path, capsys: pytest.CaptureFixture[str]) -> None:

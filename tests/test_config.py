@@ -145,9 +145,9 @@ def test_other_yaml_notations(file) -> None:
 
 # Invalid flags and words of their messages.
 FLAGS: dict[str, tuple[str, ...]] = {
-    "--evry 2": ("--evry is not known", "is --every meant?"),
-    "--evry=2": ("--evry=2 is not known", "is --every meant?"),
-    "--max_shard_size 5GB": ("--max_shard_size is not known", "is --max-shard-size meant?"),
+    "--evry 2": ("--evry is not known", "did you mean --every?"),
+    "--evry=2": ("--evry=2 is not known", "did you mean --every?"),
+    "--max_shard_size 5GB": ("--max_shard_size is not known", "did you mean --max-shard-size?"),
     "--no-profe": ("--no-profe is not known",),
     "--over": ("--over is not known",),  # no abbreviations
     "-e 2": ("-e is not known",),
@@ -160,7 +160,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "--scale big": ("scale is 'big'", "must be a number"),
     "--after 1,x": ("after is 'x'", "must be a whole number"),
     "--method sliding": ("method is 'sliding'", "must be one of tli, dus"),
-    "--init identty": ("init is 'identty'", "is identity meant?"),
+    "--init identty": ("init is 'identty'", "did you mean identity?"),
     "--remainder maybe": ("remainder is 'maybe'", "must be one of allow, error"),
     "--every x --drop y": ("every is 'x'", "drop is 'y'"),
 }
@@ -175,10 +175,10 @@ def test_invalid_flags(flags: str) -> None:
 
 
 TEXTS: dict[str, tuple[str, ...]] = {
-    "evry: 2": ("key 'evry' is not known", "is every meant?"),
-    "max-shard-size: 5GB": ("key 'max-shard-size' is not known", "is max_shard_size meant?"),
+    "evry: 2": ("key 'evry' is not known", "did you mean every?"),
+    "max-shard-size: 5GB": ("key 'max-shard-size' is not known", "did you mean max_shard_size?"),
     "something: else": ("key 'something' is not known",),
-    "evry: 2\nmetod: dus": ("is every meant?", "is method meant?"),
+    "evry: 2\nmetod: dus": ("did you mean every?", "did you mean method?"),
     "1: 2": ("1",),
     "every: yes": ("every is True", "must be a number, not yes or no"),
     "scale: no": ("scale is False", "must be a number, not yes or no"),
@@ -293,9 +293,9 @@ def test_pairs_and_line_breaks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--stps", "3"), "--stps is not known, is --steps meant?"),
+        (("--stps", "3"), "--stps is not known, did you mean --steps?"),
         (("--mesh", "fsdp"), "must be name=value, separated by commas"),
-        (("--mesh", "fdsp=2"), "mesh is 'fdsp', must be one of data, fsdp, expert, tensor, is fsdp meant?"),
+        (("--mesh", "fdsp=2"), "mesh is 'fdsp', must be one of data, fsdp, expert, tensor, did you mean fsdp?"),
         (("--steps", "0"), "steps is '0'"),
         (("--optimizer", "adam"), "optimizer is 'adam'"),
         (("--learning-rate", "-1"), "learning_rate is '-1'"),
@@ -315,7 +315,7 @@ def test_invalid_training_flags(arguments, words) -> None:
 
 
 def test_an_unknown_key_of_a_section_is_named(file) -> None:
-    with pytest.raises(UsageError, match=r"key 'train.stps' is not known, is train.steps meant\?"):
+    with pytest.raises(UsageError, match=r"key 'train.stps' is not known, did you mean train.steps\?"):
         file("train:\n  stps: 3\n")
     with pytest.raises(UsageError, match=r"train\.steps is 0"):
         file("train:\n  steps: 0\n")
@@ -353,7 +353,7 @@ def test_methods_are_words_or_mappings(tmp_path: Path) -> None:
         (("--only", "all,some"), "only"),
         (("--seeds", "0"), "seeds"),
         (("--run", "folder"), "--run is not known"),  # a comparison names its own runs
-        (("--method", "dus"), "is --methods meant?"),
+        (("--method", "dus"), "did you mean --methods?"),
     ],
 )
 def test_invalid_comparison_flags(flags: tuple[str, ...], message: str) -> None:

@@ -149,7 +149,7 @@ def test_exactly_grown_model_scores_as_its_base(task, tmp_path, capsys) -> None:
         (["--model", "nowhere/at/all", "--tasks", "embedded"], 66, "nowhere"),
         (["--model", "embedded", "--tasks", "nowhere"], 66, "nowhere"),
         (["--model", "embedded", "--tasks", "embedded", "--shots", "2"], 2, "shots is 2"),
-        (["--model", "embedded", "--task", "embedded"], 2, "is --tasks meant?"),
+        (["--model", "embedded", "--task", "embedded"], 2, "did you mean --tasks?"),
         (["--model", "embedded", "--learning-rate", "1"], 2, "--learning-rate is not known"),
     ],
 )

@@ -97,7 +97,7 @@ def test_missing_inputs_fail_only_with_strict(check, tmp_path):
     [
         ({"model": "/nowhere"}, 66, "model", "/nowhere"),
         ({"shape": "llama3.1-8b"}, 65, "model", "hidden_size is 32, not 4096"),
-        ({"shape": "llama3-8b", "model": "a/b"}, 2, "model", "is llama3.1-8b meant?"),
+        ({"shape": "llama3-8b", "model": "a/b"}, 2, "model", "did you mean llama3.1-8b?"),
         ({"every": 40}, 2, "growth", "every is 40"),
         ({"train.run": ""}, 2, "run", "run is not set"),
         ({"train.mesh": "data=3"}, 2, "mesh", "does not give the 8 devices"),

@@ -920,7 +920,7 @@ def test_upscale_continues_with_training(small, start, tmp_path, capsys):
         ({"mesh": "tensor=4,fsdp=2"}, 2, "key/value heads 2 is not divisible by tensor = 4"),
         ({"batch-size": 12}, 2, "batch size / grad_accum_steps 12 is not divisible by fsdp = 8"),
         ({"grad-accum-steps": 3}, 2, "batch_size 8 is not a multiple of grad_accum_steps 3"),
-        ({"lerning-rate": 1}, 2, "--lerning-rate is not known, is --learning-rate meant?"),
+        ({"lerning-rate": 1}, 2, "--lerning-rate is not known, did you mean --learning-rate?"),
         ({"steps": "many"}, 2, "steps is 'many'"),
         ({"steps": 0}, 2, "steps is '0'"),
         ({"only": "injectd"}, 2, "only: 'injectd' is not valid"),
@@ -977,7 +977,7 @@ def test_unknown_key_in_a_file(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text("model: x\nlerning_rate: 1\nsteps: yes\n")
     assert run_command(train.main, ["--config", str(tmp_path / "run.yaml")]) == 2
     stderr = read_stderr(capsys)
-    assert "'lerning_rate' is not known, is learning_rate meant?" in stderr
+    assert "'lerning_rate' is not known, did you mean learning_rate?" in stderr
     assert "steps is True, must be a number" in stderr
 
 

@@ -68,4 +68,4 @@ class ProofError(DataError):
 def nearest(word: str, words: Iterable[str]) -> str:
     """The end of a message: the known word that a mistyped one resembles, or nothing."""
     close = difflib.get_close_matches(word, list(words), n=1)
-    return f", is {close[0]} meant?" if close else ""
+    return f", did you mean {close[0]}?" if close else ""

@@ -137,7 +137,7 @@ def test_json_array_is_parsed_in_any_chunks(items, size, is_indented):
         (b'[{"text": "one"},\n"two"]', "line 2: not a JSON object"),
         (b'[{"text": "one"},\nnull]', "line 2: not a JSON object"),
         (b'[{"text": "one"},\n{"text": "\\ud800"}]', "line 2: lone surrogate"),
-        (b'[{"text": "one"},\n{"txt": ""}]', "line 2: no field 'text', is txt meant?"),
+        (b'[{"text": "one"},\n{"txt": ""}]', "line 2: no field 'text', did you mean txt?"),
         (b'[{"text": "one"}, ' + b"[" * 100_000, "broken file"),
     ],
 )
@@ -248,7 +248,7 @@ BAD_TEXT = [
 BAD_ROWS = [
     (b'{"text": "tw', "not JSON"),
     (b'["two"]', "not a JSON object"),
-    (b'{"txt": "two"}', "no field 'text', is txt meant?"),
+    (b'{"txt": "two"}', "no field 'text', did you mean txt?"),
     (b'{"text": 2}', "field 'text' is not text"),
     (b'{"text": "\xff"}', "not UTF-8"),
     (b'{"text": "a\\n\\u0000"}', "NUL character"),

@@ -250,7 +250,7 @@ def test_notes():
         (lambda: tli(5, -2), "every is -2, must be 1…5"),
         (lambda: tli(5, 2, remainder="error"), "every 2 does not divide 5 layers"),
         (lambda: tli(5, 2, remainder="eror"), "remainder 'eror' is not known, use allow or error"),
-        (lambda: tli(5, 2, "idntity"), "init 'idntity' is not known, is identity meant?"),
+        (lambda: tli(5, 2, "idntity"), "init 'idntity' is not known, did you mean identity?"),
         (lambda: tli(5, 2, "scaled"), "scaled requires a scale"),
         (lambda: tli(5, 2, "copy", scale=0.5), "only noise, random, transport, predictor also accept one"),
         (lambda: tli(5, 2, "identity", scale=0.0), "only noise, random, transport, predictor also accept one"),

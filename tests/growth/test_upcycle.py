@@ -169,7 +169,7 @@ def test_depth_and_experts_in_one_plan(params):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"upcycle": "copies"}, "upcycle 'copies' is not known, is copy meant?"),
+        ({"upcycle": "copies"}, "upcycle 'copies' is not known, did you mean copy?"),
         ({"count": 0}, "experts 0, granularity 1: both must be 1 or more"),
         ({"granularity": 2}, "granularity 2 needs upcycle virtual_groups"),
         (

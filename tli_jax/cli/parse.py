@@ -182,7 +182,7 @@ def _suggest(word: str, flags: Sequence[str]) -> str:
     name = word.partition("=")[0].lstrip("-").replace("_", "-")
     section, dot, last = name.rpartition(".")
     alias = f"--{section}{dot}{_ALIASES.get(last, last)}"
-    return nearest(alias, flags) if alias not in flags else f", is {alias} meant?"
+    return nearest(alias, flags) if alias not in flags else f", did you mean {alias}?"
 
 
 def from_yaml(kind: type[Config], path: Path) -> Config:
