@@ -102,10 +102,10 @@ def test_grouped_and_flat_stacks_have_the_same_loss_and_gradients(model, params,
     tokens, segments = batch[0][0], jnp.asarray(batch[1][0])
 
     def flat(params):
-        return token_losses(Llama(model, params), tokens, segments_BT=segments)[0].mean()
+        return token_losses(Llama.from_params(model, params), tokens, segments_BT=segments)[0].mean()
 
     def grouped(trained):
-        llama = Llama(model, as_model(trained, frozen, specs))
+        llama = Llama.from_params(model, as_model(trained, frozen, specs))
         return token_losses(llama, tokens, segments_BT=segments)[0].mean()
 
     loss, gradients = jax.jit(jax.value_and_grad(flat))(params)
