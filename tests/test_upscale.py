@@ -13,6 +13,7 @@ import pytest
 
 from tli_jax import report, upscale
 from tli_jax.cli.frame import run_command
+from tli_jax.data.embedded import embedded_text
 from tli_jax.growth.methods import tli
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.checkpoint import expected_shapes, open_checkpoint
@@ -101,7 +102,7 @@ def test_transformers_gives_the_same_logits_and_the_loss_that_the_proof_reports(
 
     base = hub.resolve("embedded")
     checkpoint = open_checkpoint(base)
-    ids = AutoTokenizer.from_pretrained(base).encode(tokens.embedded_text(), add_special_tokens=False)
+    ids = AutoTokenizer.from_pretrained(base).encode(embedded_text(), add_special_tokens=False)
     windows = torch.tensor(tokens.windows(ids, checkpoint.config, 2048, 512), dtype=torch.long)
     logits = [AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(windows).logits for f in (base, grown)]
     assert torch.equal(*logits)
@@ -167,7 +168,7 @@ def test_json_mode_prints_only_json_to_stdout(tmp_path, capsys):
 
 def test_sample_is_the_same_text_for_an_exact_growth(tmp_path, capsys):
     assert run("--model", "embedded", "--output", tmp_path / "out", "--sample", "def ", "--no-proof") == 0
-    base, grown = [line.split(" writes: ")[1] for line in capsys.readouterr().out.splitlines() if " writes: " in line]
+    base, grown = [line.split(" continues: ")[1] for line in capsys.readouterr().out.splitlines() if " continues: " in line]
     assert base == grown
     assert len(base) > 20
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tli_jax.cli import libtpu
 from tli_jax.cli.libtpu import has_compiler, silence_libtpu
-from tli_jax.distributed import topology
 from tli_jax.distributed.topology import GENERATIONS, compile_only_devices, parse_topology
 from tli_jax.errors import UsageError
 
@@ -60,8 +60,8 @@ def environ(monkeypatch):
     """An environment without variables of JAX or libtpu, on a machine that has the TPU compiler but no TPU."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_"))}
     monkeypatch.setattr(os, "environ", clean)
-    monkeypatch.setattr(topology, "has_compiler", lambda: True)
-    monkeypatch.setattr(topology.glob, "glob", lambda pattern: [])
+    monkeypatch.setattr(libtpu, "has_compiler", lambda: True)
+    monkeypatch.setattr(libtpu.glob, "glob", lambda pattern: [])
     return clean
 
 
@@ -82,9 +82,9 @@ def test_a_choice_of_platform_is_kept(environ):
 @pytest.mark.parametrize("sign", ["/dev/accel0", "/dev/vfio/0", "TPU_WORKER_ID", "no libtpu"])
 def test_libtpu_may_report_errors_of_a_tpu(environ, monkeypatch, sign):
     if sign == "no libtpu":
-        monkeypatch.setattr(topology, "has_compiler", lambda: False)
+        monkeypatch.setattr(libtpu, "has_compiler", lambda: False)
     elif sign.startswith("/dev"):
-        monkeypatch.setattr(topology.glob, "glob", lambda pattern: [sign] if pattern[:8] == sign[:8] else [])
+        monkeypatch.setattr(libtpu.glob, "glob", lambda pattern: [sign] if pattern[:8] == sign[:8] else [])
     else:
         environ[sign] = "0"
     before = dict(environ)

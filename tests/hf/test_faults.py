@@ -881,7 +881,7 @@ def test_what_is_not_there(case: str, cli: Command) -> None:
 TEXTS: dict[str, tuple[bytes | None, int, str]] = {
     "not UTF-8": ("eins\nzwei\ndr\u00fcben\n".encode("latin-1"), 65, "line 3: not UTF-8"),
     "empty": (b"", 65, "empty file"),
-    "blank": (b" \n\n", 65, "no document with text"),
+    "blank": (b" \n\n", 65, "no document contains text"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", 65, "is a Git LFS pointer"),
     "short": (b"a few words", 65, "the text has 11 tokens, the proof needs 128"),
     "absent": (None, 66, "no such text file"),
@@ -912,7 +912,7 @@ GROWTHS: dict[str, tuple[Damage, str]] = {
     ),
     "a base that is too shallow": (
         write("growth.json", json.dumps(PLAN | {"base": {"layers": 1}}).encode()),
-        "the base has 0…0",
+        "must be layers of the first base",
     ),
     "of another depth": (
         write("growth.json", json.dumps(tli_jax.tli(4, 1).to_json()).encode()),

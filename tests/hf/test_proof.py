@@ -19,6 +19,7 @@ from tli_jax.hf import hub, tokens
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.headers import read_folder
 from tli_jax.hf.load import load_hf
+from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.generate import generate_tokens
 from tli_jax.models.llama import forward
 from tli_jax.verify import logits, proof
@@ -306,7 +307,7 @@ def test_number_of_tokens(bases: dict[str, Path]):
 def stories_tokens(material: Path) -> np.ndarray:
     """The sample of stories, split as the command splits it: windows of 512 that start with BOS."""
     base = open_checkpoint(material / "stories260k")
-    tokenizer, warnings = tokens.open_tokenizer(base.folder, base.config)
+    tokenizer, warnings = open_tokenizer(base.folder, base.config)
     assert tokenizer is not None and warnings == []
     text = read_plain(material / "text" / "tinystories_sample_4kb.txt")
     return tokens.windows(tokenizer.encode(text), base.config, 4096, 512)

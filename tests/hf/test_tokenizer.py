@@ -497,9 +497,9 @@ REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipe": (pipe, "is not a regular file"),
     "device": (lambda file: file.symlink_to("/dev/zero"), "outside the folder, to /dev/zero"),
     "elsewhere": (lambda file: file.symlink_to("/etc/passwd"), "outside the folder"),
-    "nowhere": (lambda file: file.symlink_to("absent"), "is a link to a file that does not exist"),
-    "circle": (lambda file: file.symlink_to(file.name), "is a link to a file that does not exist"),
-    "huge": (huge, "has 10,737,418,240 bytes, more than"),
+    "nowhere": (lambda file: file.symlink_to("absent"), "links to a file that does not exist"),
+    "circle": (lambda file: file.symlink_to(file.name), "links to a file that does not exist"),
+    "huge": (huge, "has 10,737,418,240 bytes, the limit is"),
     "pointer": (
         lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 17209920\n"),
         "is a Git-LFS pointer, not the file itself: run 'git lfs pull'",

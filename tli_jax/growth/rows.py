@@ -1,7 +1,7 @@
 """A row of a plan: how one layer of a grown model is built from the layers of its base.
 
 ``Row.action`` alone defines what a row means for a tensor, both in memory (``growth.inject``) and from file to file
-(``hf.stream``).
+(``hf.grown_tensors``).
 """
 
 import dataclasses
