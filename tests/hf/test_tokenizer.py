@@ -495,7 +495,7 @@ def huge(file: Path) -> None:
 
 REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pipe": (pipe, "is not a regular file"),
-    "device": (lambda file: file.symlink_to("/dev/zero"), "outside the folder, to /dev/zero"),
+    "device": (lambda file: file.symlink_to("/dev/zero"), "links to /dev/zero, outside the folder"),
     "elsewhere": (lambda file: file.symlink_to("/etc/passwd"), "outside the folder"),
     "nowhere": (lambda file: file.symlink_to("absent"), "links to a file that does not exist"),
     "circle": (lambda file: file.symlink_to(file.name), "links to a file that does not exist"),
