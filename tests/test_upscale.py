@@ -168,7 +168,9 @@ def test_json_mode_prints_only_json_to_stdout(tmp_path, capsys):
 
 def test_sample_is_the_same_text_for_an_exact_growth(tmp_path, capsys):
     assert run("--model", "embedded", "--output", tmp_path / "out", "--sample", "def ", "--no-proof") == 0
-    base, grown = [line.split(" continues: ")[1] for line in capsys.readouterr().out.splitlines() if " continues: " in line]
+    base, grown = [
+        line.split(" continues: ")[1] for line in capsys.readouterr().out.splitlines() if " continues: " in line
+    ]
     assert base == grown
     assert len(base) > 20
 

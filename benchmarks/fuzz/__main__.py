@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 # Before numpy and jax are imported: a process that forks must have no threads.
-os.environ |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OPENBLAS_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "XLA_FLAGS": ""}
 
 import targets
 

@@ -331,12 +331,17 @@ def _empty_text(folder: Path) -> None:
 
 @functools.cache
 def _fields(name: str) -> list[str]:
-    from tli_jax.cli import config
+    from tli_jax.cli import config, growth_config, train_config
 
-    schema = getattr(config, f"{name.capitalize()}Config")
+    (schema,) = (
+        getattr(module, f"{name.capitalize()}Config")
+        for module in (config, growth_config, train_config)
+        if f"{name.capitalize()}Config" in vars(module)
+        and vars(module)[f"{name.capitalize()}Config"].__module__ == module.__name__
+    )
     names = [field.name for field in dataclasses.fields(schema)]
     if name == "upscale":
-        names += [f"train.{field.name}" for field in dataclasses.fields(config.TrainConfig)]
+        names += [f"train.{field.name}" for field in dataclasses.fields(train_config.TrainConfig)]
     return names
 
 

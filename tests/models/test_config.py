@@ -280,7 +280,7 @@ def test_heads_must_divide_hidden_size_without_head_dim():
 
 
 def test_a_misspelt_key_is_suggested():
-    with pytest.raises(DataError, match=r"'num_hidden_layers' is missing.*is num_hidden_layer meant"):
+    with pytest.raises(DataError, match=r"'num_hidden_layers' is missing.*did you mean num_hidden_layer\?"):
         LlamaConfig.from_hf(without(OLD, "num_hidden_layers") | {"num_hidden_layer": 16})
 
 
