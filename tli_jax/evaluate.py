@@ -4,13 +4,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import rich.box
-import rich.table
-
 from tli_jax.cli.config import EvaluateConfig
 from tli_jax.cli.console import console, print_json
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.parse import parse
+from tli_jax.cli.tables import Table, make_columns, show_number
 from tli_jax.distributed import processes
 from tli_jax.evaluation.evaluate import evaluate
 
@@ -26,36 +24,34 @@ def main(arguments: Sequence[str]) -> None:
         EvaluateConfig, PROGRAM, "Measure a model's loss on texts and its accuracy on tasks.", arguments, EXAMPLES
     )
     with processes.joined(config.distributed, config.process):
-        found = evaluate(config)
+        results = evaluate(config)
         if not processes.is_first():
             return
         if config.json:
-            print_json(found)
+            print_json(results)
         else:
-            for table in tabulate(found):
-                console().show(table)
+            for table in make_tables(results):
+                table.render(console())
 
 
-def tabulate(found: dict[str, Any]) -> list[rich.table.Table]:
-    """Texts and tasks for a terminal."""
+def make_tables(results: dict[str, Any]) -> list[Table]:
+    """Tables of the texts and of the tasks."""
     tables = []
-    if found["texts"]:
-        table = rich.table.Table(box=rich.box.SIMPLE)
-        for heading in ("text", "tokens", "loss, nats a token", "perplexity", "bits a byte"):
-            table.add_column(heading, justify="left" if heading == "text" else "right")
-        for path, one in found["texts"].items():
-            bits = f"{one['bits_per_byte']:.4f}" if "bits_per_byte" in one else "–"
-            table.add_row(path, f"{one['tokens']:,}", f"{one['loss']:.4f}", f"{one['perplexity']:.3f}", bits)
-        tables.append(table)
-    if found["tasks"]:
-        table = rich.table.Table(box=rich.box.SIMPLE)
-        for heading in ("task", "questions", "accuracy", "± stderr", "by length", "macro F1"):
-            table.add_column(heading, justify="left" if heading == "task" else "right")
-        for name, one in found["tasks"].items():
-            stderr = "–" if one["stderr"] is None else f"{one['stderr']:.4f}"
-            values = (f"{one[key]:.4f}" for key in ("accuracy_normalised", "f1"))
-            table.add_row(name, f"{one['questions']:,}", f"{one['accuracy']:.4f}", stderr, *values)
-        tables.append(table)
+    if texts := results["texts"]:
+        numbers = {"tokens": 3, "loss, nats per token": 0, "perplexity": 1, "bits per byte": 2}
+        specs = {"loss": ".4f", "perplexity": ".3f", "bits_per_byte": ".4f"}
+        rows = [
+            [path, f"{text['tokens']:,}", *(show_number(text.get(key), spec) for key, spec in specs.items())]
+            for path, text in texts.items()
+        ]
+        tables.append(Table(make_columns({"text": 0}, numbers), rows))
+    if tasks := results["tasks"]:
+        numbers = {"questions": 2, "accuracy": 0, "± stderr": 1, "normalised by length": 3, "macro F1": 3}
+        keys = ("accuracy", "stderr", "accuracy_normalised", "f1")
+        rows = [
+            [name, f"{task['questions']:,}", *(show_number(task[key]) for key in keys)] for name, task in tasks.items()
+        ]
+        tables.append(Table(make_columns({"task": 0}, numbers), rows))
     return tables
 
 

@@ -333,11 +333,10 @@ def _empty_text(folder: Path) -> None:
 def _fields(name: str) -> list[str]:
     from tli_jax.cli import config, growth_config, train_config
 
-    (schema,) = (
-        getattr(module, f"{name.capitalize()}Config")
-        for module in (config, growth_config, train_config)
+    schema = next(
+        vars(module)[f"{name.capitalize()}Config"]
+        for module in (train_config, growth_config, config)
         if f"{name.capitalize()}Config" in vars(module)
-        and vars(module)[f"{name.capitalize()}Config"].__module__ == module.__name__
     )
     names = [field.name for field in dataclasses.fields(schema)]
     if name == "upscale":

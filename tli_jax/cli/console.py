@@ -84,15 +84,6 @@ class Console(rich.console.Console):
     def render_str(self, text: str, **options: Any) -> rich.text.Text:
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
-    def show(self, table: rich.console.RenderableType) -> None:
-        """Print a table in full: a narrower terminal wraps its lines instead of cutting numbers."""
-        full = self.measure(table, options=self.options.update_width(10_000)).maximum
-        width, self.width = self.width, max(full, self.width)
-        try:
-            self.print(table, crop=False)
-        finally:
-            self.width = width
-
 
 def console(is_stderr: bool = False) -> Console:
     """The console to print to: as wide as the terminal or ``COLUMNS``, otherwise 120 characters."""
