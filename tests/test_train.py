@@ -556,7 +556,7 @@ def test_text_may_be_missing_if_its_tokens_are_cached(small, tmp_path, capsys):
     text.unlink()
     capsys.readouterr()
     assert run_here(tmp_path / "stopped", steps=4) == 0
-    assert "a.txt: is gone, so the run goes on with its tokens" in read_stderr(capsys)
+    assert "a.txt: no longer exists, so its tokens in" in read_stderr(capsys)
     assert state_digests(tmp_path / "stopped", 4) == state_digests(tmp_path / "whole", 4)
     (ids,) = (tmp_path / "stopped" / "data").glob("*.ids")
     content = bytearray(ids.read_bytes())

@@ -546,7 +546,7 @@ def test_model_that_cannot_be_run_can_be_grown_without_a_proof(key: str, rope: d
 
 def test_model_that_cannot_be_run_is_neither_proved_nor_sampled_nor_trained(cli: Command, tmp_path: Path) -> None:
     damage = config(rope_scaling={"type": "dynamic", "factor": 2.0})
-    cli.refuses("tied", damage, 65, "cannot be run, RoPE type 'dynamic'", "works with --no-proof", proof=True)
+    cli.refuses("tied", damage, 65, "cannot be run, RoPE type 'dynamic'", "grow it with --no-proof", proof=True)
     for flags in (
         ["--sample", "x"],
         ["--method", "adept"],
