@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 
 from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.frame import run_command
-from tli_jax.cli.parse import growth_config, parse
+from tli_jax.cli.growth_config import UpscaleConfig
+from tli_jax.cli.parse import from_values, parse
 from tli_jax.compare import main
 from tli_jax.comparison.contenders import make_contenders
 from tli_jax.hf import hub
@@ -184,7 +185,9 @@ def test_shipped_configurations(name: str) -> None:
     base = open_checkpoint(hub.resolve("embedded"))
     contenders, left_out = make_contenders(config, base)
     assert len(contenders) + len(left_out) == len(config.methods) + 3
-    plans = {one.name: make_plan(growth_config(one.growth, ""), base, [0.0] * 12) for one in contenders[3:]}
+    plans = {
+        one.name: make_plan(from_values(UpscaleConfig, one.growth, ""), base, [0.0] * 12) for one in contenders[3:]
+    }
     assert {len(plan) for name, plan in plans.items() if not name.startswith("moe")} == {18}
 
 

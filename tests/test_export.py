@@ -95,16 +95,18 @@ def test_records_chain(chain):
     assert open_checkpoint(chain / "deeper").growth == deeper
 
 
-def test_cards(chain):
+def test_model_cards(chain):
     names = ("trained", "grown", "again", "deeper")
     cards = {name: (chain / name / "README.md").read_text(encoding="utf-8") for name in names}
-    assert "base trained with [tli_jax]" in cards["trained"] and "256 tokens in 2 steps" in cards["trained"]
+    assert "base, trained with tli_jax" in cards["trained"] and "256 tokens in 2 steps" in cards["trained"]
     assert "The base had been trained on 256 tokens in 2 steps." in cards["grown"]
-    assert "before it was trained, on" in cards["again"] and "Trained: `injected`" in cards["again"]
-    assert "Trained before, on 300 tokens in 3 steps" in cards["again"]
+    assert "Proof, run before any training" in cards["again"] and "layers `injected`" in cards["again"]
+    count = read(chain / "again" / "training.json")["trainable_parameters"]
+    assert f"Trainable parameters: {count:,}" in cards["again"] and count > 0
+    assert "Earlier training: 300 tokens in 3 steps" in cards["again"]
     assert "It has not been trained since." in cards["deeper"]
     for card in cards.values():
-        assert "base_model" not in card and "/" not in card
+        assert "base_model" not in card and str(chain) not in card and "/home" not in card and "/tmp" not in card
 
 
 def test_report_shows_the_training(chain, capsys):

@@ -15,7 +15,7 @@ COMMANDS = {
         ("--model", "--text", "--validation-text", "--run", "--export", "--config"),
     ),
     "evaluate": (SMALL, ("--model", "--text", "--tasks", "--config")),
-    "compare.__main__": (
+    "compare": (
         f"{SMALL} --output out --methods tli --steps 0",
         ("--model", "--text", "--old-text", "--output", "--tasks", "--config"),
     ),

@@ -261,7 +261,8 @@ def test_unusable_buckets_are_refused(storage, start, tmp_path):
 def test_refused_without_a_request(start, tmp_path):
     flags = options(start, start / "grown")
     assert "only Google Cloud Storage" in command({}, *flags, "--run", "s3://bucket/run", code=2)
-    assert "must be a local folder" in command({}, *flags, "--run", tmp_path / "run", "--export", "gs://bucket/out", code=2)
+    export = ("--run", tmp_path / "run", "--export", "gs://bucket/out")
+    assert "must be a local folder" in command({}, *flags, *export, code=2)
     output = command(
         {"XDG_CACHE_HOME": tmp_path}, *flags, "--run", "gs://bucket/run", code=2, script=("-c", WITHOUT_GCSFS)
     )

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import pydantic
 
 from tli_jax.cli.frame import Parser
-from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
+from tli_jax.cli.growth_config import PreflightConfig
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.yaml_file import is_unicode, read_yaml
 from tli_jax.errors import UsageError, nearest
@@ -201,11 +201,6 @@ def from_values(kind: type[Config], values: dict[str, Any], where: str) -> Confi
         UsageError: an unknown key or an invalid value; the message starts with ``where``.
     """
     return _validate(kind, values, {}, where)
-
-
-def growth_config(values: dict[str, Any], where: str) -> UpscaleConfig:
-    """The configuration of a growth from keys and values. See ``from_values``."""
-    return from_values(UpscaleConfig, values, where)
 
 
 def difference(before: Any, after: Any, may_change: Sequence[str]) -> str:

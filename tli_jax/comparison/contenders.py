@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 from tli_jax.cli.config import CompareConfig
-from tli_jax.cli.parse import growth_config
+from tli_jax.cli.growth_config import UpscaleConfig
+from tli_jax.cli.parse import from_values
 from tli_jax.cli.yaml_file import plain
 from tli_jax.errors import UsageError
 from tli_jax.growth.sizes import fit
@@ -67,7 +68,7 @@ def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Conte
             raise UsageError(f"{where}: names must be unique, of letters, digits and . : + - _: choose another name")
         if reserved := sorted(_RESERVED & growth.keys()):
             raise UsageError(f"{where}: {', '.join(reserved)} cannot be set for one method: remove it")
-        validated = dataclasses.asdict(growth_config(growth, where))
+        validated = dataclasses.asdict(from_values(UpscaleConfig, growth, where))
         growth = {key: validated[key] for key in growth}
         method = growth["method"]
         size_options = fit(method, layers, every, growth)
@@ -77,7 +78,7 @@ def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Conte
         growth |= size_options
         if method == "moe" and not growth.get("top_k"):
             growth["top_k"] = _fit_top_k(base.config, every) * growth.get("granularity", 1)
-        plan = make_plan(growth_config(growth, where), base, [0.0] * layers)
+        plan = make_plan(from_values(UpscaleConfig, growth, where), base, [0.0] * layers)
         twin = next((other for other, rows in plans.items() if rows == (plan.rows, plan.experts)), None)
         if twin is not None:
             left_out[name] = f"it makes the same layers as {twin}"

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tli_jax.cli.console import logging_to
-from tli_jax.cli.parse import growth_config
+from tli_jax.cli.growth_config import UpscaleConfig
+from tli_jax.cli.parse import from_values
 from tli_jax.cli.progress import progress
 from tli_jax.comparison.contenders import Contender
 from tli_jax.comparison.workspace import Workspace, write_json
@@ -87,7 +88,7 @@ def _make_model(space: Workspace, contender: Contender, seed: int) -> dict[str, 
         return _sizes(config) | {"plan": None, "proof": None, "seconds": 0.0}
     values = contender.growth | {"model": space.config.model, "revision": space.config.revision}
     values |= {"output": str(folder), "overwrite": True} | ({"seed": seed} if contender.is_random else {})
-    job = prepare(growth_config(values, f"methods: {contender.name}"))
+    job = prepare(from_values(UpscaleConfig, values, f"methods: {contender.name}"))
     seconds: dict[str, float] = {}
     record = grow(job, seconds)
     return {
