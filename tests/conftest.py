@@ -30,6 +30,12 @@ settings.register_profile("tli_jax", deadline=None, derandomize=True)
 settings.load_profile("tli_jax")
 
 
+@pytest.fixture(autouse=True)
+def _full_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """pytest-xdist sets COLUMNS in its workers, and tables honour it."""
+    monkeypatch.delenv("COLUMNS", raising=False)
+
+
 @pytest.fixture(scope="session")
 def material() -> Path:
     """Folder with real checkpoints and texts, which only some machines have."""
