@@ -163,7 +163,7 @@ def test_z_loss_is_the_squared_log_partition_function(build, batch):
 
     llama = Llama.from_params(trainer.model, as_model(trained, frozen, trainer.param_specs))
     hidden, _, _ = llama.hidden(tokens[:, :-1], segments_BT=segments[:, :-1])
-    log_z = jax.nn.logsumexp(llama.head(hidden), axis=-1) * (segments[:, 1:] == segments[:, :-1])
+    log_z = jax.nn.logsumexp(llama.logits(hidden), axis=-1) * (segments[:, 1:] == segments[:, :-1])
     np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)
 
 
