@@ -64,7 +64,7 @@ def logging_to(file: TextIO) -> Iterator[None]:
 
 @contextlib.contextmanager
 def live_on(screen: "Console") -> Iterator[None]:
-    """Send what is printed to stderr inside through the console of a progress bar."""
+    """Route lines for stderr through the console of a progress bar while it is shown."""
     token = _live.set(screen)
     try:
         yield
