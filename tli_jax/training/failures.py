@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -110,6 +111,14 @@ def broadcast(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if jax.process_count() > 1 else value
 
 
+def _is_not_from_orbax(record: logging.LogRecord) -> bool:
+    """A filter for log records. asyncio reports the errors of Orbax's files (etils) with nothing but a traceback."""
+    text = record.pathname + record.getMessage()
+    if record.exc_info:
+        text += "".join(traceback.format_exception(*record.exc_info))
+    return not re.search("orbax|etils", text)
+
+
 @functools.cache
 def silence_orbax() -> None:
     """Keep Orbax's tracebacks off stderr: it also raises the errors, and the user gets them in one line.
@@ -118,7 +127,7 @@ def silence_orbax() -> None:
     those would leave a traceback, some of them much later.
     """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(lambda record: "orbax" not in record.pathname + record.getMessage())
+        logging.getLogger(name).addFilter(_is_not_from_orbax)
     hook = sys.unraisablehook
 
     def unraisable(problem: Any) -> None:
