@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
 # Pages whose commands run in `make test`; those of the others run in `make test-long`.
-QUICK = ("README.md", "docs/api.md", "docs/methods.md")
+QUICK = ("README.md", "docs/api.md")
 # Largest numbers of options that decide how long a command takes.
 SMALL = {"steps": 4, "warmup": 1, "seeds": 1, "batch-size": 2, "sequence-length": 64, "limit": 4}
 SHELL = ("bash", "sh", "console")
