@@ -67,6 +67,16 @@ def test_every_export_resolves() -> None:
         _ = tli_jax.nothing
 
 
+def test_commands_import_no_jax() -> None:
+    """``--help`` is fast, and JAX_PLATFORMS and the variables of libtpu are set before JAX reads them."""
+    names = [name for name in COMMANDS if name != "version"]
+    code = (
+        f"import importlib, sys; [importlib.import_module('tli_jax.' + name) for name in {names}]; print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"jax", "flax", "optax", "transformers"} & set(done.stdout.split())
+
+
 def test_an_unknown_command_suggests_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("upscle") == 2
     assert "upscle is not a command, did you mean upscale?" in capsys.readouterr().err

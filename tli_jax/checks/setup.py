@@ -1,6 +1,5 @@
 """Checks of the processes and of the mesh."""
 
-import platform
 from importlib import metadata
 
 from tli_jax.checks.context import Context, NotCheckedError, Result, join, require
@@ -8,8 +7,8 @@ from tli_jax.cli.libtpu import has_compiler
 from tli_jax.distributed import processes
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
+from tli_jax.hf import sidecar
 from tli_jax.hf.grown_config import grown_config
-from tli_jax.training.trainer import make_trainer
 
 _PACKAGES = ("tli_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers")
 
@@ -17,7 +16,7 @@ _PACKAGES = ("tli_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "g
 def check_processes(context: Context) -> Result:
     """All processes must have the same versions and the same devices."""
     config = context.config
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
+    versions = sidecar.versions(*_PACKAGES)
     if has_compiler():
         versions["libtpu"] = metadata.version("libtpu")
     if config.topology and not (config.train and (config.train.distributed or config.train.process)):
@@ -43,6 +42,7 @@ def check_processes(context: Context) -> Result:
 
 def check_mesh(context: Context) -> Result:
     from tli_jax.distributed.mesh import batch_degree
+    from tli_jax.training.trainer import make_trainer
 
     base = require(context.base, "a model")
     model, plan = base.config, context.plan

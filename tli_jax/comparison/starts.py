@@ -17,7 +17,6 @@ from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.inputs import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.results import RANDOM
-from tli_jax.training.trainer import make_trainer
 from tli_jax.upscaling.job import grow, prepare
 
 if TYPE_CHECKING:
@@ -125,6 +124,7 @@ def _measure(space: Workspace, folder: Path) -> dict[str, Any]:
     """The loss on the new and the old text, and the tasks."""
     from tli_jax.training.feed import Feed
     from tli_jax.training.state import load
+    from tli_jax.training.trainer import make_trainer
 
     weights = open_checkpoint(folder)
     trainer, _, _ = make_trainer(space.recipe, weights.config, None)

@@ -20,7 +20,6 @@ from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.text import replace_embedded
-from tli_jax.training.trainer import make_trainer
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
@@ -86,6 +85,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     from tli_jax.evaluation.tasks import open_tasks
     from tli_jax.training.feed import Feed
     from tli_jax.training.state import load
+    from tli_jax.training.trainer import make_trainer
 
     weights = open_checkpoint(hub.resolve(config.model, config.revision))
     tokenizer, warnings = open_tokenizer(weights.folder, weights.config, config.special_tokens == "parse")
