@@ -1,16 +1,15 @@
 """The cache of tokenized sources. An entry is three files: token ids, document starts, and a record with digests."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from tli_jax.hf.files import replace_file, sha256_file
 
 _MAX_RECORD = 2**20  # bytes
 
@@ -50,44 +49,17 @@ class CacheEntry:
     def write_record(self, facts: dict[str, Any]) -> dict[str, Any]:
         """Complete the entry. Returns the record: the key and the facts."""
         record = {"key": self.key} | facts
-        with replacing(self._json) as output:
-            output.write(json.dumps({"record": record, "sha256": sha256_json(record)}, indent=1).encode())
+        with self.replace(self._json) as temporary:
+            temporary.write_text(
+                json.dumps({"record": record, "sha256": sha256_json(record)}, indent=1), encoding="utf-8"
+            )
         return record
+
+    @staticmethod
+    def replace(file: Path) -> contextlib.AbstractContextManager[Path]:
+        """``replace_file`` with a temporary name of this machine, so that machines do not share a partial file."""
+        return replace_file(file, f"{platform.node()}.partial")
 
 
 def sha256_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def sha256_file(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait for and hold the lock of a cache folder: one process of a machine tokenizes, the others find the result."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Write a file that appears only once it is complete.
-
-    The temporary name is unique to the machine, so the next run overwrites what a killed one left.
-    """
-    partial = file.with_name(f".{file.name}.{platform.node()}.partial")
-    try:
-        with partial.open("wb") as output:
-            yield output
-            output.flush()
-            os.fsync(output.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from tli_jax.data.cache import CacheEntry, locked, replacing, sha256_file
+from tli_jax.data.cache import CacheEntry
 from tli_jax.data.documents import Documents
 from tli_jax.data.sources import Found, find_files
 from tli_jax.data.tokenization import Rules, tokenize
 from tli_jax.errors import DataError, MissingInputError
+from tli_jax.hf.files import lock, sha256_file
 
 _CHUNK = 2**20  # ids checked at a time
 
@@ -58,12 +59,18 @@ def open_stream(path: Path, rules: Rules, cache: Path, known_digest: str | None 
     if rules.tokenizer is None:
         raise DataError(f"{path}: the model has no tokenizer, so text cannot be read: give token ids as .npy")
     entry = CacheEntry(cache, rules.to_json() | {"source": digest})
-    with locked(cache):
+    cache.mkdir(parents=True, exist_ok=True)
+    with lock(cache):  # one process of a machine tokenizes, the others find the result
         record = entry.read_record()
         if record is None:
             if is_gone:
                 raise MissingInputError(f"{path}: no such file or folder, and its tokens are not in {cache}")
-            with replacing(entry.ids) as output, replacing(entry.starts) as starts_output:
+            with (
+                entry.replace(entry.ids) as ids_file,
+                entry.replace(entry.starts) as starts_file,
+                ids_file.open("wb") as output,
+                starts_file.open("wb") as starts_output,
+            ):
                 facts = tokenize(Documents(path, rules.config), rules, output, starts_output)
             record = entry.write_record(facts)
     notes = [*found.notes, *_describe(path, record)]

@@ -34,10 +34,10 @@ from tli_jax.distributed.processes import is_first
 from tli_jax.errors import MissingInputError, OutputError, StorageError, UsageError
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint
-from tli_jax.hf.files import lock, replace_file, storage_errors
+from tli_jax.hf.files import lock, replace_file, sha256_file, storage_errors
 from tli_jax.hf.records import read_growth
 from tli_jax.training.remote import RemoteDirectory
-from tli_jax.training.run_identity import check_files, file_digests, parse_facts, sha256
+from tli_jax.training.run_identity import check_files, file_digests, parse_facts
 
 # Keys that may change when a run resumes: its length, how it is saved and shown, and where it runs.
 MAY_CHANGE = (
@@ -197,7 +197,7 @@ class RunDirectory:
             "data": facts["data"],
             "plan": facts["files"].get("growth.json", "none"),
             "configuration": hashlib.sha256(config).hexdigest(),
-            "run.json": sha256(self.path / "run.json"),
+            "run.json": sha256_file(self.path / "run.json"),
         }
 
     def read_config(self) -> TrainConfig:

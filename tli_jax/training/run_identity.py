@@ -10,6 +10,7 @@ from typing import Any
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.files import sha256_file
 from tli_jax.hf.inputs import parse_json
 from tli_jax.hf.tensors import read_chunks
 
@@ -43,7 +44,7 @@ def parse_facts(content: bytes, where: str) -> dict[str, Any]:
 
 def file_digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of the files that ``run.json`` covers, by name."""
-    return {name: sha256(folder / name) for name in _covered(folder)}
+    return {name: sha256_file(folder / name) for name in _covered(folder)}
 
 
 def check_files(folder: Path, recorded: Mapping[str, str]) -> None:
@@ -53,7 +54,7 @@ def check_files(folder: Path, recorded: Mapping[str, str]) -> None:
         if name not in recorded:
             raise UsageError(f"{file}: was added after the run started: delete it")
         # A file larger than the limit cannot be the original, so it is not read.
-        if not file.is_file() or file.stat().st_size > sidecar.LARGEST or sha256(file) != recorded[name]:
+        if not file.is_file() or file.stat().st_size > sidecar.LARGEST or sha256_file(file) != recorded[name]:
             change = "changed" if file.exists() else "removed"
             raise UsageError(
                 f"{file}: was {change} after the run started: restore it from a copy, or use another run directory"
@@ -64,11 +65,6 @@ def _covered(folder: Path) -> list[str]:
     # Hidden files belong to a file system or an editor.
     model = [file for file in (folder / "model").rglob("*") if not file.is_dir() and not file.name.startswith(".")]
     return sorted(str(file.relative_to(folder)) for file in [*model, *folder.glob("growth.json")])
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def model_digest(checkpoint: Checkpoint) -> str:
