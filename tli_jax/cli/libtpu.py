@@ -31,7 +31,7 @@ def silence_libtpu() -> None:
     """Keep libtpu quiet on a machine without a TPU; elsewhere, do nothing. Call before JAX is imported.
 
     JAX loads every installed backend. Without a TPU, libtpu waits for a metadata server and prints warnings from C++.
-    If no other accelerator plugin is installed, JAX is told to use the CPU and does not load libtpu at all.
+    If no other accelerator plugin is installed, JAX uses the CPU and does not load libtpu at all.
     """
     if not has_compiler() or _may_have_tpu():
         return

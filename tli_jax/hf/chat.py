@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tli_jax.errors import DataError, UsageError
+from tli_jax.errors import DataError
 from tli_jax.hf.encoding import as_data_error, silence_stderr
 from tli_jax.hf.inputs import inside, read_json
 
@@ -26,13 +26,8 @@ def render_chat(folder: Path, prompt: str) -> str:
     transformers renders the template in Jinja's sandbox. The text contains all special tokens, including BOS.
 
     Raises:
-        UsageError: jinja2 is not installed.
         DataError: there is no template, or it cannot be rendered.
     """
-    try:
-        import jinja2  # noqa: F401
-    except ImportError:
-        raise UsageError("--chat needs jinja2: pip install jinja2, or use --no-chat") from None
     import transformers
 
     if not has_chat_template(folder):
