@@ -76,15 +76,10 @@ def test_block_that_is_not_run(block):
 
 
 @pytest.fixture
-def environment(tmp_path, compiled):
+def environment(compiled):
     """This interpreter's programs come first on PATH; one device, and the programs that other tests compiled."""
     programs = Path(sys.executable).parent
-    if not (programs / "tli-jax").exists():  # the environment is older than the command
-        shim = tmp_path / "bin" / "tli-jax"
-        shim.parent.mkdir()
-        shim.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m tli_jax "$@"\n')
-        shim.chmod(0o755)
-    path = f"{tmp_path / 'bin'}:{programs}:{os.environ['PATH']}"
+    path = f"{programs}:{os.environ['PATH']}"
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     return os.environ | compiled | {"PATH": path, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": ""}
 

@@ -45,14 +45,13 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see --help")
 
     def format_help(self) -> str:
-        formatter = argparse.HelpFormatter(
-            self.prog, max_help_position=30, width=shutil.get_terminal_size((100, 24)).columns
-        )
+        width = shutil.get_terminal_size((100, 24)).columns
+        formatter = argparse.HelpFormatter(self.prog, max_help_position=30, width=width)
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         text = formatter.format_help() + (f"\n{self.epilog}\n" if self.epilog else "")
         for group in self._action_groups:
-            formatter = argparse.HelpFormatter(self.prog, max_help_position=30, width=formatter._width)
+            formatter = argparse.HelpFormatter(self.prog, max_help_position=30, width=width)
             formatter.start_section(group.title)
             formatter.add_arguments(group._group_actions)
             formatter.end_section()
