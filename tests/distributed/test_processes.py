@@ -95,7 +95,9 @@ class Pair:
     def stdout(self):
         """Return the lines of each process, without those in which Gloo reports connections."""
         texts = [(self.files / f"{index}.out").read_text() for index in range(len(self.processes))]
-        return [[line for line in text.splitlines() if not line.startswith("[Gloo]")] for text in texts]
+        return [
+            [line for line in text.splitlines() if "Gloo" not in line and "peer ranks" not in line] for text in texts
+        ]
 
     def wait_until_running(self):
         """Wait until all processes are in their loop. Return the process ids of the children that compute."""

@@ -696,7 +696,9 @@ def test_two_processes(tmp_path: Path, run_script: RunScript):
             assert not process.returncode, err
             why = "ValueError: garbage" if index else "process 1 cannot read it"
             given_up = f"{tmp_path}/2: meta/meta.json: {why}: set aside, resuming from the previous checkpoint"
-            assert [line for line in out.splitlines() if "Gloo" not in line] == [given_up]
+            # Gloo prints from several threads, whose lines run into each other.
+            lines = [line for line in out.splitlines() if "Gloo" not in line and "peer ranks" not in line]
+            assert lines == [given_up]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3", "frozen"]
     checkpoints = Checkpoints(tmp_path, keep=2)
     wanted = {"a": jax.ShapeDtypeStruct((64, 512), np.float32, sharding=NamedSharding(make_mesh(2, 4), P("tensor")))}
