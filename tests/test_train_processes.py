@@ -79,7 +79,7 @@ class Group:
                 subprocess.Popen(
                     [*script, *flags(run, **options, **own)],
                     env=os.environ | devices | cached,
-                    stdout=subprocess.DEVNULL,  # Gloo reports connections
+                    stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
                 )
