@@ -18,6 +18,8 @@ from flax import nnx
 
 from tli_jax.models.attention import Attention, AttentionImpl, Cache, Rope, causal, make_rope
 from tli_jax.models.config import LlamaConfig
+from tli_jax.models.cross_entropy import CrossEntropy, chunked_cross_entropy
+from tli_jax.models.embedding import Lookup
 from tli_jax.models.modules import Embed, Linear, RMSNorm, tensor_options, wrap_params
 from tli_jax.models.moe import ExpertDispatch, MixtureOfExperts, every_expert
 
@@ -41,6 +43,8 @@ class ForwardOptions(NamedTuple):
         remat: what the backward pass rematerializes: nothing, all but the products with weights, or complete layers.
         attention_impl: the attention kernel.
         dispatch: how experts are run.
+        lookup: the embedding look-up and its gradient.
+        cross_entropy: the cross-entropy that is fused with the head.
         constrain: shards an activation, given a letter for each of its dims.
     """
 
@@ -48,6 +52,8 @@ class ForwardOptions(NamedTuple):
     remat: Remat = "none"
     attention_impl: AttentionImpl = causal
     dispatch: ExpertDispatch = every_expert
+    lookup: Lookup = Lookup()
+    cross_entropy: CrossEntropy = chunked_cross_entropy
     constrain: Callable[[jax.Array, str], jax.Array] = lambda x, dims: x
 
 
@@ -175,7 +181,7 @@ class Llama(nnx.Module):
             ``[B, T, D]``; the cache, or None; the mean over the layers, 0 without experts or with a cache.
         """
         T = tokens_BT.shape[1]
-        x_BTD = options.constrain(self.embed_tokens(tokens_BT, options.dtype, options.constrain), "BTD")
+        x_BTD = options.constrain(self.embed_tokens(tokens_BT, options.dtype, options.lookup), "BTD")
         rope = make_rope(self.config, T, x_BTD.dtype, cache)
         if cache is None:
             rope = rope._replace(attend=options.attention_impl(T, segments_BT))

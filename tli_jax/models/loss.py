@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in chunks, so that the logits of a complete batch never exist."""
+"""Next-token cross-entropy of a model."""
 
 import functools
 
@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from tli_jax.models.config import LlamaConfig
+from tli_jax.models.cross_entropy import objective, token_cross_entropy
 from tli_jax.models.llama import ForwardOptions, Llama, Params
-
-# Logits per chunk by default: 256 MiB in fp32, whatever the vocabulary.
-LOGITS = 2**26
 
 
 def next_tokens(tokens_BT: jax.Array, segments_BT: jax.Array | None = None) -> jax.Array:
@@ -28,44 +26,49 @@ def token_losses(
     segments_BT: jax.Array | None = None,
     options: ForwardOptions = ForwardOptions(),  # noqa: B008
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Cross-entropy of each token given those before it.
+    """Cross-entropy of each token given those before it. Its gradient computes the logits a second time.
 
     Args:
         tokens_BT: int token ids ``[B, T]``; -1 is padding.
-        chunk: positions per chunk, counted over the whole batch. By default, a chunk has at most ``LOGITS`` logits, so
-            that memory depends on neither B, T nor V.
+        chunk: tokens whose logits are held at a time, on each device; see ``chunked_cross_entropy``.
         segments_BT: the document of each token; None if there is a single one.
 
     Returns:
         The losses in nats, fp32 ``[B, T-1]``; the log of the softmax denominators, for a z-loss, fp32 ``[B, T-1]``; and
         the load-balancing loss of experts. The first two are 0 where ``next_tokens`` is -1.
     """
+    x_BTD, targets_BT, balance_loss = _hidden(model, tokens_BT, segments_BT, options)
+    losses_BT, log_z_BT = token_cross_entropy(options.cross_entropy, chunk, x_BTD, model.head_weight[...], targets_BT)
+    return losses_BT, log_z_BT, balance_loss
+
+
+def summed_losses(
+    model: Llama,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array | None = None,
+    z_loss: float = 0.0,
+    options: ForwardOptions = ForwardOptions(),  # noqa: B008
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What training minimises, with the gradients of head and hidden states computed in the forward pass.
+
+    Args: as in ``token_losses``.
+
+    Returns:
+        The sum over all tokens of the cross-entropy and of ``z_loss`` times the squared log-denominator; the summed
+        cross-entropy alone, which carries no gradient; and the load-balancing loss of experts.
+    """
+    x_BTD, targets_BT, balance_loss = _hidden(model, tokens_BT, segments_BT, options)
+    total, nats = objective(options.cross_entropy, z_loss, x_BTD, model.head_weight[...], targets_BT)
+    return total, nats, balance_loss
+
+
+def _hidden(
+    model: Llama, tokens_BT: jax.Array, segments_BT: jax.Array | None, options: ForwardOptions
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     inputs_BT, targets_BT = jnp.maximum(tokens_BT[:, :-1], 0), next_tokens(tokens_BT, segments_BT)
     segments_BT = None if segments_BT is None else segments_BT[:, :-1]
     x_BTD, _, balance_loss = model.hidden(inputs_BT, None, segments_BT, options)
-    B, T, D = x_BTD.shape
-    # Split along T, so that every device has a share of every chunk.
-    C = min(T, max(1, (chunk or LOGITS // model.config.vocab_size) // B))
-    pad = -T % C
-    x_NBCD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0))).reshape(B, -1, C, D).swapaxes(0, 1)
-    targets_NBC = jnp.pad(targets_BT, ((0, 0), (0, pad)), constant_values=-1).reshape(B, -1, C).swapaxes(0, 1)
-    head_VD = options.constrain(model.head_weight[...].astype(x_BTD.dtype), "VD")
-
-    @jax.checkpoint
-    def chunk_losses(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x_BCD, targets_BC = options.constrain(inputs[0], "BTD"), inputs[1]
-        logits_BCV = jnp.einsum("...d,vd->...v", x_BCD, head_VD, preferred_element_type=jnp.float32)
-        logits_BCV = options.constrain(logits_BCV, "BTV")
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        # A gather would all-gather the logits if the vocabulary is sharded.
-        is_target = jax.lax.broadcasted_iota(jnp.int32, logits_BCV.shape, 2) == targets_BC[..., None]
-        target_logits_BC = jnp.sum(jnp.where(is_target, logits_BCV, 0.0), axis=-1)
-        has_target = targets_BC >= 0
-        return jnp.where(has_target, log_z_BC - target_logits_BC, 0.0), jnp.where(has_target, log_z_BC, 0.0)
-
-    losses_NBC, log_z_NBC = jax.lax.map(chunk_losses, (x_NBCD, targets_NBC))
-    losses_BT, log_z_BT = (y.swapaxes(0, 1).reshape(B, -1)[:, :T] for y in (losses_NBC, log_z_NBC))
-    return losses_BT, log_z_BT, balance_loss
+    return x_BTD, targets_BT, balance_loss
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tli_jax.models.config import LlamaConfig
+from tli_jax.models.embedding import Lookup, look_up
+from tli_jax.models.precision import matmul_precision
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 M = TypeVar("M", bound=nnx.Module)
@@ -83,7 +85,7 @@ class Linear(Weight):
         super().__init__((out_features, in_features), rngs=rngs, **options)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), precision=matmul_precision(x.dtype))
 
 
 class Embed(Weight):
@@ -92,20 +94,14 @@ class Embed(Weight):
     def __init__(self, num_embeddings: int, features: int, *, rngs: nnx.Rngs, **options: Any):
         super().__init__((num_embeddings, features), rngs=rngs, **options)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        dtype: Any = None,
-        constrain: Callable[[jax.Array, str], jax.Array] = lambda x, dims: x,
-    ) -> jax.Array:
-        """Look up ``tokens``: ``[...] -> [..., features]`` in ``dtype``, by default that of the weight."""
+    def __call__(self, tokens: jax.Array, dtype: Any = None, lookup: Lookup = Lookup()) -> jax.Array:  # noqa: B008
+        """Look up ``tokens``: ``[B, T] -> [B, T, features]`` in ``dtype``, by default that of the weight."""
         weight = self.weight[...]
-        # Constrained before the look-up, or the compiler would all-gather the looked-up rows.
-        return constrain(weight.astype(dtype or weight.dtype), "VD")[tokens]
+        return look_up(lookup, dtype or weight.dtype, weight, tokens)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of a tied head, ``[..., features] -> [..., num_embeddings]``."""
-        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype))
+        return jnp.einsum("...i,oi->...o", x, self.weight[...].astype(x.dtype), precision=matmul_precision(x.dtype))
 
 
 class RMSNorm(Weight):

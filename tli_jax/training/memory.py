@@ -20,7 +20,7 @@ from tli_jax.growth.upcycle import upcycle
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Remat
-from tli_jax.models.loss import LOGITS
+from tli_jax.models.cross_entropy import LOGITS
 from tli_jax.models.tree import nest
 from tli_jax.training.freezing import ParamSpec
 from tli_jax.training.step import Programs

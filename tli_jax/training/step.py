@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.values import Group
 from tli_jax.distributed.mesh import batch_sharding, constrain, param_sharding, replicated
+from tli_jax.distributed.vocabulary import sharded_cross_entropy, sharded_lookup
 from tli_jax.models.attention import AttentionImpl
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import ForwardOptions, Llama
-from tli_jax.models.loss import LOGITS, next_tokens, token_losses
+from tli_jax.models.loss import next_tokens, summed_losses, token_losses
 from tli_jax.models.moe import ExpertDispatch, every_expert
 from tli_jax.training.freezing import Arrays, Layout, ParamSpec, as_model
 from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
@@ -64,9 +65,14 @@ class Programs:
 
     @property
     def forward_options(self) -> ForwardOptions:
-        constrained = functools.partial(constrain, self.mesh)
         return ForwardOptions(
-            self.config.compute_dtype, self.config.remat, self.attention_impl, self.dispatch, constrained
+            self.config.compute_dtype,
+            self.config.remat,
+            self.attention_impl,
+            self.dispatch,
+            sharded_lookup(self.mesh),
+            functools.partial(sharded_cross_entropy, self.mesh),
+            functools.partial(constrain, self.mesh),
         )
 
     @property
@@ -153,24 +159,20 @@ class Programs:
         """Jitted ``(trained, frozen, tokens [B, T+1]) -> cross-entropy of each token but the first [B, T]``, nats."""
 
         def losses(trained: Arrays, frozen: Arrays, tokens: jax.Array) -> Any:
-            return self._token_losses(trained, frozen, tokens, None)[0]
+            return token_losses(self._model(trained, frozen), tokens, options=self.forward_options)[0]
 
         return jax.jit(losses, out_shardings=replicated(self.mesh))
 
-    def _token_losses(
-        self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        model = Llama.from_params(self.model, as_model(trained, frozen, self.param_specs))
-        # Logits are sharded over all devices, so a chunk can be that much larger.
-        chunk = LOGITS * self.mesh.size // self.model.vocab_size
-        return token_losses(model, tokens, chunk, segments, self.forward_options)
+    def _model(self, trained: Arrays, frozen: Arrays) -> Llama:
+        return Llama.from_params(self.model, as_model(trained, frozen, self.param_specs))
 
     def _sums(self, trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> tuple[Any, Any]:
         """``(objective, (cross-entropy, target count, load-balancing loss if the model has experts))``, all but the
         last summed over targets."""
-        losses_BT, log_z_BT, balance = self._token_losses(trained, frozen, tokens, segments)
-        loss, count = losses_BT.sum(), jnp.sum(next_tokens(tokens, segments) >= 0)
-        objective = loss + self.config.z_loss * jnp.square(log_z_BT).sum()
+        objective, loss, balance = summed_losses(
+            self._model(trained, frozen), tokens, segments, self.config.z_loss, self.forward_options
+        )
+        count = jnp.sum(next_tokens(tokens, segments) >= 0)
         if not self.model.num_experts:
             return objective, (loss, count)
         return objective + self.config.balance_loss * count * balance, (loss, count, balance)
