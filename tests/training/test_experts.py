@@ -13,7 +13,7 @@ from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import init_params
 from tli_jax.models.moe import every_expert
 from tli_jax.training.freezing import as_model, make_layout
-from tli_jax.training.optimizer import make_optimizer
+from tli_jax.training.optimizer import learning_rates, make_optimizer
 from tli_jax.training.trainer import Trainer
 
 MODEL = LlamaConfig(64, 32, 48, 4, 4, 2, 8, initializer_range=0.2, num_experts=4, experts_per_token=2)
@@ -142,11 +142,12 @@ def test_each_expert_is_updated_separately(build, params, optimizer):
     rng = np.random.default_rng(0)
     slopes = {name: np.asarray(rng.normal(0, 1, x.shape), np.float32) for name, x in trained.items()}
     optax_optimizer = make_optimizer(trainer.config, trainer.param_specs)
-    updates, _ = optax_optimizer.update(slopes, optax_optimizer.init(trained), trained)
+    rates = learning_rates(trainer.config, 1)
+    updates, _ = optax_optimizer.update(slopes, optax_optimizer.init(trained), trained, rates=rates)
     name = next(name for name in trained if "experts.w1" in name)
     other = dict(slopes) | {name: slopes[name].copy()}
     other[name][0, 1] *= -3.0  # only the gradient of expert 1 changes
-    changed, _ = optax_optimizer.update(other, optax_optimizer.init(trained), trained)
+    changed, _ = optax_optimizer.update(other, optax_optimizer.init(trained), trained, rates=rates)
     np.testing.assert_allclose(changed[name][0, 0], updates[name][0, 0], rtol=1e-5)
     assert (np.asarray(changed[name][0, 1]) != np.asarray(updates[name][0, 1])).any()
     if optimizer == "muon":

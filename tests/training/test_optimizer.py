@@ -10,7 +10,7 @@ import pytest
 
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.training.freezing import Layout, group
-from tli_jax.training.optimizer import make_optimizer, make_schedule
+from tli_jax.training.optimizer import learning_rates, make_optimizer, make_schedule
 
 
 def rates(**options):
@@ -60,8 +60,8 @@ def update(config, specs, trained, gradients, steps=2):
     optimizer = make_optimizer(config, specs)
     state = optimizer.init(trained)
     run = jax.jit(optimizer.update)
-    for _ in range(steps):
-        updates, state = run(gradients, state, trained)
+    for step in range(1, steps + 1):
+        updates, state = run(gradients, state, trained, rates=learning_rates(config, step))
     return updates
 
 

@@ -103,6 +103,37 @@ def inner_jaxprs(eqn):
                 yield part
 
 
+def dots(jaxpr):
+    """The matrix products of a program, each once."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from dots(inner)
+
+
+def test_no_product_with_the_vocabulary_has_an_fp32_operand_in_a_bfloat16_step(build, batch):
+    """fp32 operands would be multiplied in TF32 on a GPU, at half the speed."""
+    trainer, trained, frozen = build(dtypes={"compute": "bfloat16"}, auxiliary={"z": 1e-3})
+    tokens, segments = (x[0] for x in batch)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *a: trainer._sums(*a)[0]))(trained, frozen, tokens, segments)
+    V = trainer.model.vocab_size
+    with_head = [eqn for eqn in dots(jaxpr.jaxpr) if any(V in v.aval.shape for v in (*eqn.invars, *eqn.outvars))]
+    assert len(with_head) == 3  # logits, and the gradients of hidden states and head
+    assert all(v.aval.dtype == jnp.bfloat16 for eqn in with_head for v in eqn.invars)
+    assert all(eqn.outvars[0].aval.dtype == jnp.float32 for eqn in with_head)
+
+
+def test_gradients_of_embedding_and_head_are_never_all_reduced_whole(build, batch):
+    trainer, trained, frozen = build({"fsdp": 8}, learning_rate=1e-2)
+    arguments = (trainer.init(trained), frozen, *shard(trainer, batch), stop(trainer))
+    text = trainer.step.lower(*arguments).compile().as_text()
+    # XLA for CPUs writes a reduce-scatter as an all-reduce of a [V, D] array and a slice.
+    reduced = re.findall(r"= \(?\w+\[72,40\]\S* (all-reduce|reduce-scatter)\(", text)
+    assert len(reduced) <= 1, "the gradient of the head alone is reduced, once"
+    assert not re.search(r"\[72,40\]\S* all-gather\([^)]*embed", text)
+
+
 @pytest.mark.parametrize("outer", [None, "all"])
 @pytest.mark.parametrize("only", ["all", "injected", "last_n(3)", "layers(0,6)"])
 def test_a_step_has_exactly_the_stated_flops(build, only, outer):
@@ -165,7 +196,7 @@ def test_z_loss_is_the_squared_log_partition_function(build, batch):
     np.testing.assert_allclose(total - loss, 1e-2 * jnp.square(log_z).sum(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("remat", "only"), [("none", "injected"), ("dots", "all")])
+@pytest.mark.parametrize(("remat", "only"), [("full", "injected"), ("dots", "all"), ("attention", "injected")])
 def test_rematerialization_keeps_the_gradients(build, batch, on_one_device, remat, only):
     trainer = build(only=only, remat=remat, learning_rate=1e-2, clip_norm=0)
     check_gradients(train_with_gradients(*trainer, batch)[1], on_one_device(only)[1])
@@ -206,6 +237,22 @@ class TestBadSteps:
         state, metrics = trainer.step(state, frozen, *shard(trainer, batch), stop(trainer))
         assert int(metrics["skipped"]) == 0
         assert any((np.asarray(x) != before[name]).any() for name, x in state.trained.items())
+
+    def test_the_logged_learning_rate_is_the_applied_one_and_the_schedule_ends(self, build, batch):
+        """Lion moves every parameter by exactly the learning rate."""
+        options = {"learning_rate": 1e-2, "clip_norm": 0, "weight_decay": 0, "spike": 3.0, "validate_every": 1000}
+        trainer, trained, frozen = build(optimizer="lion", schedule="cosine", steps=24, final_fraction=0.0, **options)
+        _, state = train(trainer, trained, frozen, [batch] * 21)
+        arguments = (frozen, *shard(trainer, batch), stop(trainer))
+        norm = np.asarray(state.norm)
+        state, metrics = trainer.step(state._replace(norm=jnp.asarray(norm / 1000)), *arguments)
+        assert int(metrics["skipped"]) == 1
+        before = np.asarray(state.trained["lm_head.weight"])
+        state, metrics = trainer.step(state._replace(norm=jnp.asarray(norm)), *arguments)
+        moved = np.abs(np.asarray(state.trained["lm_head.weight"]) - before)
+        np.testing.assert_allclose(np.median(moved), float(metrics["learning_rate_outer"]), rtol=1e-3)
+        state, metrics = trainer.step(state, *arguments)
+        assert int(state.step) == 24 and float(metrics["learning_rate_outer"]) == pytest.approx(0, abs=1e-8)
 
 
 @pytest.mark.parametrize("only", ["all", "injected"])

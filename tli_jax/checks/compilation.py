@@ -25,11 +25,17 @@ def check_growth(context: Context) -> Result:
 
 def check_step(context: Context) -> Result:
     from tli_jax.training import memory
+    from tli_jax.training.fit import fit
 
-    trainer = require(context.trainer, "a mesh")
-    program = memory.compile_step(trainer, context.T, context.stored_dtype)
+    trainer, screen = require(context.trainer, "a mesh"), console(is_stderr=True)
+    limit = _memory_limit(context, trainer.mesh)
+    trainer, program = fit(
+        trainer, context.T, context.stored_dtype, limit, lambda line: screen.print(line, soft_wrap=True)
+    )
     estimate = memory.estimate(trainer, context.T, context.stored_dtype)
-    text, facts = _judge(context, program, trainer.mesh, memory.hints(trainer, context.T), {"on_paper": estimate})
+    more = {"on_paper": estimate, "remat": trainer.config.remat}
+    text, facts = _judge(context, program, trainer.mesh, memory.hints(trainer, context.T), more)
+    text = f"remat {trainer.config.remat}, {text}"
     terms = {name: memory.gib(nbytes) for name, nbytes in estimate.items() if name != "peak"}
     return f"{text}; estimated {memory.gib(estimate['peak'])}: {join(terms)}", facts
 

@@ -112,8 +112,11 @@ class Recipe(Reading):
         0.1, "decoupled weight decay of layer matrices and the head, not of norms and the embedding", OPTIMIZER
     )
     clip_norm: Amount = option(1.0, "clip the global gradient norm to this; 0 disables it", OPTIMIZER)
-    remat: Literal["none", "dots", "full"] = option(
-        "full", "rematerialized in the backward pass: nothing, all but matrix products (dots), everything", BATCH
+    remat: Literal["auto", "none", "dots", "attention", "full", "offload"] = option(
+        "auto",
+        "rematerialized in the backward pass: nothing; all but attention and matrix products (dots); all but attention;"
+        " everything; everything from layer inputs kept in host memory (offload); auto: the fastest that fits",
+        BATCH,
     )
     grad_accum_steps: NotNegative = option(
         1, "microbatches per step; 0 gives each device one sequence at a time", BATCH

@@ -1,6 +1,7 @@
 """Choose the attention implementation and the expert dispatch of a run, by platform, mesh and sizes."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -33,29 +34,42 @@ def choose_attention(
     """
     platform = mesh.devices.flat[0].platform
     platform = "gpu" if platform in ("cuda", "rocm") else platform
-    cudnn_runs = dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128
-    unmet = {
-        "cudnn": "" if cudnn_runs else "bfloat16 and a head size that is a multiple of 8, at most 128",
-        "splash": "" if T % _SPLASH_BLOCK == 0 else f"a sequence_length that is a multiple of {_SPLASH_BLOCK}",
-    }
+    unmet = {"cudnn": "", "splash": ""}  # what each kernel needs and does not have
+    if dtype != "bfloat16" or head_dim % 8 or head_dim > 128:
+        unmet["cudnn"] = "bfloat16 and a head size that is a multiple of 8, at most 128"
+    if isolate:
+        unmet["cudnn"] = "no_isolate, because it does not keep documents apart"
+    if dtype != "bfloat16" or T % _SPLASH_BLOCK:
+        unmet["splash"] = f"bfloat16 and a sequence_length that is a multiple of {_SPLASH_BLOCK}"
     if name == "auto":
         name = next((impl for impl, runs_on in _PLATFORM.items() if runs_on == platform and not unmet[impl]), "xla")
     elif name in _PLATFORM and _PLATFORM[name] != platform:
         raise UsageError(f"attention: {name} runs on {_PLATFORM[name]}, this is {platform}: choose xla or auto")
     elif unmet.get(name):
         raise UsageError(f"attention: {name} needs {unmet[name]}: choose xla or auto")
-    if name == "cudnn":
-        warning = " (warning: isolate is set, but cudnn cannot mask document boundaries)" if isolate else ""
-        return _cudnn, f"cudnn, across documents{warning}"
-    impl: AttentionImpl = causal if name == "xla" else functools.partial(_splash, mesh)
+    kernels = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
+    impl: AttentionImpl = functools.partial(kernels[name], mesh)
     if isolate:
         return impl, f"{name}, within documents"
     return lambda T, segments_BT: impl(T, None), f"{name}, across documents"
 
 
-def _cudnn(T: int, segments_BT: jax.Array | None) -> AttentionFn:
-    # To mask document boundaries it would need a [B, T, T] bias, the memory that it is used to save.
-    return functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+def _local(mesh: Mesh, attend: Callable[..., jax.Array], segments_BT: jax.Array | None) -> AttentionFn:
+    """Run ``attend(q, k, v, segments)`` on each device's sequences and heads."""
+    specs = (_QKV, _QKV, _QKV, None if segments_BT is None else PartitionSpec(_QKV[0], None))
+    run = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=_QKV, check_vma=False)
+    return lambda q_BTHh, k_BTKh, v_BTKh: run(q_BTHh, k_BTKh, v_BTKh, segments_BT)
+
+
+def _xla(mesh: Mesh, T: int, segments_BT: jax.Array | None) -> AttentionFn:
+    return _local(mesh, lambda q, k, v, segments_BT: causal(T, segments_BT)(q, k, v), segments_BT)
+
+
+def _cudnn(mesh: Mesh, T: int, segments_BT: None) -> AttentionFn:
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+    return _local(mesh, attend, None)
 
 
 def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool = False) -> AttentionFn:
@@ -68,8 +82,9 @@ def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool =
     blocks: dict[str, Any] = {f"block_{name}": block for name in names}
     sizes = splash.BlockSizes(**blocks)
 
-    def local(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def local(q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array, segments_BT: jax.Array | None) -> jax.Array:
         B, _, H, h = q_BTHh.shape
+        segments_BT = jnp.zeros((B, T), jnp.int32) if segments_BT is None else segments_BT
         K = k_BSKh.shape[2]
         mask = masks.MultiHeadMask([masks.CausalMask((T, T))] * (H // K))
         mqa: Any = splash.make_splash_mqa_single_device(mask, block_sizes=sizes, interpret=interpret)
@@ -80,12 +95,7 @@ def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool =
         out: Any = jax.vmap(lambda q, k, v, ids: heads(q, k, v, splash.SegmentIds(ids, ids)))(q, k, v, segments_BT)
         return out.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h)
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        ids = jnp.zeros(q.shape[:2], jnp.int32) if segments_BT is None else segments_BT
-        specs = (_QKV, _QKV, _QKV, PartitionSpec(_QKV[0], None))
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=_QKV, check_vma=False)(q, k, v, ids)
-
-    return attend
+    return _local(mesh, local, segments_BT)
 
 
 def choose_dispatch(mesh: Mesh) -> tuple[ExpertDispatch, str]:

@@ -123,6 +123,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         "version": 1,
         "model": config.model,
         "dtype": trainer.config.compute_dtype,
+        "attention": trainer.kernel,
         "sequence_length": T,
         "limit": config.limit,
         "shots": config.shots,

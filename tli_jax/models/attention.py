@@ -9,8 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tli_jax.models.blockwise import blockwise_attention
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.modules import Linear, tensor_options
+
+# Up to this T, attention is not cut into blocks: keeping the probabilities is faster than computing them again.
+_WHOLE = 512
 
 # q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h].
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -27,7 +31,8 @@ class MaskedAttention:
 
     def __call__(self, q_BTHh: jax.Array, k_BSKh: jax.Array, v_BSKh: jax.Array) -> jax.Array:
         mask = self.mask[None, None] if self.mask.ndim == 2 else self.mask[:, None]
-        return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, implementation="xla")
+        with jax.default_matmul_precision("highest" if q_BTHh.dtype == jnp.float32 else None):
+            return jax.nn.dot_product_attention(q_BTHh, k_BSKh, v_BSKh, mask=mask, implementation="xla")
 
 
 class Rope(NamedTuple):
@@ -68,19 +73,26 @@ class Attention(nnx.Module):
         Args:
             cache: of this layer, ``[B, S, K, h]``.
         """
+        q_BTHh, k_BSKh, v_BSKh = self.project(x_BTD, rope)
+        if cache is not None:
+            at = (0, cache.length, 0, 0)
+            k_BSKh = jax.lax.dynamic_update_slice(cache.k, k_BSKh, at)
+            v_BSKh = jax.lax.dynamic_update_slice(cache.v, v_BSKh, at)
+        return self.combine(rope.attend(q_BTHh, k_BSKh, v_BSKh)), (k_BSKh, v_BSKh)
+
+    def project(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries ``[B, T, H, h]``, keys and values ``[B, T, K, h]``."""
 
         def heads(x: jax.Array) -> jax.Array:
             return x.reshape(*x.shape[:2], -1, self.head_dim)
 
         q_BTHh = rotate(heads(self.q_proj(x_BTD)), rope.cos, rope.sin)
-        k_BSKh = rotate(heads(self.k_proj(x_BTD)), rope.cos, rope.sin)
-        v_BSKh = heads(self.v_proj(x_BTD))
-        if cache is not None:
-            at = (0, cache.length, 0, 0)
-            k_BSKh = jax.lax.dynamic_update_slice(cache.k, k_BSKh, at)
-            v_BSKh = jax.lax.dynamic_update_slice(cache.v, v_BSKh, at)
-        out_BTHh = rope.attend(q_BTHh, k_BSKh, v_BSKh)
-        return self.o_proj(out_BTHh.reshape(*x_BTD.shape[:2], -1)), (k_BSKh, v_BSKh)
+        k_BTKh = rotate(heads(self.k_proj(x_BTD)), rope.cos, rope.sin)
+        return q_BTHh, k_BTKh, heads(self.v_proj(x_BTD))
+
+    def combine(self, out_BTHh: jax.Array) -> jax.Array:
+        """``[B, T, D]`` from the outputs of all heads."""
+        return self.o_proj(out_BTHh.reshape(*out_BTHh.shape[:2], -1))
 
 
 def inverse_frequencies(config: LlamaConfig) -> np.ndarray:
@@ -121,6 +133,8 @@ def rotate(x_BTNh: jax.Array, cos_Th: jax.Array, sin_Th: jax.Array) -> jax.Array
 
 def causal(T: int, segments_BT: jax.Array | None) -> AttentionFn:
     """Causal attention on any platform. Given ``segments_BT``, tokens only attend within their own document."""
+    if T > _WHOLE:
+        return lambda q_BTHh, k_BTKh, v_BTKh: blockwise_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT)
     positions_T = jnp.arange(T)
     mask = positions_T[None] <= positions_T[:, None]
     if segments_BT is not None:

@@ -118,8 +118,8 @@ def chunked_cross_entropy(
     start = jnp.zeros((V, D), jnp.float32) if derivatives is not None and is_head_trained else None
     inputs = (split(x_BTD, 0), split(targets_BT, -1), *(split(x, 0) for x in given_BT))
     head_gradient, chunks = jax.lax.scan(add_chunk, start, inputs)
-    losses, log_z, *x_gradient = (x.reshape(number * C, *x.shape[2:])[:N].reshape(B, T, *x.shape[2:]) for x in chunks)
-    return Chunked(losses, log_z, *x_gradient or (None,), head_gradient)
+    found = [x.reshape(number * C, *x.shape[2:])[:N].reshape(B, T, *x.shape[2:]) for x in chunks]
+    return Chunked(found[0], found[1], None if derivatives is None else found[2], head_gradient)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -127,24 +127,29 @@ def token_cross_entropy(
     kernel: CrossEntropy, chunk: int | None, x_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Losses and log-denominators of each token, see ``Chunked``."""
-    return kernel(x_BTD, head_VD, targets_BT, chunk=chunk)[:2]
+    found = kernel(x_BTD, head_VD, targets_BT, chunk=chunk)
+    return found.losses, found.log_z
 
 
 def _token_forward(kernel: CrossEntropy, chunk: int | None, x: Any, head: Any, targets: Any) -> tuple[Any, Any]:
-    arrays = (x.value, head.value, targets.value)
-    return kernel(*arrays, chunk=chunk)[:2], (*arrays, () if head.perturbed else None)
+    found = kernel(x.value, head.value, targets.value, chunk=chunk)
+    return (found.losses, found.log_z), (x.value, head.value, targets.value, () if head.perturbed else None)
 
 
 def _token_backward(kernel: CrossEntropy, chunk: int | None, saved: Any, cotangents: Any) -> tuple[Any, Any, None]:
     x_BTD, head_VD, targets_BT, trained = saved
     given = [jnp.zeros(c.shape) if isinstance(c, SymbolicZero) else c for c in cotangents]
     found = kernel(
-        *(x_BTD, head_VD, targets_BT, *given),
+        x_BTD,
+        head_VD,
+        targets_BT,
+        *given,
         derivatives=lambda log_z, by_loss, by_log_z: (by_loss, by_log_z),
         is_head_trained=trained is not None,
         chunk=chunk,
     )
-    return found.x_gradient, None if trained is None else found.head_gradient.astype(head_VD.dtype), None
+    by_head = None if found.head_gradient is None else found.head_gradient.astype(head_VD.dtype)
+    return found.x_gradient, by_head, None
 
 
 token_cross_entropy.defvjp(_token_forward, _token_backward, symbolic_zeros=True)
@@ -157,7 +162,8 @@ def objective(
 
     Both gradients are computed in the forward pass, if it is differentiated.
     """
-    total, nats = _objective(kernel, z_loss, x_BTD, head_VD, targets_BT)
+    sums: Any = _objective(kernel, z_loss, x_BTD, head_VD, targets_BT)
+    total, nats = sums
     return total, jax.lax.stop_gradient(nats)
 
 
@@ -175,7 +181,9 @@ def _objective(
 
 def _objective_forward(kernel: CrossEntropy, z_loss: float, x: Any, head: Any, targets: Any) -> tuple[Any, Any]:
     found = kernel(
-        *(x.value, head.value, targets.value),
+        x.value,
+        head.value,
+        targets.value,
         derivatives=lambda log_z: (jnp.ones_like(log_z), 2 * z_loss * log_z),
         is_head_trained=head.perturbed,
     )

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from tli_jax.models.attention import Attention, AttentionImpl, Cache, Rope, causal, make_rope
 from tli_jax.models.config import LlamaConfig
@@ -25,13 +26,22 @@ from tli_jax.models.moe import ExpertDispatch, MixtureOfExperts, every_expert
 
 Params = dict[str, Any]
 
-Remat = Literal["none", "dots", "full"]
-_REMAT: dict[Remat, Callable[[Any], Any]] = {
-    "none": lambda layer: layer,
-    "dots": functools.partial(
-        jax.checkpoint, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+Remat = Literal["auto", "none", "dots", "attention", "full", "offload"]
+_INPUT = "layer_input"
+_checkpoint = functools.partial(jax.checkpoint, prevent_cse=False)
+_POLICIES: dict[Remat, Callable[[Any], Any]] = {
+    "dots": functools.partial(_checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "attention": _checkpoint,
+    "full": _checkpoint,
+    "offload": functools.partial(
+        _checkpoint,
+        policy=jax.checkpoint_policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
     ),
-    "full": functools.partial(jax.checkpoint, prevent_cse=False),
 }
 
 
@@ -40,7 +50,10 @@ class ForwardOptions(NamedTuple):
 
     Args:
         dtype: of activations and matrix products, by default that of the embedding. Norms, softmax and loss are fp32.
-        remat: what the backward pass rematerializes: nothing, all but the products with weights, or complete layers.
+        remat: what the backward pass rematerializes: nothing (``none``); around attention, all but the products with
+            weights (``dots``), or all (``attention``); or complete layers (``full``), whose inputs can be kept in the
+            memory of the host (``offload``). Attention runs twice only with the last two. ``auto`` is for
+            ``training.fit``, which replaces it; here it is ``none``.
         attention_impl: the attention kernel.
         dispatch: how experts are run.
         lookup: the embedding look-up and its gradient.
@@ -106,10 +119,29 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array], jax.Array | None]:
         """Return the hidden states ``[B, T, D]``, keys and values, and the load-balancing loss of experts, if any."""
         attended, kv = self.self_attn(self.input_layernorm(x_BTD), rope=rope, cache=cache)
-        x_BTD = x_BTD + attended
+        x_BTD, balance_loss = self._feed_forward(x_BTD + attended, dispatch)
+        return x_BTD, kv, balance_loss
+
+    def run_rematerialized(
+        self, x_BTD: jax.Array, rope: Rope, dispatch: ExpertDispatch, around: Callable[[Any], Any]
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """``__call__`` without a cache, with ``around`` applied to what lies before attention and to what follows it.
+
+        Attention stays outside, so that what it keeps for its backward pass is never computed twice.
+        """
+
+        def before(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            return block.self_attn.project(block.input_layernorm(x_BTD), rope)
+
+        def after(block: Block, x_BTD: jax.Array, out_BTHh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+            return block._feed_forward(x_BTD + block.self_attn.combine(out_BTHh), dispatch)
+
+        return around(after)(self, x_BTD, rope.attend(*around(before)(self, x_BTD)))
+
+    def _feed_forward(self, x_BTD: jax.Array, dispatch: ExpertDispatch) -> tuple[jax.Array, jax.Array | None]:
         normed = self.post_attention_layernorm(x_BTD)
         out, balance_loss = self.block_sparse_moe(normed, dispatch) if self.has_experts else (self.mlp(normed), None)
-        return x_BTD + out, kv, balance_loss
+        return x_BTD + out, balance_loss
 
 
 class Llama(nnx.Module):
@@ -197,12 +229,18 @@ class Llama(nnx.Module):
         return self.norm(x_BTD), Cache(k, v, cache.length + T), jnp.zeros(())
 
     def _run_layers(self, x_BTD: jax.Array, rope: Rope, options: ForwardOptions) -> tuple[jax.Array, jax.Array]:
+        around = _POLICIES.get(options.remat, lambda function: function)
+        is_whole = options.remat in ("full", "offload")
+
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, jax.Array | None]:
-            x, _, balance_loss = block(x, rope=rope, dispatch=options.dispatch)
+            if is_whole:
+                x, _, balance_loss = block(checkpoint_name(x, _INPUT), rope=rope, dispatch=options.dispatch)
+            else:
+                x, balance_loss = block.run_rematerialized(x, rope, options.dispatch, around)
             return options.constrain(x, "BTD"), balance_loss
 
         def stack(x: jax.Array, blocks: Block) -> tuple[jax.Array, jax.Array | None]:
-            return jax.lax.scan(_REMAT[options.remat](layer), x, blocks)
+            return jax.lax.scan(around(layer) if is_whole else layer, x, blocks)
 
         def period(x: jax.Array, stacks: list[Block]) -> tuple[jax.Array, list[jax.Array | None]]:
             balance_losses = []

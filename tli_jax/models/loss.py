@@ -1,6 +1,7 @@
 """Next-token cross-entropy of a model."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,8 @@ def token_losses(
         the load-balancing loss of experts. The first two are 0 where ``next_tokens`` is -1.
     """
     x_BTD, targets_BT, balance_loss = _hidden(model, tokens_BT, segments_BT, options)
-    losses_BT, log_z_BT = token_cross_entropy(options.cross_entropy, chunk, x_BTD, model.head_weight[...], targets_BT)
-    return losses_BT, log_z_BT, balance_loss
+    found: Any = token_cross_entropy(options.cross_entropy, chunk, x_BTD, model.head_weight[...], targets_BT)
+    return *found, balance_loss
 
 
 def summed_losses(

@@ -4,6 +4,7 @@ A router sends each token to ``k`` of E experts. Their weights are the softmax o
 the chosen experts, in fp32. No token is dropped.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from flax import nnx
 
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.modules import Linear, Weight, tensor_options
+from tli_jax.models.precision import matmul_precision
 
 
 class Routing(NamedTuple):
@@ -46,8 +48,9 @@ def route(x_BTD: jax.Array, gate_ED: jax.Array, k: int) -> tuple[Routing, jax.Ar
 def every_expert(x_BTD: jax.Array, routing: Routing, w1: jax.Array, w2: jax.Array, w3: jax.Array) -> jax.Array:
     """Run all experts on all tokens: E/k times the work, but plain matrix products. For CPUs and small models."""
     weight_BTE = (jax.nn.one_hot(routing.experts, w1.shape[0]) * routing.weights[..., None]).sum(-2)
-    inner_BTEF = jax.nn.silu(jnp.einsum("btd,efd->btef", x_BTD, w1)) * jnp.einsum("btd,efd->btef", x_BTD, w3)
-    out_BTED = jnp.einsum("btef,edf->bted", inner_BTEF, w2)
+    einsum = functools.partial(jnp.einsum, precision=matmul_precision(x_BTD.dtype))
+    inner_BTEF = jax.nn.silu(einsum("btd,efd->btef", x_BTD, w1)) * einsum("btd,efd->btef", x_BTD, w3)
+    out_BTED = einsum("btef,edf->bted", inner_BTEF, w2)
     return jnp.einsum("bted,bte->btd", out_BTED.astype(jnp.float32), weight_BTE).astype(x_BTD.dtype)
 
 
@@ -71,7 +74,7 @@ def chosen_experts(
     x_MD = x_BTD.reshape(-1, D)[order_M // k]
 
     def product(x: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(x, weights.swapaxes(1, 2), sizes_E)
+        return jax.lax.ragged_dot(x, weights.swapaxes(1, 2), sizes_E, precision=matmul_precision(x.dtype))
 
     out_MD = product(jax.nn.silu(product(x_MD, w1)) * product(x_MD, w3), w2)
     is_here_M = jnp.arange(len(order_M)) < sizes_E.sum()

@@ -19,11 +19,14 @@ from tli_jax.growth.plan import Plan
 from tli_jax.growth.upcycle import upcycle
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.llama import Remat
 from tli_jax.models.cross_entropy import LOGITS
+from tli_jax.models.llama import Remat
 from tli_jax.models.tree import nest
 from tli_jax.training.freezing import ParamSpec
 from tli_jax.training.step import Programs
+
+# Rematerialization policies, fastest first.
+POLICIES: tuple[Remat, ...] = ("none", "dots", "attention", "full")
 
 _COLLECTIVES = re.compile(r" (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _SIZE = re.compile(r"([\d.]+)([KMG])\b")
@@ -149,7 +152,8 @@ def estimate(programs: Programs, T: int, dtypes: Callable[[ParamSpec], Any]) -> 
     attention, mlp = (sizes["Hh"] + 2 * sizes["Kh"]) / tensor, sizes["F"] * experts / tensor
     # Numbers per token and layer: all of them, and those that each remat policy keeps.
     inside = 4 * D + 2 * attention + 3 * mlp
-    kept = {"full": D, "dots": 3 * D + attention + 2 * mlp, "none": inside}[config.remat]
+    around = D + attention + sizes["Hh"] / tensor
+    kept = {"offload": 0, "full": D, "attention": around, "dots": around + D + 2 * mlp}.get(config.remat, inside)
     trained = sum(map(_device_bytes, state.trained.values()))
     head = sizes["V"] * D / tensor * compute
     parts: dict[str, float] = {
@@ -185,8 +189,7 @@ def search(
     sizes = [size for size in range(1, per_device + 1) if per_device % size == 0]
     best: dict[str, int] = {}
     first = 0
-    policies: tuple[Remat, ...] = ("none", "dots", "full")
-    for remat in policies:  # each needs less memory than the policy before it
+    for remat in POLICIES:  # each needs less memory than the policy before it
         for i in range(first, len(sizes)):
             config = dataclasses.replace(programs.config, remat=remat, grad_accum_steps=per_device // sizes[i])
             memory = compile_step(dataclasses.replace(programs, config=config), T, dtypes)
@@ -206,7 +209,7 @@ def hints(programs: Programs, T: int) -> str:
     """Options that would reduce the memory of a run."""
     config = programs.config
     rows = config.batch_size // config.grad_accum_steps // batch_degree(programs.mesh)
-    flags = ["--train.remat full"] * (config.remat != "full")
+    flags = ["--train.remat full"] * (config.remat not in ("auto", "full", "offload"))
     flags += ["--train.grad-accum-steps 0"] * (rows > 1)
     flags += [f"--train.batch-size {config.batch_size // config.grad_accum_steps}"] * (config.grad_accum_steps > 1)
     flags += ["--train.only injected"] * (config.only == "all" and any(programs.layout.injected))

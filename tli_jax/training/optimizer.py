@@ -33,22 +33,23 @@ def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def _scale_by_learning_rates(config: TrainConfig, specs: Sequence[ParamSpec]) -> optax.GradientTransformation:
-    """Multiply the update of each layer by minus the learning rate of its group. The state counts the updates."""
-    schedules = [make_schedule(config, group) for group in GROUPS]
+def learning_rates(config: TrainConfig, step: jax.Array) -> jax.Array:
+    """The learning rate of each group in ``GROUPS`` at a step, fp32. Skipped steps count, so a schedule always ends."""
+    return jnp.stack([jnp.asarray(make_schedule(config, group)(step), jnp.float32) for group in GROUPS])
+
+
+def _scale_by_learning_rates(specs: Sequence[ParamSpec]) -> optax.GradientTransformationExtraArgs:
+    """Multiply the update of each layer by minus the learning rate of its group."""
     index = {spec.name: np.asarray([GROUPS.index(group) for group in spec.groups]) for spec in specs}
 
-    def update(updates: Any, state: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
-        count = state + 1
-        rates = jnp.stack([jnp.asarray(schedule(count), jnp.float32) for schedule in schedules])
-
+    def update(updates: Any, state: Any, params: Any = None, *, rates: jax.Array, **_: Any) -> tuple[Any, Any]:
         def scale(name: str, update: jax.Array) -> jax.Array:
             rate = rates[index[name]].reshape(-1, *[1] * (update.ndim - 1))
             return -rate.astype(update.dtype) * update
 
-        return {name: scale(name, update) for name, update in updates.items()}, count
+        return {name: scale(name, update) for name, update in updates.items()}, state
 
-    return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)  # type: ignore[arg-type]
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)  # type: ignore[arg-type]
 
 
 def _adafactor(spec: ParamSpec) -> optax.GradientTransformation:
@@ -75,8 +76,8 @@ def _muon(config: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(muon, optax.stateless(scale))
 
 
-def make_optimizer(config: TrainConfig, specs: Sequence[ParamSpec]) -> optax.GradientTransformation:
-    """Optimizer for the trainable arrays, a dict by ``ParamSpec.name``.
+def make_optimizer(config: TrainConfig, specs: Sequence[ParamSpec]) -> optax.GradientTransformationExtraArgs:
+    """Optimizer for the trainable arrays, a dict by ``ParamSpec.name``. Its ``update`` takes ``rates``.
 
     It clips the gradient's norm, applies AdamW (arXiv 1711.05101), Lion (arXiv 2302.06675), Adafactor (arXiv
     1804.04235, factored within a layer) or Muon (arXiv 2502.16982), adds weight decay, and multiplies by the learning
@@ -102,4 +103,4 @@ def make_optimizer(config: TrainConfig, specs: Sequence[ParamSpec]) -> optax.Gra
     decayed = {spec.name: is_matrix[spec.name] or spec.tensor.startswith("lm_head") for spec in specs}
     chain = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     chain += [direction, optax.add_decayed_weights(config.weight_decay, decayed)]
-    return optax.chain(*chain, _scale_by_learning_rates(config, specs))
+    return optax.chain(*chain, _scale_by_learning_rates(specs))

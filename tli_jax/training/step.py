@@ -11,7 +11,6 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 
 from tli_jax.cli.train_config import TrainConfig
-from tli_jax.cli.values import Group
 from tli_jax.distributed.mesh import batch_sharding, constrain, param_sharding, replicated
 from tli_jax.distributed.vocabulary import sharded_cross_entropy, sharded_lookup
 from tli_jax.models.attention import AttentionImpl
@@ -20,7 +19,7 @@ from tli_jax.models.llama import ForwardOptions, Llama
 from tli_jax.models.loss import next_tokens, summed_losses, token_losses
 from tli_jax.models.moe import ExpertDispatch, every_expert
 from tli_jax.training.freezing import Arrays, Layout, ParamSpec, as_model
-from tli_jax.training.optimizer import GROUPS, make_optimizer, make_schedule
+from tli_jax.training.optimizer import GROUPS, learning_rates, make_optimizer
 
 _SPIKE_AFTER = 20  # steps before the running mean of the gradient norm is trusted
 _NORM_WEIGHT = 0.05  # of the newest gradient norm in that mean
@@ -54,13 +53,14 @@ class Programs:
     mesh: Mesh
     attention_impl: AttentionImpl
     dispatch: ExpertDispatch = every_expert
+    kernel: str = "xla, within documents"  # the attention kernel, in words
 
     @functools.cached_property
     def param_specs(self) -> list[ParamSpec]:
         return self.layout.param_specs(self.model)
 
     @functools.cached_property
-    def optimizer(self) -> optax.GradientTransformation:
+    def optimizer(self) -> optax.GradientTransformationExtraArgs:
         return make_optimizer(self.config, self.param_specs)
 
     @property
@@ -196,24 +196,27 @@ class Programs:
         gradients = jax.tree.map(lambda g: g / count.astype(g.dtype), gradients)
         loss, norm = loss / count, optax.tree.norm(gradients)
 
-        # A bad step changes neither parameters nor moments, only the counts.
+        step = state.step + 1
+        rates = learning_rates(self.config, step)
+
+        def update() -> tuple[Any, ...]:
+            updates, moments = self.optimizer.update(gradients, state.optimizer_state, state.trained, rates=rates)
+            mean = jnp.where(state.norm == 0, norm, (1 - _NORM_WEIGHT) * state.norm + _NORM_WEIGHT * norm)
+            return optax.apply_updates(state.trained, updates), moments, mean
+
+        # A bad step changes neither parameters nor moments, only the counts. A branch, because a selection between old
+        # and new arrays would read and write all of them once more.
         is_bad = ~jnp.isfinite(loss) | ~jnp.isfinite(norm)
         if self.config.spike:
             is_bad |= (state.step >= _SPIKE_AFTER) & (norm > self.config.spike * state.norm)
-        updates, moments = self.optimizer.update(gradients, state.optimizer_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
-        mean = jnp.where(state.norm == 0, norm, (1 - _NORM_WEIGHT) * state.norm + _NORM_WEIGHT * norm)
         before = (state.trained, state.optimizer_state, state.norm)
-        trained, moments, mean = jax.tree.map(
-            lambda old, new: jnp.where(is_bad, old, new), before, (trained, moments, mean)
-        )
-        step, skipped = state.step + 1, jnp.where(is_bad, state.skipped + 1, 0)
+        trained, moments, mean = jax.lax.cond(is_bad, lambda: before, update)
+        skipped = jnp.where(is_bad, state.skipped + 1, 0)
         metrics = {"loss": loss, "gradient_norm": norm, "skipped": skipped, "stop": stop.max()}
         if self.model.num_experts:
             metrics["balance"] = balance[0] / microbatches
-        # Learning rates are computed here because computing them while logging would wait for the device. Their order
-        # is fixed because the collectives of processes with different programs deadlock.
+        # Computed here because computing them while logging would wait for the device. Their order is fixed because the
+        # collectives of processes with different programs deadlock.
         trainable = {group for spec in self.param_specs if spec.trains for group in spec.groups}
-        groups: list[Group] = [group for group in GROUPS if group in trainable]
-        metrics |= {f"learning_rate_{group}": jnp.asarray(make_schedule(self.config, group)(step)) for group in groups}
+        metrics |= {f"learning_rate_{group}": rates[i] for i, group in enumerate(GROUPS) if group in trainable}
         return TrainState(step, trained, moments, skipped, mean), metrics

@@ -97,6 +97,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
         assert start.weights is not None and data is not None
         for warning in sidecar.left_behind(start.folder):
             _report(f"warning: {warning}")
+        trainer = _fit(trainer, T, _stored_dtypes(trainer, start.weights))
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data))
@@ -121,6 +122,8 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
     if step < config.steps and not config.export_only:
         if data is None:
             raise missing or AssertionError("the text was opened")
+        if is_resumed:
+            trainer = _fit(trainer, T, facts["dtypes"], facts)
         _report(f"resuming from step {step:,}" if step else "starting at step 0")
         metrics, shown = None, contextlib.nullcontext(advance or (lambda amount, note="", /: None))
         if processes.is_first():
@@ -147,16 +150,53 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
     return Trained(trainer, state.trained, frozen, data)
 
 
+def _stored_dtypes(trainer: "Trainer", weights: Checkpoint) -> dict[str, str]:
+    return {spec.name: weights.stack(spec.tensor, spec.layers).dtype.name for spec in trainer.param_specs}
+
+
+def _fit(trainer: "Trainer", T: int, dtypes: dict[str, str], earlier: dict[str, Any] | None = None) -> "Trainer":
+    """Check that the step fits in memory, with the rematerialization that is chosen or was chosen earlier.
+
+    Args:
+        dtypes: stored dtype of each parameter.
+        earlier: ``run.json`` of a run whose arrays have been restored.
+    """
+    from tli_jax.training.fit import fit, free_memory, require_fit
+    from tli_jax.training.memory import gib
+
+    if earlier is not None and (kernel := earlier.get("attention", trainer.kernel)) != trainer.kernel:
+        _report(f"warning: the run started with other attention ({kernel}): losses may differ by rounding")
+    limit = free_memory(trainer.mesh)
+    is_cpu = trainer.mesh.devices.flat[0].platform == "cpu"
+    trainer, memory = fit(
+        trainer,
+        T,
+        lambda spec: dtypes[spec.name],
+        limit,
+        _report,
+        first=None if earlier is None else earlier.get("remat"),
+        held=lambda memory: memory.arguments if is_cpu and earlier is not None else 0.0,
+    )
+    require_fit(trainer, T, memory, limit)
+    if memory is not None and limit is not None:
+        _report(
+            f"remat: {trainer.config.remat}, {gib(memory.peak)} of {gib(limit)} per device, compiled in"
+            f" {memory.seconds:.0f} s"
+        )
+    return trainer
+
+
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:
     """The content of ``run.json``. ``dtypes`` are the stored dtypes, in which the tensors are exported."""
-    dtypes = {spec.name: weights.stack(spec.tensor, spec.layers).dtype.name for spec in trainer.param_specs}
     names = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain")
     return {
         "id": secrets.token_hex(8),
         "model": model_digest(weights),
         "data": data.digest,
         "sources": list(data.sources),
-        "dtypes": dtypes,
+        "dtypes": _stored_dtypes(trainer, weights),
+        "attention": trainer.kernel,
+        "remat": trainer.config.remat,
         **describe_base(weights),
         "versions": sidecar.versions(*names),
     }

@@ -18,6 +18,7 @@ from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.models.config import LlamaConfig
+from tli_jax.training.fit import fit, free_memory, require_fit
 from tli_jax.training.freezing import Arrays, group, make_layout, ungroup
 from tli_jax.training.step import Programs, TrainState
 from tli_jax.training.text import sequence_length
@@ -75,7 +76,8 @@ class Trainer(Programs):
                 text have no effect. ``steps`` sets the length of the learning-rate schedule.
 
         Raises:
-            UsageError: an option is unknown or wrong, or does not fit the model or the devices.
+            UsageError: an option is unknown or wrong, or does not fit the model or the devices. With ``remat: auto``,
+                the default, the step is compiled here, and must fit in memory.
 
         Warns:
             UserWarning: ``sequence_length`` is larger than the model's context.
@@ -85,10 +87,14 @@ class Trainer(Programs):
             raise UsageError(f"Trainer.create: {', '.join(wrong)}: for tli-jax train only, remove it")
         if plan is not None and (config.num_hidden_layers, config.num_experts) != _size(config, plan):
             config = grown_config(config, plan)
-        trainer, _, notes = make_trainer(from_values(TrainConfig, options, "Trainer.create"), config, plan, devices)
+        trainer, T, notes = make_trainer(from_values(TrainConfig, options, "Trainer.create"), config, plan, devices)
         for note in notes:
             if note.startswith("warning: "):
                 warnings.warn(note.removeprefix("warning: "), stacklevel=2)
+        if trainer.config.remat == "auto":
+            limit = free_memory(trainer.mesh)
+            trainer, memory = fit(trainer, T, lambda spec: config.dtype, limit, lambda line: None)
+            require_fit(trainer, T, memory, limit)
         return trainer
 
     def init_from(self, params: dict[str, Any]) -> TrainerState:
@@ -216,4 +222,4 @@ def make_trainer(
     notes = [f"attention: {kernel_note}"] + ([f"experts: {dispatch_note}"] if model.num_experts else [])
     if (context := model.max_position_embeddings) < T:
         notes.append(f"warning: sequence_length {T} is larger than the model's context, {context}")
-    return Trainer(model, config, layout, mesh, kernel, dispatch), T, notes
+    return Trainer(model, config, layout, mesh, kernel, dispatch, kernel_note), T, notes
