@@ -21,7 +21,16 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+    """Versions of Python and of those packages that are installed."""
+    installed = {name: version for name in packages for version in _version(name)}
+    return {"python": platform.python_version()} | installed
+
+
+def _version(package: str) -> list[str]:
+    try:
+        return [metadata.version(package)]
+    except metadata.PackageNotFoundError:  # for example a source tree on PYTHONPATH
+        return []
 
 
 def write_result(name: str, result: dict[str, Any]) -> None:

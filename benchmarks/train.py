@@ -1,472 +1,265 @@
-"""Measures what training only the injected layers saves, against full training, a naive mask, and torch.
+"""Times training steps of grown Llamas, all layers or only the injected ones, with torch beside them.
 
-    python benchmarks/train.py [--shape small] [--rounds 12] [--batch-size 4] [--sequence-length 256] [--every 4]
-    python benchmarks/train.py --shape 1b --batch-size 8 --sequence-length 8192 --alone --peak-tflops 989   # on a GPU
+    python benchmarks/train.py                                           # small models on a CPU, step by step in turns
+    python benchmarks/train.py --plan gpu --output FILE                  # on one GPU, one after the other
+    python benchmarks/train.py "1b all jax 2x8192 remat=dots" --profile  # one contender, and where its time goes
+    python benchmarks/train.py --table FILE                              # print stored results
 
-A randomly initialised Llama is grown by ``tli`` with plain copies. Every contender trains it on the same batches:
+A contender is SHAPE TRAINS LIBRARY BATCHxTOKENS [OPTION=VALUE …]:
 
-- ``full``: all parameters, with ``tli_jax.training.trainer.Trainer``.
-- ``injected``: the same with ``only=injected``, which uses grouped stacks.
-- ``naive mask``: the same loss over one flat stack, with gradients of all parameters; a mask sets the gradients and
-  updates of frozen layers to 0.
-- ``torch full``: LlamaForCausalLM of transformers with SDPA, AdamW (fused) and ``torch.compile``.
-- ``torch injected``: the same with ``requires_grad = False`` on frozen parameters.
-- ``full, remat`` and ``injected, remat``: the first two with ``remat: full``, for information.
+- SHAPE: the base, which ``tli`` grows by a layer after every four. 1b and 8b are those of Llama 3.
+- TRAINS: ``all``, ``injected``, or ``naive``: gradients of all parameters, of which a mask drops those of kept layers.
+- LIBRARY: ``jax``, which is ``tli_jax.Trainer`` with its options, such as remat=dots; or ``torch``, which is
+  LlamaForCausalLM of transformers with SDPA and fused AdamW (options: remat=full; compile=blocks, model or no).
 
-All contenders use the same AdamW, clipping and weight decay. In bf16 (the default except on CPUs), trainable
-parameters are fp32, and torch runs under autocast. Each contender is a process of its own. The contenders of a group
-take turns step by step, so that other load on the machine slows all of them equally; ``--alone`` runs them one after
-the other, for accelerators that cannot hold them all at once. The first steps are not timed but checked: contenders
-that train the same layers must have the same losses.
+Each contender is a process, which makes its weights on its device: N(0, 0.02) in bfloat16, trainable ones in float32;
+on a CPU all in float32. Contenders run one after the other, or with ``--turns`` step by step, so that other load on the
+machine slows all of them equally. A contender that needs more than ``--seconds`` is killed; that, and running out of
+memory, are results like any other. Results are appended to ``--output`` as they come, one line of JSON each.
 
-FLOPs per token come from ``Trainer.flops_per_token``: 2 per weight in the forward pass, 2 for activation gradients
-from the lowest trainable layer up, 2 for the gradients of trainable weights. Causal attention counts half, its
-backward pass double. The head counts; embedding look-ups and rematerialization do not. The naive mask counts
-everything, because it computes everything. On a shared machine, CPU seconds of all threads are more stable than wall
-time; on an accelerator they mean nothing. Predicted bytes are parameters, gradients and moments; the compiler's bytes
-include activations. Prints Markdown and writes ``benchmarks/results/train.json``.
+The first steps are not timed but checked: the loss must start near ln V + D 0.02² / 2, and the losses of jax contenders
+that train the same layers must agree. Attention crosses documents (``isolate=false``), as in torch. MFU counts the
+FLOPs of ``Trainer.flops_per_token``, which leave out rematerialization. On a CPU, ratios are of CPU seconds: other load
+changes them less.
 """
 
 import argparse
-import contextlib
+import json
 import math
 import multiprocessing
 import os
-import resource
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
-from common import machine, run_in_process, versions, write_result
+from common import RESULTS, machine, versions
+from contenders import INIT, PROGRAMS, SHAPES, Contender
 
-# This process must import neither jax nor torch: each contender's process imports one of them.
-from tli_jax.models.config import LlamaConfig
+from tli_jax.cli.train_config import TrainConfig
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
-    "small": {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 16}
-    | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
-    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
-    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128},
+REMATS = get_args(get_type_hints(TrainConfig)["remat"])
+# Most wanted first.
+PLANS = {
+    "cpu": [f"small {what} 4x256" for what in ("all jax", "injected jax", "naive jax", "all torch", "injected torch")],
+    "gpu": [
+        *("1b all jax 1x8192 remat=dots", "1b all torch 1x8192"),
+        *("1b injected jax 1x8192", "1b injected torch 1x8192"),
+        *("8b injected jax 1x8192 remat=full", "8b injected torch 1x8192 remat=full"),
+        *(f"1b all jax 1x8192 remat={remat}" for remat in REMATS if remat != "dots"),
+        *("1b all jax 2x8192 remat=dots", "1b all jax 2x8192 remat=full", "1b all torch 2x8192"),
+    ],
 }
-# Steps before timing starts. Their losses are compared.
-WARM_UP = 3
-LEARNING_RATE, WEIGHT_DECAY, BETAS, EPS, CLIP = 1e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
+WARM_UP, PROFILED = 3, 2  # steps before timing starts, and in a profile
 
 
-class Contender(NamedTuple):
-    name: str
-    kind: str  # full, injected or naive
-    library: str  # jax or torch
-    remat: str = "none"
-
-    @property
-    def baseline(self) -> str:
-        """The contender that trains everything with the same library and rematerialization."""
-        return {"jax": "full", "torch": "torch full"}[self.library] + (", remat" if self.remat == "full" else "")
+class FailedError(Exception):
+    """A contender did not get to its end."""
 
 
-CONTENDERS = [
-    Contender("full", "full", "jax"),
-    Contender("injected", "injected", "jax"),
-    Contender("naive mask", "naive", "jax"),
-    Contender("torch full", "full", "torch"),
-    Contender("torch injected", "injected", "torch"),
-    Contender("full, remat", "full", "jax", "full"),
-    Contender("injected, remat", "injected", "jax", "full"),
-]
+def serve(contender: Contender, text: str, dtype: str | None, pipe: Any) -> None:
+    """The process of a contender. It answers ``start``, the numbers of steps, ``peak_bytes`` and ``profile``."""
+    try:
+        program = PROGRAMS[contender.library](contender, dtype)
+        while (request := pipe.recv()) != "end":
+            if request == "start":
+                losses = [program.step(contender.tokens(text, number)) for number in range(WARM_UP)]
+                answer = program.facts | {"losses": losses}
+            elif request == "peak_bytes":
+                answer = program.peak()
+            elif request == "profile":
+                answer = program.profile([contender.tokens(text, number) for number in range(PROFILED)])
+            else:
+                batch = contender.tokens(text, request)
+                started, used = time.perf_counter(), time.process_time()
+                program.step(batch)
+                answer = time.perf_counter() - started, time.process_time() - used
+            pipe.send(answer)
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        is_memory = any(words in text for words in ("RESOURCE_EXHAUSTED", "out of memory", "MemoryError"))
+        pipe.send(FailedError(f"out of memory ({text[:200]})" if is_memory else text[:1000]))
 
 
-class Job(NamedTuple):
-    """Settings shared by all contenders."""
+class Worker:
+    """The process of a contender, seen from the main process."""
 
-    model: LlamaConfig  # of the grown model
-    injected: tuple[bool, ...]
-    folder: Path
-    dtype: str
-    batch_size: int
-    T: int
-    is_compiled: bool
-
-    def batch(self, number: int) -> np.ndarray:
-        """Random tokens ``[B, T+1]``."""
-        rng = np.random.default_rng(number)
-        return rng.integers(0, self.model.vocab_size, (self.batch_size, self.T + 1), np.int32)
-
-
-class Program(NamedTuple):
-    """``step`` runs the step of a number to its end and returns the loss; ``peak`` returns the peak memory in bytes."""
-
-    step: Callable[[int], float]
-    facts: dict[str, Any]
-    peak: Callable[[], int]
-
-
-def make_model(shape: dict[str, Any], every: int, dtype: str | None, folder: Path) -> tuple[LlamaConfig, Any, str, str]:
-    """Write the grown model; return its configuration, the mask of injected layers, the dtype and the device."""
-    import jax
-
-    from tli_jax.growth.inject import inject
-    from tli_jax.growth.methods import tli
-    from tli_jax.hf.save import save_hf
-    from tli_jax.models.llama import init_params
-
-    # On the CPU, because an accelerator may not have enough memory for base and grown model.
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config = LlamaConfig(dtype=dtype, **shape)  # type: ignore[arg-type]
-    plan = tli(config.num_hidden_layers, every, "copy")
-    with jax.default_device(jax.devices("cpu")[0]):
-        base = jax.jit(init_params, static_argnums=(0, 2))(config, jax.random.key(0), dtype)
-        save_hf(folder, config, inject(base, plan))
-    return config.with_layers(len(plan)), plan.injected, dtype, jax.devices()[0].device_kind
-
-
-def jax_program(job: Job, contender: Contender) -> Program:
-    import jax
-    import optax
-
-    from tli_jax.cli.train_config import TrainConfig
-    from tli_jax.distributed.kernels import choose_attention
-    from tli_jax.distributed.mesh import make_mesh, param_sharding
-    from tli_jax.hf.checkpoint import hf_name, open_checkpoint
-    from tli_jax.hf.load import load_array
-    from tli_jax.training.freezing import make_layout
-    from tli_jax.training.trainer import Trainer
-
-    class NaiveTrainer(Trainer):
-        """All parameters have gradients and moments; a mask over the layers of each stack freezes some layers."""
-
-        @property
-        def optimizer(self) -> optax.GradientTransformation:  # type: ignore[override]
-            trains = {
-                leaf.name: np.asarray([job.injected[i] for i in leaf.layers] or [False], np.float32)
-                for leaf in self.param_specs
-            }
-
-            def mask(updates: Any, _: Any) -> Any:
-                return {
-                    name: update * trains[name].reshape(-1, *[1] * (update.ndim - 1)).astype(update.dtype)
-                    for name, update in updates.items()
-                }
-
-            return optax.chain(optax.stateless(mask), super().optimizer, optax.stateless(mask))
-
-    config = TrainConfig(
-        only="injected" if contender.kind == "injected" else "all",
-        batch_size=job.batch_size,
-        learning_rate=LEARNING_RATE,
-        schedule="constant",
-        adam={"b1": BETAS[0], "b2": BETAS[1], "eps": EPS},
-        weight_decay=WEIGHT_DECAY,
-        clip_norm=CLIP,
-        dtypes={"compute": job.dtype},  # type: ignore[dict-item]
-        remat=contender.remat,  # type: ignore[arg-type]
-    )
-    mesh = make_mesh({}, jax.devices()[:1])
-    kernel, attention = choose_attention("auto", mesh, job.T, job.model.head_dim, job.dtype)
-    layout = make_layout(job.model, job.injected, config.only, config.outer)
-    kind = NaiveTrainer if contender.kind == "naive" else Trainer
-    trainer = kind(job.model, config, layout, mesh, kernel)
-
-    weights = open_checkpoint(job.folder)
-    trained, frozen = {}, {}
-    for leaf in trainer.param_specs:
-        tensors = [
-            weights.tensors[name]
-            for name in [hf_name(leaf.tensor, layer) for layer in leaf.layers] or [hf_name(leaf.tensor)]
-        ]
-        dtype = config.param_dtype if leaf.trains else None
-        parts = trained if leaf.trains else frozen
-        parts[leaf.name] = load_array(tensors, leaf.name, param_sharding(mesh, leaf.dims), dtype)
-    # Counted before the state takes over the parameters.
-    sizes = {"parameters": _nbytes(trained), "gradients": _nbytes(trained), "frozen": _nbytes(frozen)}
-    state = trainer.init(trained)
-    sizes["moments"] = _nbytes(state.optimizer_state)
-
-    def feed(number: int) -> Any:
-        tokens = jax.device_put(job.batch(number)[None], trainer.batch_sharding)
-        return tokens, np.zeros(tokens.shape, np.int32), np.zeros(mesh.size, np.int32)
-
-    started = time.perf_counter()
-    program = trainer.step.lower(state, frozen, *feed(0)).compile()
-    compiling = time.perf_counter() - started
-    found = program.memory_analysis()
-    compiler = {name: getattr(found, f"{name}_size_in_bytes") for name in ("argument", "output", "alias", "temp")}
-    compiler["total"] = compiler["argument"] + compiler["output"] - compiler["alias"] + compiler["temp"]
-
-    def step(number: int) -> float:
-        nonlocal state
-        state, metrics = program(state, frozen, *feed(number))
-        jax.block_until_ready(state)
-        return float(metrics["loss"])
-
-    def peak() -> int:
-        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) or _peak_rss()
-
-    facts = {"flops_per_token": trainer.flops_per_token(job.T), "predicted_bytes": sizes, "compiler_bytes": compiler}
-    facts |= {"compile_seconds": compiling, "runs_as": f"attention {attention}"}
-    return Program(step, facts, peak)
-
-
-def torch_program(job: Job, contender: Contender) -> Program:
-    import torch
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    dtype = getattr(torch, job.dtype)
-    model: Any = LlamaForCausalLM.from_pretrained(job.folder, dtype=dtype, attn_implementation="sdpa")
-    model.to(device).train()
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": WEIGHT_DECAY},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        trains = contender.kind == "full" or ("layers" in parts and job.injected[int(parts[2])])
-        parameter.requires_grad_(trains)
-        if trains:
-            parameter.data = parameter.data.float()
-            groups["norm" in name or "embed_tokens" in name]["params"].append(parameter)
-    sizes = {
-        "parameters": sum(p.numel() * 4 for p in model.parameters() if p.requires_grad),
-        "frozen": sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad),
-    }
-    sizes |= {"gradients": sizes["parameters"], "moments": 2 * sizes["parameters"]}
-    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPS, fused=True)
-    autocast = torch.autocast(device.type, dtype) if job.dtype != "float32" else contextlib.nullcontext()
-    trained = [parameter for part in groups for parameter in part["params"]]
-
-    def loss_of(tokens: Any) -> Any:
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
-    loss_fn = torch.compile(loss_of) if job.is_compiled else loss_of
-
-    def step(number: int) -> float:
-        tokens = torch.from_numpy(job.batch(number)).long().to(device)
-        optimizer.zero_grad(set_to_none=True)
-        with autocast:
-            loss = loss_fn(tokens)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, CLIP)
-        optimizer.step()
-        return loss.item()
-
-    def timed(number: int) -> float:
-        loss = step(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return loss
-
-    def peak() -> int:
-        return torch.cuda.max_memory_allocated() if device.type == "cuda" else _peak_rss()
-
-    runs_as = f"torch.compile {job.is_compiled}, {torch.get_num_threads()} threads"
-    return Program(timed, {"predicted_bytes": sizes, "runs_as": runs_as}, peak)
-
-
-def serve(job: Job, contender: Contender, pipe: Any) -> None:
-    """Process of a contender: run the step of each number received and reply with seconds, CPU seconds and loss."""
-    program = {"jax": jax_program, "torch": torch_program}[contender.library](job, contender)
-    for number in range(WARM_UP):
-        pipe.send(program.step(number))
-    pipe.send(program.facts)
-    while (number := pipe.recv()) is not None:
-        started, used = time.perf_counter(), time.process_time()
-        loss = program.step(number)
-        pipe.send((time.perf_counter() - started, time.process_time() - used, loss))
-    pipe.send(program.peak())
-
-
-def compete(job: Job, contenders: list[Contender], rounds: int) -> dict[str, dict[str, Any]]:
-    """Run the contenders in turns, one step each."""
-    spawn = multiprocessing.get_context("spawn")
-    results: dict[str, dict[str, Any]] = {}
-    pipes: dict[str, Any] = {}
-    processes = []
-    for contender in contenders:
-        # Start one after the other: compilation uses all cores.
-        _log(f"{contender.name}: start")
-        pipes[contender.name], theirs = spawn.Pipe()
-        process = spawn.Process(target=serve, args=(job, contender, theirs), daemon=True)
-        process.start()
+    def __init__(self, contender: Contender, args: argparse.Namespace):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        target = (contender, args.text, args.dtype, theirs)
+        self.process = context.Process(target=serve, args=target, daemon=True)
+        self.process.start()
         theirs.close()
-        processes.append(process)
-        pipe = pipes[contender.name]
-        losses = [pipe.recv() for _ in range(WARM_UP)]
-        results[contender.name] = (
-            contender._asdict() | {"losses": losses, "seconds": [], "cpu_seconds": []} | pipe.recv()
-        )
-        _log(f"{contender.name}: losses {losses}")
-    for number in range(rounds):
+        self.limit = self.left = args.seconds
+
+    def ask(self, request: Any) -> Any:
+        """Send a request and wait for its answer. Raises ``FailedError``, after which the process is gone."""
+        started = time.monotonic()
+        try:
+            self.pipe.send(request)
+            answer = self.pipe.recv() if self.pipe.poll(max(0, self.left)) else FailedError(f"over {self.limit:g} s")
+        except (EOFError, OSError):
+            self.process.join(10)
+            answer = FailedError(f"its process ended with code {self.process.exitcode}")
+        self.left -= time.monotonic() - started
+        if isinstance(answer, FailedError):
+            self.process.kill()
+            self.process.join()
+            raise answer
+        return answer
+
+
+def race(group: list[Contender], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Run contenders step by step in turns. The results of those that do not get to their end have an ``error``."""
+    workers: dict[str, Worker] = {}
+    started = time.time()
+    results = {
+        contender.name: contender._asdict() | {"text": args.text, "race": started, "seconds": [], "cpu_seconds": []}
+        for contender in group
+    }
+
+    def ask(name: str, request: Any) -> Any:
+        try:
+            return workers[name].ask(request)
+        except FailedError as failed:
+            results[name]["error"] = str(failed)
+            del workers[name]
+
+    for contender in group:  # one after the other, because compilation uses all cores
+        name = contender.name
+        workers[name] = Worker(contender, args)
+        if (facts := ask(name, "start")) is not None:
+            results[name] |= facts | {"start_seconds": args.seconds - workers[name].left}
+            log(f"{name}: started in {results[name]['start_seconds']:.0f} s, losses {facts['losses']}")
+    for number in range(args.rounds):
         # Vary the order, so that no contender always follows the same one.
-        for name in np.roll(list(pipes), -number).tolist()[:: (-1) ** number]:
-            pipes[name].send(WARM_UP + number)
-            for key, value in zip(("seconds", "cpu_seconds", "losses"), pipes[name].recv(), strict=True):
-                results[name][key].append(value)
-        _log(f"round {number + 1} of {rounds}: " + ", ".join(f"{n} {results[n]['seconds'][-1]:.3f}" for n in pipes))
-    for name, pipe in pipes.items():
-        pipe.send(None)
-        results[name]["peak_bytes"] = pipe.recv()
-    for process in processes:
-        process.join()
-    return results
-
-
-def check_losses(results: dict[str, dict[str, Any]], tolerance: float) -> dict[str, float]:
-    """Return the largest relative difference in loss between contenders that train the same layers.
-
-    Raises:
-        SystemExit: the difference is above the tolerance.
-    """
-    worst = {}
-    for kinds in (("full",), ("injected", "naive")):
-        losses = np.array([r["losses"][:WARM_UP] for r in results.values() if r["kind"] in kinds])
-        worst[kinds[0]] = float((np.ptp(losses, axis=0) / losses.mean(axis=0)).max()) if len(losses) else 0.0
-        if not worst[kinds[0]] <= tolerance:
-            raise SystemExit(f"{' and '.join(kinds)}: losses differ by {worst[kinds[0]]:.2e}, more than {tolerance}")
-    return worst
-
-
-def summarise(results: dict[str, dict[str, Any]], tokens: int) -> None:
-    """Add medians, rates and ratios to each contender."""
-    flops = {r["kind"]: r["flops_per_token"] for r in results.values() if "flops_per_token" in r}
-    for result in results.values():
-        result["median_seconds"] = statistics.median(result["seconds"])
-        result["least_seconds"] = min(result["seconds"])
-        result["median_cpu_seconds"] = statistics.median(result["cpu_seconds"])
-        result["tokens_per_second"] = tokens / result["median_seconds"]
-        if result["kind"] in flops:
-            result["tflops_per_second"] = result["tokens_per_second"] * flops[result["kind"]] / 1e12
-        sizes = result["predicted_bytes"]
-        result["predicted_total_bytes"] = sum(sizes.values())
+        for name in np.roll(list(workers), -number).tolist()[:: (-1) ** number]:
+            if (times := ask(name, WARM_UP + number)) is not None:
+                for key, value in zip(("seconds", "cpu_seconds"), times, strict=True):
+                    results[name][key].append(value)
     for name, result in results.items():
-        full = results.get(Contender(name, result["kind"], result["library"], result["remat"]).baseline)
-        if full is None or result is full:
+        for request in ("peak_bytes", "profile") if args.profile else ("peak_bytes",):
+            if name in workers and (answer := ask(name, request)) is not None:
+                result[request] = answer
+        if name in workers:
+            workers[name].pipe.send("end")
+            workers[name].process.join()
+        yield result | {"load_average": os.getloadavg()}
+
+
+def check(result: dict[str, Any], others: list[dict[str, Any]]) -> None:
+    """Set ``wrong`` if the losses are not the expected ones."""
+    losses, base = result["losses"], SHAPES[result["shape"]]
+    expected = math.log(base.vocab_size) + base.hidden_size * INIT**2 / 2
+    if not abs(losses[0] / expected - 1) < 0.05:
+        result["wrong"] = f"the loss starts at {losses[0]:.3f}, not near {expected:.3f}"
+    for other in others:
+        if result["library"] == "jax" and "losses" in other and job(other) == job(result):
+            difference = max(abs(a / b - 1) for a, b in zip(losses, other["losses"], strict=True))
+            if not difference <= (1e-3 if result["dtype"] == "float32" else 1e-2):
+                result["wrong"] = f"losses differ by {difference:.1e} from those of {other['name']}"
+
+
+def job(result: dict[str, Any], **changed: str) -> tuple[Any, ...]:
+    """What two contenders have in common if their losses or times are compared."""
+    result = result | {"trains": result["trains"].replace("naive", "injected")} | changed
+    return tuple(result[key] for key in ("library", "trains", "shape", "batch", "T", "text", "dtype"))
+
+
+def show(results: list[dict[str, Any]]) -> Iterator[str]:
+    """A Markdown table. Ratios are to the fastest contender that trains all layers, and to the fastest of torch."""
+    done = [result for result in results if "peak_bytes" in result]
+    fastest: dict[Any, dict[str, Any]] = {}
+    for result in sorted(done, key=_seconds):
+        if result["trains"] != "naive":
+            fastest.setdefault(job(result), result)
+    # The mask of naive saves no FLOPs.
+    flops = {
+        (r["trains"] != "injected", r["shape"], r["T"]): r["flops_per_token"] for r in done if "flops_per_token" in r
+    }
+    peak = next((result["peak_flops"] for result in done if result.get("peak_flops")), math.nan)
+    titles = ["contender", "s/step", "CPU s/step", "tokens/s", "TFLOP/s", "MFU", "peak GB", "start, s"]
+    yield "| " + " | ".join([*titles, "× FLOPs of all", "× time of all", "× time of torch"]) + " |"
+    yield "|---|" + 10 * "---:|"
+    for result in results:
+        if result not in done:
+            yield f"| {result['name']} | {result['error']} |" + 9 * " |"
             continue
-        # Ratios within a round, because other load slows a whole round.
-        for ratio, key in (("measured_ratio", "seconds"), ("measured_cpu_ratio", "cpu_seconds")):
-            result[ratio] = statistics.median(own / other for own, other in zip(result[key], full[key], strict=True))
-        if result["kind"] in flops and "full" in flops:
-            result["predicted_ratio"] = flops[result["kind"]] / flops["full"]
-            if result["predicted_ratio"] < 1:
-                predicted = 1 - result["predicted_ratio"]
-                result["share_of_predicted_saving"] = (1 - result["measured_ratio"]) / predicted
-                result["share_of_predicted_saving_cpu"] = (1 - result["measured_cpu_ratio"]) / predicted
-        predicted = full["predicted_total_bytes"] - result["predicted_total_bytes"]
-        if "compiler_bytes" in result and predicted:
-            saved = full["compiler_bytes"]["total"] - result["compiler_bytes"]["total"]
-            result["saved_bytes"] = {"predicted": predicted, "compiler": saved, "share": saved / predicted}
+        own, of_all = (
+            flops.get((is_all, result["shape"], result["T"])) for is_all in (result["trains"] != "injected", True)
+        )
+        rate = result["batch"] * result["T"] / _seconds(result)
+        speed = rate * (own or math.nan)
+        ratios = [own / of_all if own and of_all else math.nan]
+        for other in (fastest.get(job(result, trains="all")), fastest.get(job(result, library="torch"))):
+            ratios.append(math.nan if other in (None, result) else _ratio(result, other))
+        cells = [f"{_seconds(result):.3f}", f"{statistics.median(result['cpu_seconds']):.3f}", f"{rate:,.0f}"]
+        cells += [f"{speed / 1e12:.3g}", f"{speed / peak:.1%}", f"{result['peak_bytes'] / 1e9:.1f}"]
+        cells += [f"{result['start_seconds']:.0f}", *(f"{ratio:.3f}" for ratio in ratios)]
+        cells = ["" if "nan" in cell else cell for cell in cells]
+        yield "| " + " | ".join([f"{result['name']}{' **wrong**' * ('wrong' in result)}", *cells]) + " |"
+    yield from (f"\n{result['name']}: {result['wrong']}" for result in results if "wrong" in result)
 
 
-def show(results: dict[str, dict[str, Any]], peak_tflops: float | None) -> Iterator[str]:
-    """Two Markdown tables: time and memory."""
-    titles = ["", "s/step", "least", "CPU s/step", "tokens/s", "TFLOP/s", *(["MFU"] if peak_tflops else [])]
-    titles += ["× full, predicted", "measured", "share of predicted saving", "measured in CPU s"]
-    yield "| " + " | ".join(titles) + " |"
-    yield "|" + len(titles) * "---|"
-    for name, r in results.items():
-        rate = r.get("tflops_per_second", math.nan)
-        row = [name, *(f"{r[key]:.3f}" for key in ("median_seconds", "least_seconds", "median_cpu_seconds"))]
-        row += [f"{r['tokens_per_second']:,.0f}", f"{rate:.3g}"]
-        row += [f"{rate / peak_tflops:.1%}"] if peak_tflops else []
-        row += [f"{r[key]:.3f}" if key in r else "" for key in ("predicted_ratio", "measured_ratio")]
-        share = "share_of_predicted_saving"
-        row += [f"{100 * r[share]:.0f} %" if share in r else ""]
-        row += [f"{r['measured_cpu_ratio']:.3f}" if "measured_cpu_ratio" in r else ""]
-        yield "| " + " | ".join(row) + " |"
-    yield ""
-    titles = ["MB", "parameters, moments", "gradients", "compiler: arguments", "temporaries", "total"]
-    yield "| " + " | ".join([*titles, "saved, of predicted", "peak"]) + " |"
-    yield "|" + 8 * "---|"
-    for name, r in results.items():
-        sizes, compiler, saved = r["predicted_bytes"], r.get("compiler_bytes"), r.get("saved_bytes")
-        row = [name, *(_mb(r["predicted_total_bytes"] - sizes["gradients"], sizes["gradients"]))]
-        row += _mb(*(compiler[key] for key in ("argument", "temp", "total"))) if compiler else ["", "", ""]
-        row += [f"{saved['compiler'] / 1e6:,.0f}, {100 * saved['share']:.0f} %" if saved else ""]
-        yield "| " + " | ".join([*row, *_mb(r["peak_bytes"])]) + " |"
+def _seconds(result: dict[str, Any]) -> float:
+    return statistics.median(result["seconds"])
+
+
+def _ratio(result: dict[str, Any], other: dict[str, Any]) -> float:
+    key = "cpu_seconds" if result["device"] == "cpu" else "seconds"
+    if result["race"] != other["race"]:
+        return statistics.median(result[key]) / statistics.median(other[key])
+    # Within a round, because other load slows a whole round.
+    return statistics.median(a / b for a, b in zip(result[key], other[key], strict=True))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--shape", choices=SHAPES, default="small", help="shape of the base; 1b and 8b are those of Llama 3"
-    )
-    parser.add_argument("--layers", type=int, help="number of base layers (default: as in the shape)")
-    parser.add_argument("--every", type=int, default=4, help="K of tli: one injected layer after every K base layers")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("contenders", nargs="*", type=Contender.parse, help="contenders, instead of those of a plan")
+    parser.add_argument("--plan", choices=PLANS, default="cpu", help="a list of contenders (cpu runs in turns)")
+    parser.add_argument("--turns", action="store_true", help="run all contenders at once, step by step in turns")
+    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each contender")
+    parser.add_argument("--seconds", type=float, help="limit for each contender (default: 100, in turns 3600)")
+    parser.add_argument("--text", default="zipf", help="token ids: zipf, uniform, or the bytes of a FILE")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, else bfloat16")
-    parser.add_argument("--rounds", type=int, default=12, help="timed steps per contender")
-    parser.add_argument("--contenders", nargs="+", choices=[c.name for c in CONTENDERS], help="default: all")
-    parser.add_argument("--alone", action="store_true", help="run one contender at a time")
-    parser.add_argument("--eager", action="store_true", help="torch without torch.compile")
-    parser.add_argument("--peak-tflops", type=float, help="peak of the device, for MFU")
-    parser.add_argument("--name", default="train", help="name of the file in benchmarks/results")
-    args = parser.parse_args()
-    # The processes share an accelerator, and its memory is measured.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    facts = machine()
-    shape = SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
-    contenders = [c for c in CONTENDERS if not args.contenders or c.name in args.contenders]
-    # Separate groups with and without remat: all at once may not fit.
-    groups = [[c for c in contenders if c.remat == remat] for remat in ("none", "full")]
-    groups = [[c] for c in contenders] if args.alone else [group for group in groups if group]
-
-    results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work) / "model"
-        model, injected, dtype, device = run_in_process(make_model, shape, args.every, args.dtype, folder)
-        job = Job(model, injected, folder, dtype, args.batch_size, args.sequence_length, not args.eager)
-        for group in groups:
-            results |= compete(job, group, args.rounds)
-    differences = check_losses(results, 1e-3 if dtype == "float32" else 1e-2)
-    summarise(results, args.batch_size * args.sequence_length)
-    print(
-        f"{model.num_params / 1e6:.0f}M parameters, {model.num_hidden_layers} layers of which {sum(injected)} injected,"
-        f" D {model.hidden_size}, V {model.vocab_size}, {args.batch_size} × {args.sequence_length} tokens, {dtype}, on"
-        f" {device}; median of {args.rounds} steps. Losses agree to {max(differences.values()):.1e}."
+    parser.add_argument("--profile", action="store_true", help=f"also trace {PROFILED} steps: where their time goes")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "train.jsonl", help="file that results are appended to"
     )
-    print(*show(results, args.peak_tflops), sep="\n")
-    result = {
-        "machine": facts | {"device": device, "load_average_after": os.getloadavg()},
-        "versions": versions("tli_jax", "jax", "jaxlib", "optax", "torch", "transformers"),
-        "arguments": vars(args),
-        "model": shape | {"grown_layers": model.num_hidden_layers, "num_params": model.num_params, "dtype": dtype},
-        "injected": [layer for layer, is_injected in enumerate(injected) if is_injected],
-        "loss_differences": differences,
-        "contenders": results,
-    }
-    write_result(args.name, result)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="only print the table of stored results")
+    args = parser.parse_args()
+    if args.table:
+        lines = args.table.read_text(encoding="utf-8").splitlines()
+        print(*show(list({(r["name"], r["text"]): r for r in map(json.loads, lines)}.values())), sep="\n")
+        return
+    contenders = args.contenders or [Contender.parse(name) for name in PLANS[args.plan]]
+    in_turns = args.turns or (not args.contenders and args.plan == "cpu")
+    args.seconds = args.seconds or (3600 if in_turns else 100)
+    # On an accelerator, contenders in turns share its memory; one alone may have nearly all of it.
+    memory = {"PREALLOCATE": "false"} if in_turns else {"MEM_FRACTION": "0.92"}
+    os.environ.update({f"XLA_PYTHON_CLIENT_{key}": value for key, value in memory.items()})
+    # Otherwise torch's threads spin while they wait, which other load on the cores makes a hundred times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    facts = {"machine": machine(), "versions": versions("tli_jax", "jax", "jaxlib", "optax", "torch", "transformers")}
+    results: list[dict[str, Any]] = []
+    for group in [contenders] if in_turns else [[contender] for contender in contenders]:
+        for result in race(group, args):
+            if "losses" in result:
+                check(result, results)
+            results.append(result)
+            with args.output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result | facts) + "\n")
+            log(*list(show([result]))[2:], result.get("profile", ""))
+    print(*show(results), sep="\n")
+    sys.exit(any("wrong" in result for result in results))
 
 
-def _nbytes(tree: Any) -> int:
-    import jax
-
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
-
-def _mb(*sizes: int) -> list[str]:
-    return [f"{size / 1e6:,.0f}" for size in sizes]
-
-
-def _peak_rss() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def _log(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def log(*lines: str) -> None:
+    print(*filter(None, lines), sep="\n", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

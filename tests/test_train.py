@@ -397,6 +397,33 @@ def test_metrics(trained):
     assert not any("learning_rate_kept" in line for line in lines)
 
 
+def test_a_profile_changes_no_loss(start, trained, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert run_here(run, **usual(start, only="injected", profile=2, keep=100)) == 0
+    stderr = read_stderr(capsys)
+    assert "profile of 2 steps" in stderr and "matmul" in stderr and f"profile written to {run}/profile" in stderr
+    assert len(list((run / "profile").rglob("*.xplane.pb"))) == 1
+    assert losses(run) == losses(trained / "run")
+    assert state_digests(run) == state_digests(trained / "run")
+    # It is not part of the run, which resumes without it.
+    assert "profile: 0" in (run / "config.yaml").read_text()
+    assert "profile" not in json.loads((run / "run.json").read_text())["config"]
+    assert run_here(run, steps=STEPS + 2) == 0
+    assert "profile of" not in read_stderr(capsys)
+    assert run_here(run, steps=STEPS + 6, profile=5) == 0  # only one step is left after the third of this process
+    assert "profile of 1 step\n" in read_stderr(capsys)
+
+
+def test_training_goes_on_without_its_profile(start, trained, tmp_path, capsys):
+    run = copy_run(trained / "run", tmp_path / "run")
+    assert run_here(run, steps=STEPS + 2, profile=1) == 0
+    assert "warning: no profile: only 2 steps were left" in read_stderr(capsys)
+    (run / "profile").write_text("not a folder")
+    assert run_here(run, steps=STEPS + 7, profile=1) == 0
+    assert "warning: no profile: " in read_stderr(capsys)
+    assert len(losses(run)) == STEPS + 7
+
+
 def test_another_mesh_resumes_with_the_same_losses(start, trained, tmp_path):
     run = copy_run(trained / "run", tmp_path / "run", until=HALF)
     before = (run / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -177,6 +177,11 @@ class TrainConfig(Recipe):
     track: Tracked = option(
         (), "also log metrics to tensorboard (in the run directory) or wandb:PROJECT, separated by commas", SAVING
     )
+    profile: NotNegative = option(
+        0,
+        "trace this many steps after the third into RUN/profile, and print where their time goes; 0 for none",
+        SAVING,
+    )
     max_shard_size: Text = option("5GB", SHARD, IO)
     overwrite: bool = option(False, OVERWRITE, IO)
 

@@ -3,14 +3,17 @@
 The loop does not wait for the step that it has just dispatched: the metrics of step n are read while step n + 1 runs.
 """
 
+import contextlib
 import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
+from tli_jax.cli.console import console
 from tli_jax.cli.progress import Advance
 from tli_jax.data.batches import Data
 from tli_jax.distributed.processes import StopSignal, flag_array
@@ -19,6 +22,7 @@ from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.feed import Feed
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.metrics import Metrics
+from tli_jax.training.profile import AFTER, summarise, tables, trace
 from tli_jax.training.step import Programs, TrainState
 
 # Dense bf16 FLOP/s per device as published by the manufacturer, by the prefix of ``jax.Device.device_kind``.
@@ -50,7 +54,8 @@ class Loop:
     Attributes:
         metrics: None in every process but the first.
         facts: JSON to store with every checkpoint.
-        report: called with one line for each validation and checkpoint.
+        report: called with one line for each validation, checkpoint and profile.
+        profile: folder for the profile of some steps; None in every process but the first.
     """
 
     programs: Programs
@@ -59,6 +64,7 @@ class Loop:
     metrics: Metrics | None
     facts: dict[str, Any]
     report: Callable[[str], None]
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.programs, self.data)
@@ -84,8 +90,8 @@ class Loop:
         extra: dict[str, Any] = {}
         if start == 0 and (loss := self._validate(0, state, frozen)) is not None:
             extra = {"validation_loss_before": loss}
-        reader = _Reader(self, advance)
-        with StopSignal() as signal:
+        reader, profiler = _Reader(self, advance), _Profiler(self)
+        with StopSignal() as signal, profiler.trace:
             for step in range(start + 1, config.steps + 1):
                 tokens, segments = self.feed.to_mesh(next(batches), config.grad_accum_steps)
                 stop = flag_array(self.programs.mesh, signal.requested)
@@ -94,6 +100,10 @@ class Loop:
                 reader.put(step, metrics, extra)
                 extra = {}
                 is_last = step == config.steps
+                if profiler.is_due(step - start, is_last):
+                    reader.settle()
+                    profiler.toggle(step - start, is_last)
+                    reader.restart()
                 if step % config.validate_every == 0 or is_last:
                     reader.settle()
                     loss = self._validate(step, state, frozen)
@@ -122,6 +132,39 @@ class Loop:
         return self.validation_loss
 
 
+class _Profiler:
+    """Traces the steps after the third of this process, and prints where their time goes."""
+
+    def __init__(self, loop: Loop):
+        self.folder, self.report = loop.profile or Path(), loop.report
+        self.steps = loop.programs.config.profile if loop.profile else 0
+        self.trace = contextlib.ExitStack()  # also ends the trace if the loop raises
+        self.is_tracing = False
+
+    def is_due(self, done: int, is_last: bool) -> bool:
+        """Whether to start or end the trace after ``done`` steps of this process."""
+        ends = is_last or done == AFTER + self.steps
+        return self.steps > 0 and (ends if self.is_tracing else done == AFTER or (is_last and done < AFTER))
+
+    def toggle(self, done: int, is_last: bool) -> None:
+        """Start or end the trace. The devices must be idle."""
+        try:
+            if self.is_tracing:
+                self.is_tracing = False
+                self.trace.close()
+                for table in tables(summarise(self.folder), done - AFTER):
+                    table.render(console(is_stderr=True))
+                self.report(f"profile written to {self.folder}")
+            elif is_last:
+                self.report(f"warning: no profile: only {done} steps were left, and it starts after the third")
+            else:
+                self.trace.enter_context(trace(self.folder))
+                self.is_tracing = True
+        except (OSError, RuntimeError) as error:  # training is worth more than its profile
+            self.steps = 0
+            self.report(f"warning: no profile: {error}")
+
+
 class _Reader:
     """Holds the metrics of the last step on the device until they are read, which waits for that step."""
 
@@ -134,7 +177,8 @@ class _Reader:
     def settle(self) -> None:
         """Wait for the pending step and take its time, so that what follows does not count as part of it."""
         jax.block_until_ready(self.pending)
-        self.seconds = time.perf_counter() - self.started
+        if self.pending is not None and self.seconds is None:
+            self.seconds = time.perf_counter() - self.started
 
     def restart(self) -> None:
         """Count time from here as that of the next step."""

@@ -131,7 +131,8 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
             metrics = Metrics(run, config, step, facts["id"])
             if advance is None:
                 shown = progress("train", config.steps, "steps", step)
-        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report)
+        profile = run.path / "profile" if processes.is_first() else None
+        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report, profile)
         try:
             with shown as show_step:
                 state = loop.train(state, frozen, show_step)
