@@ -48,9 +48,7 @@ def test_a_resumed_run_keeps_its_policy_while_it_fits(build, peaks):
 def test_what_does_not_fit_is_refused_with_a_remedy(build, peaks):
     trainer = make(build, "full")
     found, memory = fit(trainer, 256, lambda spec: "float32", 1e5, print)
-    with pytest.raises(
-        UsageError, match=r"does not fit: it needs \S+ MiB of \S+ MiB per device; try --train\."
-    ):
+    with pytest.raises(UsageError, match=r"does not fit: it needs \S+ MiB of \S+ MiB per device; try --train\."):
         require_fit(found, 256, memory, 1e5)
     require_fit(found, 256, *fit(trainer, 256, lambda spec: "float32", 1e12, print)[1:], 1e12)
 

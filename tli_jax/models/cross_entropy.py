@@ -16,7 +16,7 @@ from tli_jax.models.precision import matmul_precision
 
 # Logits per chunk: 256 MiB in fp32, but at least that many tokens. With fewer, reading and writing the fp32 gradient of
 # the head would take longer than the products.
-LOGITS, ROWS = 2**26, 2048
+LOGITS, ROWS = 2**26, 1024
 
 
 class Chunked(NamedTuple):
