@@ -65,8 +65,8 @@ def numbers(results: dict[str, Any]) -> dict[str, Any]:
 def start_process(arguments: list[str], compiled: dict[str, str]) -> subprocess.Popen:
     """Start the command as a process with one device."""
     line = [sys.executable, "-m", "tli_jax.compare", *arguments]
-    environment = os.environ | compiled | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL)
+    device = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    return subprocess.Popen(line, env=os.environ | compiled | device, stdout=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
