@@ -28,19 +28,21 @@ def test_parameters_moments_and_gradients_are_the_size_of_the_arrays(build, only
 
 
 def test_layers_below_the_lowest_trainable_one_keep_no_activations(build):
-    trainer, _, _ = build(only="injected", batch_size=8)  # layers 2, 4 and 6 of 8
+    trainer, _, _ = build(only="injected", batch_size=8, remat="full")  # layers 2, 4 and 6 of 8
     assert memory.estimate(trainer, 16, dtypes)["activations"] == 6 * 8 * 16 * 40 * 4
-    trainer, _, _ = build(only="all", batch_size=8, grad_accum_steps=4)
+    trainer, _, _ = build(only="all", batch_size=8, grad_accum_steps=4, remat="full")
     estimate = memory.estimate(trainer, 16, dtypes)
     assert estimate["activations"] == 8 * 2 * 16 * 40 * 4
     assert estimate["gradients"] == 2 * sum(x.size * 4 for x in trainer.abstract_state().trained.values())
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full", "offload"])
 def test_more_rematerialization_keeps_fewer_activations(build, remat):
     trainer, _, _ = build(only="all", batch_size=8, remat=remat)
     kept = memory.estimate(trainer, 16, dtypes)["activations"] / (8 * 8 * 16 * 4)  # numbers per token and layer
-    assert kept == {"full": 40, "dots": 3 * 40 + 64 + 2 * 56, "none": 4 * 40 + 2 * 64 + 3 * 56}[remat]
+    around = 40 + 64 + 32  # the input of the layer; queries, keys and values; the outputs of all heads
+    expected = {"none": 4 * 40 + 2 * 64 + 3 * 56, "dots": around + 40 + 2 * 56, "attention": around}
+    assert kept == (expected | {"full": 40, "offload": 0})[remat]
 
 
 def test_the_step_compiles_without_any_array(build):

@@ -73,14 +73,14 @@ class Attention(nnx.Module):
         Args:
             cache: of this layer, ``[B, S, K, h]``.
         """
-        q_BTHh, k_BSKh, v_BSKh = self.project(x_BTD, rope)
+        q_BTHh, k_BSKh, v_BSKh = self.project(x_BTD, rope=rope)
         if cache is not None:
             at = (0, cache.length, 0, 0)
             k_BSKh = jax.lax.dynamic_update_slice(cache.k, k_BSKh, at)
             v_BSKh = jax.lax.dynamic_update_slice(cache.v, v_BSKh, at)
         return self.combine(rope.attend(q_BTHh, k_BSKh, v_BSKh)), (k_BSKh, v_BSKh)
 
-    def project(self, x_BTD: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project(self, x_BTD: jax.Array, *, rope: Rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries ``[B, T, H, h]``, keys and values ``[B, T, K, h]``."""
 
         def heads(x: jax.Array) -> jax.Array:

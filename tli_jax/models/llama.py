@@ -123,7 +123,7 @@ class Block(nnx.Module):
         return x_BTD, kv, balance_loss
 
     def run_rematerialized(
-        self, x_BTD: jax.Array, rope: Rope, dispatch: ExpertDispatch, around: Callable[[Any], Any]
+        self, x_BTD: jax.Array, *, rope: Rope, dispatch: ExpertDispatch, around: Callable[[Any], Any]
     ) -> tuple[jax.Array, jax.Array | None]:
         """``__call__`` without a cache, with ``around`` applied to what lies before attention and to what follows it.
 
@@ -131,7 +131,7 @@ class Block(nnx.Module):
         """
 
         def before(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            return block.self_attn.project(block.input_layernorm(x_BTD), rope)
+            return block.self_attn.project(block.input_layernorm(x_BTD), rope=rope)
 
         def after(block: Block, x_BTD: jax.Array, out_BTHh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             return block._feed_forward(x_BTD + block.self_attn.combine(out_BTHh), dispatch)
@@ -236,7 +236,7 @@ class Llama(nnx.Module):
             if is_whole:
                 x, _, balance_loss = block(checkpoint_name(x, _INPUT), rope=rope, dispatch=options.dispatch)
             else:
-                x, balance_loss = block.run_rematerialized(x, rope, options.dispatch, around)
+                x, balance_loss = block.run_rematerialized(x, rope=rope, dispatch=options.dispatch, around=around)
             return options.constrain(x, "BTD"), balance_loss
 
         def stack(x: jax.Array, blocks: Block) -> tuple[jax.Array, jax.Array | None]:
