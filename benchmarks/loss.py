@@ -1,9 +1,9 @@
-"""Compares the chunked cross-entropy with the plain one, which holds all logits at once: memory and time.
+"""Compares the cross-entropy fused with the head with the plain one, which holds all logits: memory and time.
 
     python benchmarks/loss.py [--tokens 2048 8192] [--vocab 32000 128256] [--hidden-size 512] [--rounds 10]
 
 Measures value and gradients for hidden states ``[1, tokens, D]`` and a head ``[V, D]``, with
-``tli_jax.models.loss.token_losses`` and with the obvious two lines.
+``tli_jax.models.cross_entropy.objective`` and with the obvious two lines.
 
 ``temporaries`` is the memory that the compiler allocates besides arguments and results. ``peak`` is the additional
 memory of one call in a process of its own, results included: resident memory on a CPU, device memory elsewhere. Cases
@@ -19,12 +19,11 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from common import machine, run_in_process, versions, write_result
 
-METHODS = ("chunked", "plain")
+METHODS = ("fused", "plain")
 
 
 class Case(NamedTuple):
@@ -39,17 +38,12 @@ def programs(case: Case, methods: tuple[str, ...]) -> tuple[dict[str, Any], Call
     import jax
     import jax.numpy as jnp
 
-    from tli_jax.models.loss import token_losses
-    from tli_jax.models.modules import Linear
+    from tli_jax.models.cross_entropy import chunked_cross_entropy, objective
 
     dtype = case.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
-    def chunked(x_BTD: jax.Array, head_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-        # The part of a model that the loss uses.
-        model = SimpleNamespace(
-            config=SimpleNamespace(vocab_size=case.V), head=Linear(head_VD), hidden=lambda *_: (x_BTD, None)
-        )
-        return token_losses(cast(Any, model), tokens_BT)[0].mean()
+    def fused(x_BTD: jax.Array, head_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        return objective(chunked_cross_entropy, 0.0, x_BTD, head_VD, tokens_BT[:, 1:])[0] / case.tokens
 
     def plain(x_BTD: jax.Array, head_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
         logits_BTV = jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
@@ -62,7 +56,7 @@ def programs(case: Case, methods: tuple[str, ...]) -> tuple[dict[str, Any], Call
         head_VD = (0.02 * jax.random.normal(keys[1], (case.V, case.D))).astype(dtype)
         return jax.block_until_ready((x_BTD, head_VD, jax.random.randint(keys[2], (1, case.tokens + 1), 0, case.V)))
 
-    functions = {"chunked": chunked, "plain": plain}
+    functions = {"fused": fused, "plain": plain}
     shapes = jax.eval_shape(make)
     return {
         name: jax.jit(jax.value_and_grad(functions[name], argnums=(0, 1))).lower(*shapes).compile() for name in methods

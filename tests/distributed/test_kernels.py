@@ -1,14 +1,19 @@
 """Choosing an attention implementation, and parity of each with xla."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tli_jax.distributed.kernels import _splash, choose_attention
+from tli_jax.distributed.kernels import _cudnn, _splash, choose_attention
 from tli_jax.distributed.mesh import make_mesh
 from tli_jax.errors import UsageError
 from tli_jax.models.attention import causal
+from tli_jax.models.config import LlamaConfig
+from tli_jax.models.llama import ForwardOptions, Llama, init_params
+from tli_jax.models.loss import summed_losses
 
 
 def test_auto_is_xla_on_a_cpu():
@@ -33,6 +38,61 @@ def test_implementation_of_another_platform_is_refused(name):
         pytest.skip("only on a CPU")
     with pytest.raises(UsageError, match=f"attention: {name} runs on .*, this is cpu: choose xla or auto"):
         choose_attention(name, make_mesh({}), 128, 64, "bfloat16")
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_cudnn_matches_xla_in_value_and_gradient(has_documents):
+    mesh = make_mesh({}, jax.devices()[:1])
+    rng = np.random.default_rng(0)
+    B, T, H, K, h = 2, 1024, 8, 2, 64
+    q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, h)), jnp.bfloat16) for n in (H, K, K))
+    segments = jnp.asarray(np.cumsum(rng.random((B, T)) < 0.01, axis=1), jnp.int32) if has_documents else None
+    weights = jnp.asarray(rng.normal(size=(B, T, H, h)), jnp.float32)
+
+    def value_and_grad(attend, dtype):
+        def total(*qkv):
+            return (attend(*(x.astype(dtype) for x in qkv)).astype(jnp.float32) * weights).sum()
+
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(q, k, v)
+
+    expected, expected_grads = value_and_grad(causal(T, segments), jnp.float32)
+    value, grads = value_and_grad(_cudnn(mesh, T, segments), jnp.bfloat16)
+    np.testing.assert_allclose(value, expected, rtol=2e-2, atol=10)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        difference = np.linalg.norm(np.asarray(grad - expected_grad, np.float32))
+        assert difference < 2e-2 * np.linalg.norm(np.asarray(expected_grad, np.float32))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="runs on a GPU above")
+def test_cudnn_runs_once_a_layer_and_keeps_one_mask_for_all_layers(monkeypatch):
+    """Traced only, without a GPU: with all but attention rematerialized."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    mesh = make_mesh({}, jax.devices()[:1])
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    tokens = jax.ShapeDtypeStruct((2, 257), jnp.int32)
+
+    def loss(params, tokens, segments, remat):
+        options = ForwardOptions(jnp.bfloat16, remat, functools.partial(_cudnn, mesh))
+        return summed_losses(Llama.from_params(config, params), tokens, segments, options=options)[0]
+
+    for remat, forwards in (("none", 1), ("dots", 1), ("attention", 1), ("full", 2)):
+        step = jax.grad(functools.partial(loss, remat=remat))
+        text = str(jax.make_jaxpr(step)(params, tokens, tokens))
+        assert text.count("dot_product_attention_fwd") == forwards, remat
+        assert text.count("dot_product_attention_bwd") == 1
+        assert "[3,2,1,256,256]" not in text  # a mask for each layer
 
 
 @pytest.mark.parametrize("has_documents", [False, True])

@@ -1,13 +1,16 @@
 """The chunked loss equals the plain one in value and gradient, and never holds the logits of a batch."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tli_jax.models.config import LlamaConfig
+from tli_jax.models.cross_entropy import chunked_cross_entropy, objective
 from tli_jax.models.llama import ForwardOptions, Llama, forward, init_params
-from tli_jax.models.loss import losses, token_losses
+from tli_jax.models.loss import losses, summed_losses, token_losses
 
 SIZES = {
     "vocab_size": 37,
@@ -76,6 +79,46 @@ def test_losses_of_params_and_in_bfloat16(expected):
     assert rounded.dtype == jnp.float32
     # bf16 logits have 8 bits, and the largest is about 4.
     np.testing.assert_allclose(rounded, value, atol=0.15)
+
+
+@pytest.mark.parametrize("chunk", [32, 512])
+def test_gradients_in_bfloat16_are_close_to_fp32_whatever_the_chunk(chunk):
+    """Logit gradients are rounded once; the gradient of the head is not rounded at every chunk."""
+    rng = np.random.default_rng(0)
+    N, V, D = 512, 1024, 64
+    x = jnp.asarray(rng.normal(size=(1, N, D)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(V, D)) * 0.1, jnp.bfloat16).astype(jnp.float32)
+    targets = jnp.asarray(np.minimum(rng.zipf(1.2, (1, N)) - 1, V - 1))
+    kernel = functools.partial(chunked_cross_entropy, chunk=chunk)
+
+    def gradients(x):
+        return jax.jit(jax.grad(lambda *a: objective(kernel, 1e-3, *a, targets)[0], argnums=(0, 1)))(x, head)
+
+    expected_x, expected_head = gradients(x.astype(jnp.float32))
+    by_x, by_head = gradients(x)
+    assert by_x.dtype == jnp.bfloat16 and by_head.dtype == jnp.float32
+
+    def error(a, b):
+        return np.linalg.norm(np.asarray(a, np.float32) - b) / np.linalg.norm(b)
+
+    assert error(by_head, expected_head) < 1.2e-3 and error(by_x, expected_x) < 3e-3
+
+
+def test_both_forms_of_the_loss_have_equal_gradients():
+    """Summed with a z-loss, as in training, and token by token."""
+    config = LlamaConfig(**SIZES)
+    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
+
+    def summed(params):
+        return summed_losses(Llama.from_params(config, params), TOKENS, z_loss=1e-2)[0]
+
+    def by_token(params):
+        found, log_z, _ = token_losses(Llama.from_params(config, params), TOKENS)
+        return found.sum() + 1e-2 * jnp.square(log_z).sum()
+
+    (a, grads_a), (b, grads_b) = (jax.jit(jax.value_and_grad(f))(params) for f in (summed, by_token))
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), grads_a, grads_b)
 
 
 def test_the_logits_of_a_batch_are_never_held():

@@ -1,13 +1,16 @@
 """A train step that does not fit in memory is refused before the first step; ``auto`` finds the fastest policy."""
 
+from types import SimpleNamespace
+
 import jax
+import numpy as np
 import pytest
 
 import tli_jax
 from tli_jax.distributed.mesh import make_mesh
 from tli_jax.errors import UsageError
 from tli_jax.training import fit as module
-from tli_jax.training.fit import fit, free_memory, require_fit
+from tli_jax.training.fit import cache_programs, fit, free_memory, require_fit
 from tli_jax.training.memory import POLICIES, compile_step
 
 
@@ -64,6 +67,21 @@ def test_free_memory_is_shared_by_the_devices_of_a_host(monkeypatch):
         pytest.skip("only on a CPU")
     assert free_memory(make_mesh({})) <= 1e9
     assert free_memory(make_mesh({}, jax.devices()[:2])) <= 4e9
+
+
+def test_accelerators_keep_compiled_programs(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    mesh = make_mesh({})
+    assert cache_programs(mesh) is None and jax.config.jax_compilation_cache_dir == before
+    accelerator = SimpleNamespace(devices=np.asarray([SimpleNamespace(platform="tpu")]))
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert cache_programs(accelerator) == f"{tmp_path}/tli_jax/compiled"
+        jax.config.update("jax_compilation_cache_dir", "chosen")
+        assert cache_programs(accelerator) == "chosen"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_trainer_refuses_what_does_not_fit(monkeypatch):

@@ -37,8 +37,6 @@ def choose_attention(
     unmet = {"cudnn": "", "splash": ""}  # what each kernel needs and does not have
     if dtype != "bfloat16" or head_dim % 8 or head_dim > 128:
         unmet["cudnn"] = "bfloat16 and a head size that is a multiple of 8, at most 128"
-    if isolate:
-        unmet["cudnn"] = "no_isolate, because it does not keep documents apart"
     if dtype != "bfloat16" or T % _SPLASH_BLOCK:
         unmet["splash"] = f"bfloat16 and a sequence_length that is a multiple of {_SPLASH_BLOCK}"
     if name == "auto":
@@ -54,22 +52,29 @@ def choose_attention(
     return lambda T, segments_BT: impl(T, None), f"{name}, across documents"
 
 
-def _local(mesh: Mesh, attend: Callable[..., jax.Array], segments_BT: jax.Array | None) -> AttentionFn:
-    """Run ``attend(q, k, v, segments)`` on each device's sequences and heads."""
-    specs = (_QKV, _QKV, _QKV, None if segments_BT is None else PartitionSpec(_QKV[0], None))
+def _local(mesh: Mesh, attend: Callable[..., jax.Array], documents: jax.Array | None) -> AttentionFn:
+    """Run ``attend(q, k, v, documents)`` on each device's sequences and heads. ``documents`` has a leading dim B."""
+    specs = (_QKV, _QKV, _QKV, None if documents is None else PartitionSpec(BATCH))
     run = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=_QKV, check_vma=False)
-    return lambda q_BTHh, k_BTKh, v_BTKh: run(q_BTHh, k_BTKh, v_BTKh, segments_BT)
+    return lambda q_BTHh, k_BTKh, v_BTKh: run(q_BTHh, k_BTKh, v_BTKh, documents)
 
 
 def _xla(mesh: Mesh, T: int, segments_BT: jax.Array | None) -> AttentionFn:
     return _local(mesh, lambda q, k, v, segments_BT: causal(T, segments_BT)(q, k, v), segments_BT)
 
 
-def _cudnn(mesh: Mesh, T: int, segments_BT: None) -> AttentionFn:
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, _: None) -> jax.Array:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+def _cudnn(mesh: Mesh, T: int, segments_BT: jax.Array | None) -> AttentionFn:
+    """Flash attention of cuDNN. Its public interface has no documents, so it adds a bias of 2 T² bytes per sequence,
+    which is made once for all layers."""
 
-    return _local(mesh, attend, None)
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+        return jax.nn.dot_product_attention(q, k, v, bias=bias, is_causal=True, implementation="cudnn")
+
+    if segments_BT is None:
+        return _local(mesh, attend, None)
+    is_same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    never = jnp.asarray(-0.7 * jnp.finfo(jnp.bfloat16).max, jnp.bfloat16)
+    return _local(mesh, attend, jnp.where(is_same, jnp.zeros((), jnp.bfloat16), never))
 
 
 def _splash(mesh: Mesh, T: int, segments_BT: jax.Array | None, interpret: bool = False) -> AttentionFn:

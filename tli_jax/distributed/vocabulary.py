@@ -85,7 +85,10 @@ def sharded_cross_entropy(
         if found.head_gradient is None:
             return found
         gradient_VD = jax.lax.psum_scatter(found.head_gradient, _D, scatter_dimension=1, tiled=True)
-        return found._replace(head_gradient=jax.lax.psum(gradient_VD, _REPLICAS))
+        gradient_VD = jax.lax.psum(gradient_VD, _REPLICAS)
+        # The backward pass of the layers waits for the sum, or the whole gradient would be kept until its end.
+        x_gradient, gradient_VD = jax.lax.optimization_barrier((found.x_gradient, gradient_VD))
+        return found._replace(x_gradient=x_gradient, head_gradient=gradient_VD)
 
     has_gradient = derivatives is not None
     out = Chunked(_BT, _BT, _BT if has_gradient else None, _TABLE if has_gradient and is_head_trained else None)  # type: ignore[arg-type]

@@ -1,10 +1,12 @@
 """Whether a train step fits in memory, and with which rematerialization: it is compiled before the first step."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 from jax.sharding import Mesh
 
 from tli_jax.distributed.processes import gather_json
@@ -15,6 +17,19 @@ from tli_jax.training.memory import POLICIES, CompiledMemory, compile_step, esti
 from tli_jax.training.step import Programs
 
 P = TypeVar("P", bound=Programs)
+
+
+def cache_programs(mesh: Mesh) -> str | None:
+    """Let accelerators keep compiled programs between starts. Return the folder; None on a CPU, which compiles fast.
+
+    The environment variable JAX_COMPILATION_CACHE_DIR chooses another folder.
+    """
+    if mesh.devices.flat[0].platform == "cpu":
+        return None
+    if jax.config.jax_compilation_cache_dir is None:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "tli_jax" / "compiled"))
+    return jax.config.jax_compilation_cache_dir
 
 
 def free_memory(mesh: Mesh) -> float | None:

@@ -19,7 +19,7 @@ from tli_jax.growth.plan import Plan
 from tli_jax.growth.upcycle import upcycle
 from tli_jax.hf.grown_config import grown_config
 from tli_jax.models.config import LlamaConfig
-from tli_jax.models.cross_entropy import LOGITS
+from tli_jax.models.cross_entropy import LOGITS, ROWS
 from tli_jax.models.llama import Remat
 from tli_jax.models.tree import nest
 from tli_jax.training.freezing import ParamSpec
@@ -155,7 +155,8 @@ def estimate(programs: Programs, T: int, dtypes: Callable[[ParamSpec], Any]) -> 
     around = D + attention + sizes["Hh"] / tensor
     kept = {"offload": 0, "full": D, "attention": around, "dots": around + D + 2 * mlp}.get(config.remat, inside)
     trained = sum(map(_device_bytes, state.trained.values()))
-    head = sizes["V"] * D / tensor * compute
+    V = sizes["V"] / tensor
+    chunk = min(B * T, max(ROWS, LOGITS // V))
     parts: dict[str, float] = {
         "parameters": trained + sum(_device_bytes(params[s.name]) for s in programs.param_specs if not s.trains),
         "moments": sum(map(_device_bytes, jax.tree.leaves(state.optimizer_state))),
@@ -164,13 +165,12 @@ def estimate(programs: Programs, T: int, dtypes: Callable[[ParamSpec], Any]) -> 
         "activations": (model.num_hidden_layers - programs.layout.lowest) * B * T * kept * compute,
         # All-gathered weights of the current layer and the next, and rematerialized activations.
         "layer": 2 * model.layer_params / (tensor * mesh.shape["expert"]) * compute + 2 * B * T * inside * compute,
-        # The all-gathered head, with its gradient if it is trained; logits of one chunk and their gradient.
-        "head": (1 + programs.is_head_trained) * head + 2 * LOGITS * 4,
+        # The all-gathered head, with its fp32 gradient if it is trained; logits of one chunk and their gradient.
+        "head": V * D * (compute + 4 * programs.is_head_trained) + chunk * V * (4 + compute),
     }
-    # With gradient accumulation, unsharded gradients of head and embedding wait for the end of each microbatch.
-    waiting = 2 * head * (programs.is_head_trained and config.grad_accum_steps > 1)
     throughout = parts["parameters"] + parts["moments"] + parts["activations"]
-    return parts | {"peak": throughout + max(parts["head"], parts["gradients"] + parts["layer"] + waiting)}
+    summed = trained if config.grad_accum_steps > 1 else 0
+    return parts | {"peak": throughout + max(parts["head"] + summed, parts["gradients"] + parts["layer"])}
 
 
 def search(

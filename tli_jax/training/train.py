@@ -162,11 +162,13 @@ def _fit(trainer: "Trainer", T: int, dtypes: dict[str, str], earlier: dict[str, 
         dtypes: stored dtype of each parameter.
         earlier: ``run.json`` of a run whose arrays have been restored.
     """
-    from tli_jax.training.fit import fit, free_memory, require_fit
+    from tli_jax.training.fit import cache_programs, fit, free_memory, require_fit
     from tli_jax.training.memory import gib
 
     if earlier is not None and (kernel := earlier.get("attention", trainer.kernel)) != trainer.kernel:
         _report(f"warning: the run started with other attention ({kernel}): losses may differ by rounding")
+    if (cache := cache_programs(trainer.mesh)) is not None:
+        _report(f"compiled programs are kept in {cache}")
     limit = free_memory(trainer.mesh)
     is_cpu = trainer.mesh.devices.flat[0].platform == "cpu"
     trainer, memory = fit(
