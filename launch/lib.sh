@@ -37,12 +37,6 @@ run() {
   fi
 }
 
-# Print the compiler flags of a platform from xla_flags.env, on one line.
-flags_for() {
-  awk -v platform="$1" '$1 == platform || ($1 == "tpu" && platform ~ /^v/) { printf "%s%s", sep, $2; sep = " " }' \
-    "$LAUNCH/xla_flags.env"
-}
-
 # Print the TPU generation of a slice: v5p for v5p-64.
 generation() {
   case $1 in

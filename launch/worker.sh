@@ -5,7 +5,7 @@
 #
 # Exit code 75 means stopped with everything saved: the same command resumes. Every other exit code is final. If this
 # script itself receives SIGTERM, the machine is going away: the command can save, and is not restarted.
-# Compiler flags come from xla_flags.env. Compiled programs are cached in JAX_COMPILATION_CACHE_DIR.
+# Compiled programs are cached in JAX_COMPILATION_CACHE_DIR.
 set -euo pipefail
 # shellcheck source=launch/lib.sh
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -20,16 +20,8 @@ platform=$1
 shift
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HOME/.cache/tli_jax/compiled}
 case $platform in
-  v5e | v5p | v6e)
-    LIBTPU_INIT_ARGS="$(flags_for "$platform") ${LIBTPU_INIT_ARGS:-}"
-    export LIBTPU_INIT_ARGS
-    ;;
-  gpu)
-    XLA_FLAGS="$(flags_for gpu) ${XLA_FLAGS:-}"
-    export XLA_FLAGS
-    export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9}
-    ;;
-  cpu) ;;
+  gpu) export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.9} ;;
+  v5e | v5p | v6e | cpu) ;;
   *) die "platform $platform: unknown, use v5e, v5p, v6e, gpu or cpu" ;;
 esac
 

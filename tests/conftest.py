@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -21,8 +22,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _XLA_FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
+    # Later versions have no other generator, and XLA aborts on a flag that it does not know.
+    *["--xla_cpu_use_fusion_emitters=false"] * importlib.metadata.version("jaxlib").startswith("0.10."),
 )
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_XLA_FLAGS]).strip()
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -166,7 +166,6 @@ sys.exit(max(process.wait() for process in started))
     slurm |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NODELIST": "127.0.0.1"}
     clean = environment(**slurm)
     clean["PATH"] = f"{work / 'bin'}:{clean['PATH']}"
-    # The GPU flags are put before those in XLA_FLAGS. The CPU compiler accepts them too.
     words = ["python", "-m", "tli_jax.train", "--config", str(work / "train.yaml"), "--distributed"]
     call = [LAUNCH / "slurm_job.sh", LAUNCH, *words]
     done = subprocess.run(call, env=clean, capture_output=True, text=True, timeout=600)

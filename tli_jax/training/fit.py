@@ -17,6 +17,7 @@ from tli_jax.training.memory import POLICIES, CompiledMemory, compile_step, esti
 from tli_jax.training.step import Programs
 
 P = TypeVar("P", bound=Programs)
+_CACHE = "jax_compilation_cache_dir"
 
 
 def cache_programs(mesh: Mesh) -> str | None:
@@ -26,10 +27,10 @@ def cache_programs(mesh: Mesh) -> str | None:
     """
     if mesh.devices.flat[0].platform == "cpu":
         return None
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "tli_jax" / "compiled"))
-    return jax.config.jax_compilation_cache_dir
+    if (folder := getattr(jax.config, _CACHE)) is None:
+        folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tli_jax" / "compiled")
+        jax.config.update(_CACHE, folder)
+    return folder
 
 
 def free_memory(mesh: Mesh) -> float | None:

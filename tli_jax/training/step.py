@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed.mesh import batch_sharding, constrain, param_sharding, replicated
 from tli_jax.distributed.vocabulary import sharded_cross_entropy, sharded_lookup
+from tli_jax.distributed.xla_options import xla_options
 from tli_jax.models.attention import AttentionImpl
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import ForwardOptions, Llama
@@ -143,7 +144,12 @@ class Programs:
         if its process was asked to stop. ``metrics["stop"]`` is 1 in every process if any flag is.
         """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        return jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
+        return jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(self.mesh)),
+            compiler_options=xla_options(self.mesh.devices.flat[0]),
+        )
 
     @functools.cached_property
     def validate(self) -> Any:
