@@ -145,6 +145,22 @@ def test_a_step_has_exactly_the_stated_flops(build, only, outer):
     assert count_flops(jaxpr.jaxpr) == B * T * trainer.flops_per_token(2 * T)
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+@pytest.mark.parametrize("only", ["all", "injected"])
+def test_each_policy_computes_again_what_it_says(build, only, remat):
+    trainer, trained, frozen = build(only=only, remat=remat)
+    B, T = 8, 16
+    tokens = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+    jaxpr = jax.make_jaxpr(jax.grad(lambda *a: trainer._sums(*a)[0]))(trained, frozen, tokens, tokens)
+    again = count_flops(jaxpr.jaxpr) / (B * T) - trainer.flops_per_token(2 * T)
+    sizes, layers = trainer.model.sizes, trainer.model.num_hidden_layers - trainer.layout.lowest
+    # The output of down_proj is not needed, and those of q, k and v are kept where attention is not repeated.
+    feed_forward = 2 * sizes["D"] * (sizes["Hh"] + 2 * sizes["F"])
+    attention = 4 * sizes["Hh"] * T + 2 * sizes["D"] * (sizes["Hh"] + 2 * sizes["Kh"])
+    expected = {"none": 0, "dots": 0, "attention": feed_forward, "full": feed_forward + attention}
+    assert again == layers * expected[remat]
+
+
 def test_gradient_accumulation_gives_the_step_of_the_complete_batch(build, batch):
     rng = np.random.default_rng(3)
     batches = [tuple(np.asarray(rng.permutation(x.swapaxes(0, 1)).swapaxes(0, 1)) for x in batch) for _ in range(3)]
