@@ -31,6 +31,7 @@ from tli_jax.cli.frame import run_command
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.tensors import read_tensor
+from tli_jax.models.attention import causal
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.start import open_start
@@ -290,6 +291,29 @@ def test_signals_save_the_reported_step(interrupted):
         (line,) = [line for line in stderr[name].splitlines() if line.startswith("error:")]
         assert f"stopped at step {saved}, which is saved: run the same command again" in line
     assert 3 <= stderr["saved"][0] < stderr["saved"][1] < 2 * STEPS
+
+
+def test_a_step_that_needs_too_much_memory_is_refused_before_the_first(start, tmp_path, capsys, monkeypatch):
+    options = usual(start, steps=2)
+    with monkeypatch.context() as little:
+        little.setattr("tli_jax.training.fit.free_memory", lambda mesh: 1e4)
+        assert run_here(tmp_path / "run", **options) == 2
+    text = read_stderr(capsys)
+    assert re.search(r"error: the train step does not fit: it needs \S+ MiB of 0.0 MiB per device; try ", text)
+    assert not (tmp_path / "run/run.json").exists()
+    assert run_here(tmp_path / "run", **options) == 0
+    facts = json.loads((tmp_path / "run/run.json").read_text())
+    assert facts["remat"] == "none" and facts["attention"] == "xla, within documents"
+    assert "remat: none, " in read_stderr(capsys)
+
+
+def test_another_kernel_is_reported_when_a_run_resumes(start, tmp_path, capsys, monkeypatch):
+    run = tmp_path / "run"
+    assert run_here(run, **usual(start, steps=1)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("tli_jax.training.trainer.choose_attention", lambda *args: (causal, "other"))
+    assert run_here(run, **usual(start, steps=2)) == 0
+    assert "warning: the run started with other attention (xla, within documents)" in read_stderr(capsys)
 
 
 def test_a_second_process_on_a_run_is_refused(interrupted):

@@ -107,6 +107,8 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
         "curve": curve,
         **measured,
         "seconds": sum(space.recipe.batch_size * data.T / line["tokens_per_second"] for line in lines),
+        "attention": trainer.kernel,
+        "remat": trainer.config.remat,
         "trained_parameters": sum(array.size for array in trained.values()),
         "flops_per_token": trainer.flops_per_token(data.T),
         "memory": compile_step(trainer, data.T, lambda leaf: arrays[leaf.name].dtype).peak,
