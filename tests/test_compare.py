@@ -90,7 +90,7 @@ def test_every_contender_is_trained_and_measured(done) -> None:
     for run in results["runs"]:
         assert [tokens for tokens, _ in run["curve"]] == [0, 256, 512] and run["diverged"] is None
         assert run["memory"] > 0 and run["seconds"] > 0 and run["old"] > 0
-        assert run["attention"] == "xla, within documents" and run["remat"] == "none"
+        assert run["attention"] == "xla, across documents" and run["remat"] == "none"
     layers = {start["name"]: start["layers"] for start in results["starts"]}
     assert layers == {"base": 4, "old_layers": 4, "random": 6, "tli:identity": 6, "tli:half": 6, "dus": 6, "moe": 4}
     for name in ("results.csv", "report.html", "initial_loss.png", "loss_curves.png", "forgetting.png"):
