@@ -183,18 +183,27 @@ class Programs:
             return objective, (loss, count)
         return objective + self.config.balance_loss * count * balance, (loss, count, balance)
 
+    def _cast_matrices(self, trained: Arrays) -> Arrays:
+        """Cast the matrices of the layers to the compute dtype once a step: not for each microbatch and each
+        rematerialization, and before they are all-gathered. Their gradients are rounded to that dtype in any case."""
+        # Not the router of experts, which is computed in fp32.
+        names = {spec.name for spec in self.param_specs if len(spec.dims) > 2 and spec.dims[-2] != "E"}
+        return {name: x.astype(self.config.compute_dtype) if name in names else x for name, x in trained.items()}
+
     def _step(
         self, state: TrainState, frozen: Arrays, tokens: jax.Array, segments: jax.Array, stop: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         grad = jax.value_and_grad(self._sums, has_aux=True)
+        params = self._cast_matrices(state.trained)
 
         def add_microbatch(carry: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
-            (_, aux), gradients = grad(state.trained, frozen, *batch)
-            return jax.tree.map(jnp.add, carry, (gradients, aux)), None
+            (_, aux), gradients = grad(params, frozen, *batch)
+            return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, (gradients, aux)), None
 
         microbatches = self.config.grad_accum_steps
         if microbatches == 1:
-            (_, (loss, count, *balance)), gradients = grad(state.trained, frozen, tokens[0], segments[0])
+            (_, (loss, count, *balance)), gradients = grad(params, frozen, tokens[0], segments[0])
+            gradients = {name: x.astype(state.trained[name].dtype) for name, x in gradients.items()}
         else:
             sums = (jnp.zeros(()), jnp.zeros((), jnp.int32), *([jnp.zeros(())] if self.model.num_experts else []))
             zeros = (jax.tree.map(jnp.zeros_like, state.trained), sums)
