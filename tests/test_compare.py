@@ -237,9 +237,14 @@ def test_base_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
 
 @pytest.mark.long
 def test_growth_without_a_loss_is_refused(start, tmp_path, capsys) -> None:
+    shutil.copytree(start / "base", tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    # Attention scores near the largest float: the base is finite, 1,000 times its weights are not.
+    weights["model.layers.1.self_attn.k_proj.weight"] *= 1e37
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
     file = tmp_path / "methods.yaml"
-    file.write_text("methods: [{method: tli, init: noise, noise_ratio: 1.0e+30, name: loud}]", encoding="utf-8")
-    flags = call(start, tmp_path / "out", "--steps", "0", "--config", str(file))
+    file.write_text("methods: [{method: tli, init: noise, noise_ratio: 1000, name: loud}]", encoding="utf-8")
+    flags = call(start, tmp_path / "out", "--model", str(tmp_path / "base"), "--steps", "0", "--config", str(file))
     at = flags.index("--methods")
     assert run_command(main, [*flags[:at], *flags[at + 2 :]]) == 65
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: loud (")
