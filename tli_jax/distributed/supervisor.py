@@ -23,8 +23,6 @@ STOPPED_NOW = b"error: stopped at once, nothing was saved: run the same command 
 _JOINED = 255  # the child reports this to its supervisor once it has joined, and later the exit code that it ends with
 _CPP_ERROR = re.compile(rb"^[EF]\d{4} .*(coordination_service|JAX distributed service)")
 _CPP_ABORT = b"JAX distributed service detected fatal errors"
-# Gloo reports every connection, from several threads at once, so that the lines run into each other.
-_CPP_NOISE = re.compile(rb"\[Gloo\]|peer ranks is : \d")
 
 _parent: socket.socket | None = None  # in a supervised child
 
@@ -95,11 +93,12 @@ def _start_child(supervisor: socket.socket, errors: int) -> None:
     global _parent
     # In its own group, ^C reaches only the supervisor, which forwards it; and helpers of the child end with the child.
     os.setpgid(0, 0)
-    # Python keeps its stdout and stderr, C++ writes to the pipe: its lines would break the JSON of a command.
+    # Python keeps its stdout and stderr, C++ writes to the pipe. What C++ prints to stdout would break the JSON of a
+    # command: reports of Gloo on every connection, in pieces from several threads. NCCL prints only if asked to.
     out = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "line_buffering": sys.stdout.line_buffering}
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(io.FileIO(os.dup(1), "w")), **out)
     sys.stderr = io.TextIOWrapper(io.FileIO(os.dup(2), "w"), errors="backslashreplace", write_through=True)
-    os.dup2(errors, 1)
+    os.dup2(errors if "NCCL_DEBUG" in os.environ else os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(errors, 2)
     os.close(errors)
     _parent = supervisor
@@ -117,7 +116,7 @@ def _forward_errors(errors: int, held: list[bytes]) -> None:
         for line in lines:
             if held or _CPP_ERROR.match(line):
                 held.append(line)
-            elif not _CPP_NOISE.search(line):
+            else:
                 os.write(2, line)
 
 

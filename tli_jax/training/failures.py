@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -128,6 +129,8 @@ def silence_orbax() -> None:
     """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_is_not_from_orbax)
+    # Coroutines that Orbax drops then; the warning names whatever line runs when they are collected.
+    warnings.filterwarnings("ignore", r"coroutine '.*' was never awaited", RuntimeWarning)
     hook = sys.unraisablehook
 
     def unraisable(problem: Any) -> None:
