@@ -95,7 +95,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         trains = "all" if "all" in flags else "injected"
         trains += f", batch of {flags[flags.index(_BATCH) + 1]}" if _BATCH in flags else ""
         trains += f", {flags[flags.index(_MESH) + 1]}" if _MESH in flags else ""
-        peak = f"{gib(step['peak'])} of {gib(step['limit'])}"
+        # Rows without a policy are of the code before the loss was fused with the head.
+        peak = f"{gib(step['peak'])} of {gib(step['limit'])}{'' if 'remat' in step else ' †'}"
         delta = f"{paper / step['peak'] - 1:+.0%}" if step["fits"] else ""
         lines.append(
             f"| {config} | {row['parameters'] / 1e9:.2f} | {where} | {trains}"
