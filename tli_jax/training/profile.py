@@ -90,7 +90,7 @@ def _operations(line: Any, is_host: bool) -> Iterator[tuple[str, str, float, flo
     """``(name, kind, start, end, time without the events inside)`` of each operation, in ns."""
     found = []
     for event in line.events:
-        # On a CPU, operations of XLA are told from its own functions by their names, because reading the statistics of
+        # On a CPU, only names distinguish operations from functions of XLA itself: reading the statistics of
         # some events aborts jax 0.12.
         stats = {} if is_host else {str(name): str(value) for name, value in event.stats}
         if not is_host or re.fullmatch(r"[a-z][a-z0-9_.-]*", event.name):
