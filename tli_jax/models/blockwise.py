@@ -4,14 +4,12 @@ As in FlashAttention (arXiv 2205.14135, 2307.08691), only the output and the log
 from which the backward pass computes the probabilities again. It is plain JAX, so it runs everywhere.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tli_jax.models.precision import matmul_precision
+from tli_jax.models.precision import fp32_einsum
 
 # Scores of one block of queries: 128 MiB in fp32, but at least _LEAST queries, and at most _MOST.
 _SCORES, _LEAST, _MOST = 2**25, 64, 512
@@ -66,14 +64,10 @@ def _from_blocks(blocks: list[jax.Array], T: int) -> jax.Array:
     return x.reshape(B, N * size, K * G, h)[:, :T]
 
 
-def _einsum(dtype: Any) -> Callable[..., jax.Array]:
-    return functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=matmul_precision(dtype))
-
-
 def _scores(q_BsKGh: jax.Array, k_BSKh: jax.Array, block: jax.Array, segments: tuple[Any, Any]) -> jax.Array:
     """Scaled and masked scores of one block of queries, fp32 ``[B, K, G, s, S]``."""
     size, S = q_BsKGh.shape[1], k_BSKh.shape[1]
-    scores = _einsum(q_BsKGh.dtype)("bskgh,btkh->bkgst", q_BsKGh, k_BSKh) * q_BsKGh.shape[-1] ** -0.5
+    scores = fp32_einsum(q_BsKGh.dtype)("bskgh,btkh->bkgst", q_BsKGh, k_BSKh) * q_BsKGh.shape[-1] ** -0.5
     is_seen = ((block * size + jnp.arange(size))[:, None] >= jnp.arange(S))[None]
     if segments[0] is not None:
         is_seen &= segments[0][:, :, None] == segments[1][:, None]
@@ -102,7 +96,7 @@ def _forward(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_B
             scores = _scores(q, k_BSKh[:, :S], block, (segments, keys))
             exps = jnp.exp(scores - scores.max(-1, keepdims=True))
             total = exps.sum(-1, keepdims=True)
-            out = _einsum(dtype)("bkgst,btkh->bskgh", (exps / total).astype(dtype), v_BSKh[:, :S])
+            out = fp32_einsum(dtype)("bkgst,btkh->bskgh", (exps / total).astype(dtype), v_BSKh[:, :S])
             return out.astype(dtype), (scores.max(-1, keepdims=True) + jnp.log(total))[..., 0]
 
         part = jax.tree.map(lambda x, first=first, end=end: x[first:end], (q_NBsKGh, segments_NBs))
@@ -122,7 +116,7 @@ def _backward(saved: Any, gradient_BTHh: jax.Array) -> tuple[jax.Array, jax.Arra
     segments_NBs, segments_BS = _split_segments(segments_BT, size)
     product_BTH = (gradient_BTHh.astype(jnp.float32) * out_BTHh.astype(jnp.float32)).sum(-1)
     delta_NBKGs = jnp.moveaxis(_to_blocks(product_BTH, size, K), 2, -1)
-    einsum = _einsum(dtype)
+    einsum = fp32_einsum(dtype)
     dk_BSKh, dv_BSKh, dqs = (jnp.zeros(k_BSKh.shape, jnp.float32), jnp.zeros(v_BSKh.shape, jnp.float32), [])
     for first, end, S in strips:
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from tli_jax.models.precision import matmul_precision
+from tli_jax.models.precision import fp32_einsum
 
 # Logits per chunk: 256 MiB in fp32, but at least that many tokens. With fewer, reading and writing the fp32 gradient of
 # the head would take longer than the products.
@@ -82,8 +82,7 @@ def chunked_cross_entropy(
     N, rows = B * T, chunk or max(ROWS, LOGITS // V)
     number = -(-N // rows)
     C = -(-N // number)
-    head_VD, precision = head_VD.astype(x_BTD.dtype), matmul_precision(x_BTD.dtype)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=precision)
+    head_VD, einsum = head_VD.astype(x_BTD.dtype), fp32_einsum(x_BTD.dtype)
     first = 0 if axis is None else jax.lax.axis_index(axis) * V
 
     def total(x: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """The precision of matrix products."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,3 +14,8 @@ def matmul_precision(dtype: Any) -> jax.lax.Precision | None:
     By default, GPUs multiply fp32 arrays in TF32 and TPUs in bf16, which changes losses in the third digit.
     """
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def fp32_einsum(dtype: Any) -> Callable[..., jax.Array]:
+    """``jnp.einsum`` of arrays of a dtype, summed and returned in fp32."""
+    return functools.partial(jnp.einsum, preferred_element_type=jnp.float32, precision=matmul_precision(dtype))

@@ -92,8 +92,10 @@ def fit(
     """
     config, is_auto = programs.config, programs.config.remat == "auto"
     if limit is None:
-        report("remat: full, because the memory of the device is not known") if is_auto else None
-        return _with_remat(programs, "full") if is_auto else programs, None
+        if is_auto:
+            report("remat: full, because the memory of the device is not known")
+            programs = _with_remat(programs, "full")
+        return programs, None
     policies = dict.fromkeys([first, *POLICIES] if first else POLICIES) if is_auto else [config.remat]
     memory: CompiledMemory | None = None
     last = [*policies][-1]
