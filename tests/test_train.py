@@ -607,14 +607,14 @@ def test_text_may_be_missing_if_its_tokens_are_cached(small, tmp_path, capsys):
     text.unlink()
     capsys.readouterr()
     assert run_here(tmp_path / "stopped", steps=4) == 0
-    assert "a.txt: no longer exists, so its tokens in" in read_stderr(capsys)
+    assert "a.txt: no longer exists, so its token ids in" in read_stderr(capsys)
     assert state_digests(tmp_path / "stopped", 4) == state_digests(tmp_path / "whole", 4)
-    (ids,) = (tmp_path / "stopped" / "data").glob("*.ids")
+    (ids,) = (tmp_path / "stopped" / "data").glob("*/*.ids")
     content = bytearray(ids.read_bytes())
     content[5] ^= 1
     ids.write_bytes(content)
     assert run_here(tmp_path / "stopped", steps=6) == 66
-    assert "its tokens are not in" in read_stderr(capsys)
+    assert "its token ids are not in" in read_stderr(capsys)
 
 
 def test_a_run_with_checkpoints_does_not_need_its_model(own, trained, tmp_path):

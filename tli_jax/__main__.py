@@ -14,6 +14,7 @@ from tli_jax.errors import UsageError, nearest
 
 COMMANDS = {
     "upscale": "grow a model by layers and prove what that did to it",
+    "prepare": "tokenize text once, for runs that open it in a second",
     "train": "continue pretraining, of all layers or the injected ones",
     "evaluate": "measure a model's loss on texts and its accuracy on tasks",
     "generate": "continue a prompt with one model, or with two side by side",

@@ -140,9 +140,7 @@ def test_segments_of_texts_are_their_documents(keys, opened, write, tokenizer, m
 def test_segments_of_a_window_count_from_zero(opened, write):
     data = opened(write("a.jsonl", [f"Document {i} of many." for i in range(60)]), T=T, validation_fraction=0)
     ((windows, _),) = data.training
-    segments = np.zeros(len(windows.stream.ids), int)
-    segments[windows.stream.starts[1:]] = 1
-    segments = np.cumsum(segments)
+    segments = np.cumsum(windows.stream.read(0, len(windows.stream))[1]) - 1
     for i in range(len(windows)):
         expected = segments[i * T : (i + 1) * T + 1]
         np.testing.assert_array_equal(windows[i][1], expected - expected[0])
@@ -230,7 +228,7 @@ def test_evaluation_data_of_any_length(length, model, tmp_path):
     ids = np.arange(100, 100 + length)
     ids[length // 2] = model.bos_token_id
     np.save(tmp_path / "a.npy", ids)
-    (data,) = open_evaluation_data([tmp_path / "a.npy"], TrainConfig(), model, None, T, tmp_path)
+    (data,) = open_evaluation_data([tmp_path / "a.npy"], TrainConfig(), model, None, "", T, tmp_path)
     (windows,) = data.held_out
     used = min(length, (length - 1) // T * T + 1 if length > T else length)
     assert data.validation_windows == max(1, (length - 1) // T)
@@ -243,7 +241,7 @@ def test_evaluation_data_of_any_length(length, model, tmp_path):
 
 
 def test_evaluation_data_is_limited_to_the_first_windows(ids, model, tmp_path):
-    (data,) = open_evaluation_data([ids("a.npy", 20)], TrainConfig(), model, None, T, tmp_path, limit=3)
+    (data,) = open_evaluation_data([ids("a.npy", 20)], TrainConfig(), model, None, "", T, tmp_path, limit=3)
     assert firsts(data.validation(4, range(4), 9), 9) == [[0, 1, 2, -101 // T]]
     assert data.held_out[0].targets().tolist() == list(range(101, 101 + 3 * T))
 
@@ -251,7 +249,7 @@ def test_evaluation_data_is_limited_to_the_first_windows(ids, model, tmp_path):
 def test_window_of_short_evaluation_data_shrinks_to_the_longest(ids, model, tmp_path):
     paths = [ids("a.npy", 3), ids("b.npy", 1)]
     for T_max, expected in ((2048, 128), (100, 100), (T, T)):
-        data = open_evaluation_data(paths, TrainConfig(), model, None, T_max, tmp_path)
+        data = open_evaluation_data(paths, TrainConfig(), model, None, "", T_max, tmp_path)
         assert [text.T for text in data] == [expected] * 2
         assert [text.validation_windows for text in data] == [max(1, 3 * T // expected), 1]
-    assert open_evaluation_data([], TrainConfig(), model, None, T, tmp_path) == []
+    assert open_evaluation_data([], TrainConfig(), model, None, "", T, tmp_path) == []

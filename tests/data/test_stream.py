@@ -42,9 +42,17 @@ def rules():
     return Rules(config, CountingTokenizer(), "digest", 60_000, bos=1, eos=2)
 
 
+def ids(stream):
+    return stream.read(0, len(stream))[0].tolist()
+
+
+def starts(stream):
+    return np.flatnonzero(stream.read(0, len(stream))[1]).tolist()
+
+
 def test_documents_are_enclosed_in_bos_and_eos(write, rules, tmp_path):
     stream = open_stream(write("a.txt", ["ab", " ", "c\0", "d"]), rules, tmp_path / "cache")
-    assert stream.ids.tolist() == [1, 97, 98, 2, 1, 100, 2] and stream.ids.dtype == np.uint16
+    assert ids(stream) == [1, 97, 98, 2, 1, 100, 2] and stream.shards[0].ids.dtype == np.uint16
     path = tmp_path / "a.txt"
     assert stream.notes == (
         f"{path}: skipped 1 bad document (1 × NUL character): line 1",
@@ -56,7 +64,7 @@ def test_documents_are_enclosed_in_bos_and_eos(write, rules, tmp_path):
 def test_dtype_of_ids_follows_the_vocabulary(vocab_size, dtype, write, rules, tmp_path):
     rules = dataclasses.replace(rules, vocab_size=vocab_size, bos=65_535, eos=None)
     stream = open_stream(write("a.txt", ["ab"]), rules, tmp_path / "cache")
-    assert stream.ids.dtype == dtype and stream.ids.tolist() == [65_535, 97, 98]
+    assert stream.shards[0].ids.dtype == dtype and ids(stream) == [65_535, 97, 98]
 
 
 def test_special_tokens_in_a_text_are_noted(write, rules, tmp_path):
@@ -76,7 +84,7 @@ def test_cache_is_reused_only_for_the_same_key(write, rules, tmp_path):
     again = open_stream(path, rules, cache)
     assert rules.tokenizer.calls == calls
     assert again.digest == first.digest and again.notes == first.notes
-    np.testing.assert_array_equal(again.ids, first.ids)
+    assert ids(again) == ids(first)
     for other in (
         dataclasses.replace(rules, bos=None),
         dataclasses.replace(rules, tokenizer_digest="other"),
@@ -98,7 +106,7 @@ def test_cache_is_reused_only_for_the_same_key(write, rules, tmp_path):
 def test_damaged_cache_entry_is_rebuilt(damage, write, rules, tmp_path):
     path, cache = write("a.txt", ["abc"]), tmp_path / "cache"
     open_stream(path, rules, cache)
-    (ids,), (record,) = cache.glob("*.ids"), cache.glob("*.json")
+    (ids,), (record,) = cache.glob("*/*.ids"), cache.glob("*/*.json")
     data = ids.read_bytes()
     if damage == "record":
         record.write_text("{")
@@ -114,12 +122,12 @@ def test_damaged_cache_entry_is_rebuilt(damage, write, rules, tmp_path):
     elif damage == "no ids":
         ids.unlink()
     elif damage == "starts":
-        (starts,) = cache.glob("*.starts")
-        starts.write_bytes(b"\1" + starts.read_bytes()[1:])
+        (file,) = cache.glob("*/*.starts")
+        file.write_bytes(b"\1" + file.read_bytes()[1:])
     else:
         ids.write_bytes(data[:-2] if damage == "truncated" else data[:-1] + b"\7")
-    assert open_stream(path, rules, cache).starts.tolist() == [0]
-    assert ids.read_bytes() == data and json.loads(record.read_text())["record"]["tokens"] == 5
+    assert starts(open_stream(path, rules, cache)) == [0]
+    assert ids.read_bytes() == data and json.loads(record.read_text())["tokens"] == 5
 
 
 def test_interrupted_tokenization_leaves_no_files(write, rules, tmp_path, monkeypatch):
@@ -133,8 +141,9 @@ def test_interrupted_tokenization_leaves_no_files(write, rules, tmp_path, monkey
         with pytest.raises(KeyboardInterrupt):
             open_stream(path, rules, cache)
     assert list(cache.iterdir()) == []
-    assert len(open_stream(path, rules, cache).ids) == 7
-    assert {file.suffix for file in cache.iterdir()} == {".ids", ".starts", ".json"}
+    assert len(open_stream(path, rules, cache)) == 7
+    (entry,) = cache.iterdir()
+    assert {file.name for file in entry.iterdir()} == {"00000.ids", "00000.starts", "manifest.json"}
 
 
 def test_digest_depends_on_names_and_bytes_not_on_location(rules, tmp_path):
@@ -153,7 +162,7 @@ def test_digest_of_a_file_depends_on_its_suffix(rules, tmp_path):
         place.write_text('{"text": "ab"}')
     streams = [open_stream(place, rules, tmp_path / "cache") for place in places]
     assert streams[0].digest == streams[1].digest != streams[2].digest
-    assert len(streams[0].ids) == len(streams[1].ids) > len(streams[2].ids)
+    assert len(streams[0]) == len(streams[1]) > len(streams[2])
 
 
 def test_deleted_source_is_read_from_the_cache(write, rules, tmp_path):
@@ -164,10 +173,12 @@ def test_deleted_source_is_read_from_the_cache(write, rules, tmp_path):
         open_stream(path, rules, cache)
     again = open_stream(path, rules, cache, first.digest)
     assert again.digest == first.digest and "no longer exists" in again.notes[0]
-    assert (again.ids.tolist(), again.starts.tolist()) == (first.ids.tolist(), [0, 4])
-    (ids,) = cache.glob("*.ids")
-    ids.write_bytes(ids.read_bytes()[:-2])
-    with pytest.raises(MissingInputError, match="its tokens are not in"):
+    assert (ids(again), starts(again)) == (ids(first), [0, 4])
+    (file,) = cache.glob("*/*.ids")
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(
+        MissingInputError, match=r"its token ids are not in .* either \(.*00000.ids: has 12 bytes, must"
+    ):
         open_stream(path, rules, cache, first.digest)
 
 
@@ -178,7 +189,7 @@ def test_long_document_has_the_same_ids_in_pieces(is_line, tokenizer, model, tex
     assert len(list(split_document(document, tokenizer.encode))) > 40
     rules = Rules(TrainConfig(), tokenizer, "digest", model.vocab_size, None, None)
     stream = open_stream(write("a.txt", [document]), rules, tmp_path / "cache")
-    assert stream.ids.tolist() == tokenizer.encode(document)
+    assert ids(stream) == tokenizer.encode(document)
 
 
 def test_document_is_not_split_if_that_would_change_its_ids(rules, tmp_path, write, monkeypatch):
@@ -187,7 +198,7 @@ def test_document_is_not_split_if_that_would_change_its_ids(rules, tmp_path, wri
     encode = CountingTokenizer().encode
     monkeypatch.setattr(rules.tokenizer, "encode", lambda text: [9, *encode(text)])
     stream = open_stream(write("a.txt", ["word " * 100]), rules, tmp_path / "cache")
-    assert stream.ids.tolist() == [1, 9, *encode("word " * 100), 2]
+    assert ids(stream) == [1, 9, *encode("word " * 100), 2]
 
 
 READ_LONG_LINE = """
@@ -202,7 +213,7 @@ from tli_jax.data.tokenization import Rules
 folder = hub.resolve("embedded")
 model = open_checkpoint(folder).config
 rules = Rules(TrainConfig(separator="\\n"), open_tokenizer(folder, model)[0], "", model.vocab_size, None, None)
-ids = open_stream(Path(sys.argv[1]), rules, Path(sys.argv[2])).ids
+ids = open_stream(Path(sys.argv[1]), rules, Path(sys.argv[2]))
 print(len(ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
@@ -223,7 +234,9 @@ def test_npy_is_used_directly(rules, tmp_path):
     for dtype in (np.uint16, np.int32, np.int64):
         np.save(file, np.arange(100, dtype=dtype))
         stream = open_stream(file, dataclasses.replace(rules, tokenizer=None), cache)
-        assert isinstance(stream.ids, np.memmap) and stream.ids.dtype == dtype and not cache.exists()
+        assert (
+            isinstance(stream.shards[0].ids, np.memmap) and stream.shards[0].ids.dtype == dtype and not cache.exists()
+        )
 
 
 @pytest.mark.parametrize(

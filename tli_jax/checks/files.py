@@ -16,7 +16,7 @@ from tli_jax.hf.grown_config import grown_config
 from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.output import check_output
 from tli_jax.hf.tensors import CODES, Tensor
-from tli_jax.hf.tokenizer import open_tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer, tokenizer_digest
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.training.run_directory import RunDirectory
@@ -103,7 +103,8 @@ def check_data(context: Context) -> Result:
     tokenizer = open_tokenizer(folder, base.config, parse)[0] if folder is not None else None
     if tokenizer is None and any(path.suffix != ".npy" for path in paths):
         raise NotCheckedError("the text is here, but a tokenizer is not")
-    rules = Rules(config, tokenizer, "", trainer.model.vocab_size, None, None)
+    digest = "" if folder is None else tokenizer_digest(folder)
+    rules = Rules.of_model(config, trainer.model, tokenizer, digest)
     counts = [estimate_tokens(path, rules, _SAMPLE) for path in paths]
     total, needed = sum(counts), config.steps * config.batch_size * context.T
     if min(counts) <= context.T:

@@ -1,4 +1,4 @@
-"""Configurations of evaluate, generate and compare. Every field is a key and a flag (see ``cli.parse``)."""
+"""Configurations of prepare, evaluate, generate and compare. Every field is a key and a flag (see ``cli.parse``)."""
 
 import dataclasses
 from typing import Any
@@ -15,12 +15,13 @@ from tli_jax.cli.keys import (
     JSON,
     OPTIMIZER,
     OUTPUT,
+    OVERWRITE,
     PROCESS,
     REVISION,
     SAMPLING,
     TASKS,
 )
-from tli_jax.cli.train_config import Reading, Recipe, TrainConfig
+from tli_jax.cli.train_config import Reading, Recipe, TextConfig, TrainConfig
 from tli_jax.cli.values import (
     Amount,
     Contenders,
@@ -31,8 +32,22 @@ from tli_jax.cli.values import (
     Positive,
     Seeds,
     Sources,
+    Text,
     option,
 )
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class PrepareConfig(TextConfig):
+    """Configuration of ``tli-jax prepare``. The other keys must be those of the run."""
+
+    model: PathText = option("", "folder, Hub id, or 'embedded'; only its tokenizer is read", IO, shown="required")
+    revision: str | None = option(None, REVISION, IO)
+    text: Sources = option((), "files or folders to tokenize, separated by commas, or 'embedded'", IO, shown="required")
+    output: PathText = option("", "folder to write", IO, shown="required")
+    workers: Positive | None = option(None, "processes that tokenize", DEVICES, shown="one per core")
+    max_shard_size: Text = option("1GiB", "size limit of the token ids in a file", IO)
+    overwrite: bool = option(False, OVERWRITE, IO)
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))

@@ -41,11 +41,11 @@ from tli_jax.cli.values import (
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class Reading:
-    """How text becomes batches, and the devices they run on."""
+class TextConfig:
+    """Which text is read, and how it becomes token ids."""
 
     text: Sources = option(
-        (), "files or folders to read, separated by commas, or 'embedded'; in YAML {path, weight}", DATA
+        (), "files, folders or prepared data, separated by commas, or 'embedded'; in YAML {path, weight}", DATA
     )
     separator: Separator = option(
         None, r"separates documents in plain text, e.g. '\n'", DATA, shown="a file is one document"
@@ -57,6 +57,13 @@ class Reading:
         "text", "special tokens such as </s> in a document: read as text, or parsed to their ids", DATA
     )
     on_bad: Literal["refuse", "skip"] = option("refuse", "unreadable documents: refuse the source, or skip them", DATA)
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class Reading(TextConfig):
+    """How text becomes batches, and the devices they run on."""
+
+    verify: bool = option(False, "check the SHA-256 of all token ids, prepared or cached, in every process", DATA)
     isolate: bool = option(
         True, "attention stays within a document (the loss never crosses documents in any case)", DATA
     )

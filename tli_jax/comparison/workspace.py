@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tli_jax.data.batches import Data
 
 # Keys that may differ when a comparison is resumed: they do not change what was measured. Texts go by their digest.
-_MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output", "text", "validation_text", "old_text")
+_MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output", "text", "validation_text", "old_text", "verify")
 
 
 class Workspace:

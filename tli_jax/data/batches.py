@@ -51,9 +51,8 @@ class Windows:
     def __getitem__(self, index: int) -> np.ndarray:
         """Tokens and segments of a window, ``[2, T + 1]`` int32, padded if the stream ends within it."""
         start = (self.first + index) * self.T
-        tokens = self.stream.ids[start : start + self.T + 1].astype(np.int32)
-        is_start = np.zeros_like(tokens)
-        is_start[self._starts(start + 1, start + len(tokens)) - start] = 1
+        tokens, is_start = self.stream.read(start, start + self.T + 1)
+        is_start[0] = False  # segments count from 0
         padding = (0, self.T + 1 - len(tokens))
         segments = np.pad(np.cumsum(is_start, dtype=np.int32), padding, mode="edge")
         return np.stack([np.pad(tokens, padding, constant_values=-1), segments])
@@ -61,15 +60,8 @@ class Windows:
     def targets(self) -> np.ndarray:
         """Ids of all targets of these windows, in order."""
         start = self.first * self.T + 1
-        ids = self.stream.ids[start : (self.first + self.count) * self.T + 1]
-        is_target = np.ones(len(ids), bool)
-        is_target[self._starts(start, start + len(ids)) - start] = False
-        return ids[is_target]
-
-    def _starts(self, start: int, end: int) -> np.ndarray:
-        """Positions in ``start`` to ``end`` at which documents start."""
-        starts = self.stream.starts
-        return starts[np.searchsorted(starts, start) : np.searchsorted(starts, end)]
+        ids, is_start = self.stream.read(start, (self.first + self.count) * self.T + 1)
+        return ids[~is_start]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,6 +185,7 @@ def open_data(
     T: int,
     cache: Path,
     known_digests: Sequence[str] = (),
+    is_checked: bool = False,
 ) -> Data:
     """Open all sources of a run. Tokenize those that are not in the cache yet.
 
@@ -201,6 +194,7 @@ def open_data(
         T: sequence length.
         cache: folder of tokenized sources, which runs may share.
         known_digests: ``Data.sources`` of an earlier start of this run. A source that is gone is read from the cache.
+        is_checked: they are those of the first process, which has checked sources and cache, see ``open_stream``.
 
     Raises:
         MissingInputError: a source does not exist, and its tokens are not in the cache.
@@ -212,11 +206,12 @@ def open_data(
     rules = Rules.of_model(config, model, tokenizer, tokenizer_digest)
     paths = [Path(source.path) for source in (*config.text, *config.validation_text)]
     digests = itertools.chain(known_digests, itertools.repeat(None))
-    streams = [open_stream(path, rules, cache, next(digests)) for path in paths]
+    options = {"is_checked": is_checked, "verify": config.verify}
+    streams = [open_stream(path, rules, cache, next(digests), **options) for path in paths]
     for stream in streams:
-        if len(stream.ids) <= T:
+        if len(stream) <= T:
             raise DataError(
-                f"{stream.path}: has {len(stream.ids):,} tokens, one window takes {T + 1:,}:"
+                f"{stream.path}: has {len(stream):,} tokens, one window takes {T + 1:,}:"
                 " give more text, or a smaller sequence_length"
             )
     train_streams, validation_streams = streams[: len(config.text)], streams[len(config.text) :]
@@ -242,7 +237,7 @@ def open_data(
     return Data(
         digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
         sources=tuple(stream.digest for stream in streams),
-        tokens=sum(len(stream.ids) for stream in train_streams),
+        tokens=sum(len(stream) for stream in train_streams),
         notes=tuple(note for stream in streams for note in stream.notes),
         repeated=tuple(repeated),
         T=T,
@@ -256,6 +251,7 @@ def open_evaluation_data(
     config: Reading,
     model: LlamaConfig,
     tokenizer: Tokenizer | None,
+    tokenizer_digest: str,
     T: int,
     cache: Path,
     limit: int | None = None,
@@ -267,21 +263,21 @@ def open_evaluation_data(
     Raises:
         MissingInputError, DataError, UsageError: see ``open_data``.
     """
-    rules = Rules.of_model(config, model, tokenizer, "")
-    streams = [open_stream(path, rules, cache) for path in paths]
-    longest = max((len(stream.ids) - 1 for stream in streams), default=T)
+    rules = Rules.of_model(config, model, tokenizer, tokenizer_digest)
+    streams = [open_stream(path, rules, cache, verify=config.verify) for path in paths]
+    longest = max((len(stream) - 1 for stream in streams), default=T)
     T = min(T, max(_MIN_LENGTH, 1 << (longest - 1).bit_length()))
     data = []
     for stream in streams:
         windows = _all_windows(stream, T)
-        count = min(max(1, len(windows)), limit or len(stream.ids))
+        count = min(max(1, len(windows)), limit or len(stream))
         held_out = dataclasses.replace(windows, count=count)
-        data.append(Data("", (stream.digest,), len(stream.ids), stream.notes, (), T, (), (held_out,)))
+        data.append(Data("", (stream.digest,), len(stream), stream.notes, (), T, (), (held_out,)))
     return data
 
 
 def _all_windows(stream: Stream, T: int) -> Windows:
-    return Windows(stream, T, 0, (len(stream.ids) - 1) // T)
+    return Windows(stream, T, 0, (len(stream) - 1) // T)
 
 
 def _count_held_out(windows: int, fraction: float) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.train_config import Reading
+from tli_jax.cli.train_config import TextConfig
 from tli_jax.data import formats, records
 from tli_jax.data.columnar import read_array_record, read_arrow
 from tli_jax.data.decompress import read_chunks
@@ -36,7 +36,7 @@ class Documents:
         UsageError: a library that the format needs is not installed.
     """
 
-    def __init__(self, path: Path, config: Reading):
+    def __init__(self, path: Path, config: TextConfig):
         self.path, self.config = path, config
         self.files = find_files(path).files
         self.nbytes = sum(file.stat().st_size for file in self.files)
@@ -131,7 +131,7 @@ def read_plain(file: Path) -> str:
         raise MissingInputError(f"{file}: no such text file")
     if (kind := formats.kind_by_name(file) or "text") != "text":
         raise DataError(f"{file}: is {kind} by its name: give plain text")
-    documents = Documents(file, Reading())
+    documents = Documents(file, TextConfig())
     documents.advice = "fix it, or give another file"
     return "".join(documents)
 

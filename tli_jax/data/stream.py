@@ -1,93 +1,178 @@
 """One stream of token ids per source: tokenized once into the cache, then memory-mapped."""
 
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
+import platform
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tli_jax.data.cache import CacheEntry
 from tli_jax.data.documents import Documents
+from tli_jax.data.shards import Prepared, Shard, Writer, is_prepared, sha256_json
 from tli_jax.data.sources import Found, find_files
 from tli_jax.data.tokenization import Rules, tokenize
-from tli_jax.errors import DataError, MissingInputError
-from tli_jax.hf.files import lock, sha256_file
+from tli_jax.errors import DataError, MissingInputError, TliError
+from tli_jax.hf.files import fsync, lock, sha256_file
 
 _CHUNK = 2**20  # ids checked at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The token ids of a source.
+    """The token ids of a source, in shards that are read as one.
 
     Attributes:
-        ids: ``[N]``, any integer dtype, memory-mapped.
-        starts: ``[documents]`` int64, ascending: positions in ``ids`` at which documents start. Empty if unknown.
         digest: sha256 of the source's files, see ``digest_files``.
         notes: one line for each thing that was skipped.
     """
 
     path: Path
-    ids: np.ndarray
-    starts: np.ndarray
+    shards: tuple[Shard, ...]
     digest: str
+    vocab_size: int
     notes: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(shard.ids) for shard in self.shards])
 
-def open_stream(path: Path, rules: Rules, cache: Path, known_digest: str | None = None) -> Stream:
-    """Open the token ids of a source: from the cache, or tokenized into it. A ``.npy`` file is used directly.
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids from ``start`` up to ``end`` or the end of the stream, int32, and whether a document starts at each.
+
+        Raises:
+            DataError: prepared data is damaged: the model does not have an id, or a start is out of place.
+        """
+        end = min(end, len(self))
+        ids, is_start = np.empty(end - start, np.int32), np.zeros(end - start, bool)
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        done, is_damaged = 0, False
+        while done < len(ids):
+            shard = self.shards[number]
+            first = start + done - (int(self._ends[number]) - len(shard.ids))
+            part = shard.ids[first : first + len(ids) - done]
+            ids[done : done + len(part)] = part
+            here = shard.starts[slice(*np.searchsorted(shard.starts, (first, first + len(part))))] - first
+            is_damaged |= ((here < 0) | (here >= len(part))).any() or part.max() >= self.vocab_size
+            if not is_damaged:
+                is_start[done + here] = True
+            done, number = done + len(part), number + 1
+        if is_damaged:
+            raise DataError(
+                f"{self.path}: is damaged between tokens {start:,} and {end:,}: find the shard with --verify"
+            )
+        return ids, is_start
+
+
+def open_stream(
+    path: Path,
+    rules: Rules,
+    cache: Path,
+    known_digest: str | None = None,
+    *,
+    is_checked: bool = False,
+    verify: bool = False,
+) -> Stream:
+    """Open the token ids of a source: prepared, from the cache, or tokenized into it. A ``.npy`` file is used directly.
 
     In a ``.npy`` file a document starts at each BOS, or after each EOS if the model has no BOS.
 
     Args:
         known_digest: digest of the source when it was last read. If the source is gone, the cache is searched for it.
+        is_checked: another process has just computed ``known_digest`` and checked the cache, so neither the source nor
+            the cache is hashed.
+        verify: hash prepared data, and the cache in any case.
 
     Raises:
-        MissingInputError, DataError, UsageError: see ``Documents``. Also: ids that the model does not have, or text
-            without a tokenizer.
+        MissingInputError, DataError, UsageError: see ``Documents`` and ``Prepared``. Also: ids that the model does not
+            have, text without a tokenizer, or a source that is not the one of ``is_checked``.
     """
-    is_gone = known_digest is not None and path.suffix != ".npy" and not path.exists()
+
+    def check(digest: str) -> str:
+        if is_checked and digest != known_digest:
+            raise DataError(
+                f"{path}: differs from the one that the first process reads: give all machines the same data"
+            )
+        return digest
+
+    if is_prepared(path):
+        prepared = Prepared.open(path, rules)
+        if verify:
+            prepared.verify()
+        return _stream(path, prepared, check(prepared.digest), rules)
+    is_npy = path.suffix == ".npy"
+    is_gone = known_digest is not None and not is_npy and not path.exists()
     found = Found([], []) if is_gone else find_files(path)
-    digest = known_digest if known_digest is not None and is_gone else digest_files(path, found.files)
-    if path.suffix == ".npy":
-        ids, starts = _open_npy(path, rules)
+    if is_npy:
+        shard = _open_npy(path, rules)
         note = f"warning: {path}: no BOS or EOS among these ids, so they count as one document"
-        return Stream(path, ids, starts, digest, () if len(starts) else (note,))
+        notes = () if len(shard.starts) else (note,)
+        return Stream(path, (shard,), check(digest_files(path, found.files)), rules.vocab_size, notes)
     if rules.tokenizer is None:
         raise DataError(f"{path}: the model has no tokenizer, so text cannot be read: give token ids as .npy")
-    entry = CacheEntry(cache, rules.to_json() | {"source": digest})
+    digest = known_digest if known_digest and (is_gone or is_checked) else digest_files(path, found.files)
+    entry = cache / sha256_json(rules.to_json() | {"source": digest})[:32]
     cache.mkdir(parents=True, exist_ok=True)
     with lock(cache):  # one process of a machine tokenizes, the others find the result
-        record = entry.read_record()
-        if record is None:
+        try:
+            prepared = Prepared.open(entry, rules)
+            if verify or not is_checked:
+                prepared.verify()
+        except TliError as error:
             if is_gone:
-                raise MissingInputError(f"{path}: no such file or folder, and its tokens are not in {cache}")
-            with (
-                entry.replace(entry.ids) as ids_file,
-                entry.replace(entry.starts) as starts_file,
-                ids_file.open("wb") as output,
-                starts_file.open("wb") as starts_output,
-            ):
-                facts = tokenize(Documents(path, rules.config), rules, output, starts_output)
-            record = entry.write_record(facts)
-    notes = [*found.notes, *_describe(path, record)]
-    if is_gone:
-        notes.insert(0, f"{path}: no longer exists, so its tokens in {cache} are used")
-    ids, starts = np.memmap(entry.ids, rules.dtype, "r"), np.memmap(entry.starts, np.int64, "r")
-    return Stream(path, ids, starts, digest, tuple(notes))
+                raise MissingInputError(
+                    f"{path}: no such file or folder, and its token ids are not in {cache} either ({error})"
+                ) from None
+            check(digest if not is_checked else digest_files(path, found.files))
+            with _replaced(entry) as folder, Writer(folder, rules) as writer:
+                facts = tokenize(Documents(path, rules.config), rules, writer.write)
+                writer.finish([{"path": str(path), "digest": digest} | facts], {})
+            prepared = Prepared.open(entry, rules)
+    gone = (f"{path}: no longer exists, so its token ids in {cache} are used",) * is_gone
+    return _stream(path, prepared, digest, rules, (*gone, *found.notes))
+
+
+def _stream(path: Path, prepared: Prepared, digest: str, rules: Rules, notes: tuple[str, ...] = ()) -> Stream:
+    sources = prepared.manifest["sources"]
+    described = [note for source in sources for note in describe(path if len(sources) == 1 else source["path"], source)]
+    return Stream(path, prepared.shards(), digest, rules.vocab_size, (*notes, *described))
+
+
+@contextlib.contextmanager
+def _replaced(entry: Path) -> Iterator[Path]:
+    """A folder that replaces an entry of the cache, which is missing or damaged, when the block succeeds."""
+    # Machines may share the cache on a file system without locks, so each writes to a folder of its own.
+    folder = entry.with_name(f".{entry.name}.{platform.node()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
+    folder.mkdir()
+    try:
+        yield folder
+        for path in (*folder.iterdir(), folder):
+            fsync(path)
+        shutil.rmtree(entry, ignore_errors=True)
+        folder.rename(entry)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def estimate_tokens(path: Path, rules: Rules, sample: int) -> int:
-    """Estimate the tokens of a source from its first ``sample`` characters. For token ids the count is exact.
+    """Estimate the tokens of a source from its first ``sample`` characters. It is exact for token ids.
 
     Raises:
         MissingInputError, DataError, UsageError: see ``open_stream``.
     """
     if path.suffix == ".npy":
-        return len(_open_npy(path, rules)[0])
+        return len(_open_npy(path, rules).ids)
+    if is_prepared(path):
+        return Prepared.open(path, rules).manifest["tokens"]
     assert rules.tokenizer is not None
     documents, tokens, nbytes = Documents(path, rules.config), 0, 0
     for text in documents:
@@ -110,8 +195,7 @@ def digest_files(path: Path, files: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
-def _open_npy(path: Path, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and the positions at which documents start."""
+def _open_npy(path: Path, rules: Rules) -> Shard:
     try:
         ids = np.lib.format.open_memmap(path, mode="r")  # np.load would open zip files too, whatever their name
     except OSError:
@@ -131,10 +215,10 @@ def _open_npy(path: Path, rules: Rules) -> tuple[np.ndarray, np.ndarray]:
             starts.append(start + np.flatnonzero(chunk == rules.bos))
         elif rules.eos is not None:
             starts.append(start + np.flatnonzero(chunk == rules.eos) + 1)
-    return ids, np.concatenate(starts)
+    return Shard(ids, np.concatenate(starts))
 
 
-def _describe(path: Path, record: dict[str, Any]) -> list[str]:
+def describe(path: Path | str, record: dict[str, Any]) -> list[str]:
     notes = []
     if record["bad"]:
         kinds = ", ".join(f"{count:,} × {reason}" for reason, count in record["bad"].items())

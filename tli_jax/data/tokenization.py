@@ -2,16 +2,16 @@
 
 import collections
 import dataclasses
-import hashlib
+import functools
 import itertools
 import re
-from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tli_jax.cli.progress import progress
-from tli_jax.cli.train_config import Reading
+from tli_jax.cli.train_config import TextConfig
 from tli_jax.data.documents import Documents
 from tli_jax.errors import DataError
 from tli_jax.hf.encoding import Tokenizer
@@ -21,6 +21,8 @@ _PIECE = 2**16  # characters above which a document is encoded in pieces
 _CONTEXT = 1000  # characters on either side that show whether a split changes the ids
 _SPLIT = re.compile(r"(?<=\w)(?=\s\w)")
 _BATCH = 2**21  # characters encoded at a time
+
+Piece = tuple[str, str]  # ``(part, text)``, see ``split_document``
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Rules:
         bos, eos: ids before and after each document, if any.
     """
 
-    config: Reading
+    config: TextConfig
     tokenizer: Tokenizer | None
     tokenizer_digest: str
     vocab_size: int
@@ -41,7 +43,7 @@ class Rules:
 
     @classmethod
     def of_model(
-        cls, config: Reading, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str
+        cls, config: TextConfig, model: LlamaConfig, tokenizer: Tokenizer | None, tokenizer_digest: str
     ) -> "Rules":
         """Raises DataError: BOS or EOS is outside the model's vocabulary."""
         bos = model.bos_token_id if config.bos else None
@@ -68,53 +70,82 @@ class Rules:
         }
 
 
-def tokenize(documents: Documents, rules: Rules, output: BinaryIO, starts_output: BinaryIO) -> dict[str, Any]:
-    """Write the ids of all documents and the position at which each starts.
+class Encoded(NamedTuple):
+    """A batch of pieces as token ids.
+
+    Attributes:
+        ids: ``[N]``, in the dtype of the rules.
+        starts: int64 positions in ``ids`` at which documents start.
+        special: special tokens that are read as text, each counted once per piece.
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+    special: dict[str, int]
+
+
+EncodeAll = Callable[[Iterable[list[Piece]]], Iterable[Encoded]]
+
+
+def encode(rules: Rules, batch: Sequence[Piece]) -> Encoded:
+    """Encode pieces, with BOS before and EOS after each document."""
+    assert rules.tokenizer is not None
+    before = [] if rules.bos is None else [rules.bos]
+    after = [] if rules.eos is None else [rules.eos]
+    special = re.compile("|".join(map(re.escape, rules.tokenizer.special_as_text)) or "(?!)")
+    texts = [text for _, text in batch]
+    ids: list[int] = []
+    starts: list[int] = []
+    for (part, _), piece_ids in zip(batch, rules.tokenizer.encode_batch(texts), strict=True):
+        starts += [len(ids)] if "first" in part else []
+        ids += (before if "first" in part else []) + piece_ids + (after if "last" in part else [])
+    counts = collections.Counter(match[0] for text in texts if (match := special.search(text)))
+    return Encoded(np.array(ids, rules.dtype), np.array(starts, np.int64), dict(counts))
+
+
+def tokenize(
+    documents: Documents,
+    rules: Rules,
+    write: Callable[[np.ndarray, np.ndarray], None],
+    encode_all: EncodeAll | None = None,
+    batch_size: int = _BATCH,
+) -> dict[str, Any]:
+    """Write the ids of all documents and the positions at which they start.
+
+    Args:
+        write: called with the arrays of ``Encoded``, in order.
+        encode_all: encodes batches of pieces, in order; by default one after the other, in this process.
+        batch_size: characters per batch. The ids do not depend on it.
 
     Returns:
-        Counts, digests and notes for the cache's record.
+        Counts and notes.
 
     Raises:
         DataError: there are no tokens. See ``Documents`` for other errors.
     """
     assert rules.tokenizer is not None
-    encode = rules.tokenizer.encode
-    before = [] if rules.bos is None else [rules.bos]
-    after = [] if rules.eos is None else [rules.eos]
-    special = re.compile("|".join(map(re.escape, rules.tokenizer.special_as_text)) or "(?!)")
-    special_counts: collections.Counter[str] = collections.Counter()
-    tokens, shown, digests = 0, 0, {"ids": hashlib.sha256(), "starts": hashlib.sha256()}
+    encode_all = encode_all or functools.partial(map, functools.partial(encode, rules))
+    special: collections.Counter[str] = collections.Counter()
+    tokens, shown = 0, 0
     with progress(f"tokenize {documents.path.name}", documents.nbytes) as advance:
-        pieces = (piece for document in documents for piece in split_document(document, encode))
-        for batch in _batched(pieces):
-            ids: list[int] = []
-            starts: list[int] = []
-            texts = [text for _, text in batch]
-            special_counts.update(match[0] for text in texts if (match := special.search(text)))
-            for (part, _), piece_ids in zip(batch, rules.tokenizer.encode_batch(texts), strict=True):
-                starts += [tokens + len(ids)] if "first" in part else []
-                ids += (before if "first" in part else []) + piece_ids + (after if "last" in part else [])
-            for name, file, array in (
-                ("ids", output, np.array(ids, rules.dtype)),
-                ("starts", starts_output, np.array(starts, np.int64)),
-            ):
-                file.write(array.tobytes())
-                digests[name].update(array.tobytes())
-            tokens += len(ids)
+        pieces = (piece for document in documents for piece in split_document(document, rules.tokenizer.encode))
+        for encoded in encode_all(_batched(pieces, batch_size)):
+            write(encoded.ids, encoded.starts)
+            special.update(encoded.special)
+            tokens += len(encoded.ids)
             advance(documents.done - shown)
             shown = documents.done
     if not tokens:
         raise DataError(f"{documents.path}: the tokenizer returns no tokens for it: give another text")
     notes = [*documents.notes]
-    if special_counts:
-        (token, _), *_ = special_counts.most_common(1)
+    if special:
+        (token, _), *_ = special.most_common(1)
         notes.append(
-            f"special tokens such as {token!r} occur at least {special_counts.total():,} times and are read as text:"
+            f"special tokens such as {token!r} occur at least {special.total():,} times and are read as text:"
             " special_tokens=parse turns them into their ids"
         )
     return {
         "tokens": tokens,
-        "sha256": {name: digest.hexdigest() for name, digest in digests.items()},
         "documents": documents.count,
         "empty": documents.empty,
         "bad": documents.bad,
@@ -123,19 +154,19 @@ def tokenize(documents: Documents, rules: Rules, output: BinaryIO, starts_output
     }
 
 
-def _batched(pieces: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+def _batched(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
     batch, size = [], 0
     for piece in pieces:
         batch.append(piece)
         size += len(piece[1])
-        if size >= _BATCH:
+        if size >= limit:
             yield batch
             batch, size = [], 0
     if batch:
         yield batch
 
 
-def split_document(text: str, encode: Callable[[str], list[int]]) -> Iterator[tuple[str, str]]:
+def split_document(text: str, encode: Callable[[str], list[int]]) -> Iterator[Piece]:
     """Split a long document into pieces whose ids, joined, are its own: encoding takes 150 times a text's memory.
 
     It splits before the space between two words, and only where the ids nearby show that the tokenizer splits there

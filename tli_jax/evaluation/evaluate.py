@@ -17,7 +17,7 @@ from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import hub, sidecar
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.encoding import Tokenizer
-from tli_jax.hf.tokenizer import open_tokenizer
+from tli_jax.hf.tokenizer import open_tokenizer, tokenizer_digest
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.text import replace_embedded
 
@@ -101,7 +101,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         cache = Path(folder)
         sources = replace_embedded(config.text, config.field, cache / "topics.jsonl", topics)
         paths = [Path(source.path) for source in sources]
-        data = open_evaluation_data(paths, config, weights.config, tokenizer, T, cache, config.limit)
+        digest = tokenizer_digest(weights.folder)
+        data = open_evaluation_data(paths, config, weights.config, tokenizer, digest, T, cache, config.limit)
         if data and data[0].T < T:  # all texts are shorter than a window
             settings = dataclasses.replace(settings, sequence_length=data[0].T)
             trainer, T, notes = make_trainer(settings, weights.config, None)

@@ -22,7 +22,7 @@ _SHARD = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
 _FIRST_READ = 65_536  # bytes; most headers are shorter, so one request is enough
 
 
-def resolve(model: Path | str, revision: str | None = None, headers_only: bool = False) -> Path:
+def resolve(model: Path | str, revision: str | None = None, headers_only: bool = False, weights: bool = True) -> Path:
     """The local folder of a model. A hub model is downloaded to the hub's cache, to a folder named after its commit.
 
     Args:
@@ -31,6 +31,7 @@ def resolve(model: Path | str, revision: str | None = None, headers_only: bool =
         headers_only: good for a plan, and for nothing else. Unless the weights of a hub model are cached, the result is
             a temporary folder, deleted at exit, with configuration, index and sparse safetensors files: their headers
             and sizes are real, their weights read as zeros.
+        weights: download them, too. Without them, a hub model is good for its tokenizer.
 
     Raises:
         MissingInputError: the folder, model, revision or weights do not exist, or you have no access.
@@ -53,7 +54,7 @@ def resolve(model: Path | str, revision: str | None = None, headers_only: bool =
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
 
     try:
-        return _fetch(model, revision, headers_only)
+        return _fetch(model, revision, headers_only, weights)
     except (HTTPError, OSError, RuntimeError, UnicodeError, json.JSONDecodeError) as error:
         problem = _translate(error, model, revision)
     # Not raised in the except block: that exception, whose text may quote the token, would become its context.
@@ -69,7 +70,7 @@ def origin(folder: Path) -> tuple[str, str] | None:
     return repository.removeprefix("models--").replace("--", "/"), folder.name
 
 
-def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
+def _fetch(model: str, revision: str | None, headers_only: bool, weights: bool) -> Path:
     import huggingface_hub as hf
 
     if not isinstance(hf.try_to_load_from_cache(model, "config.json", revision=revision), str):
@@ -84,6 +85,8 @@ def _fetch(model: str, revision: str | None, headers_only: bool) -> Path:
 
     # README.md is the model card, which gives the licence.
     folder = download(*_CONFIG_FILES, *(() if headers_only else (*ALLOWED, "README.md")))
+    if not weights:
+        return folder
     shards = _shards(folder, model)
     if not headers_only and shards:
         download(*shards)

@@ -19,21 +19,27 @@ from tli_jax.errors import OutputError, StorageError, TliError, UsageError
 from tli_jax.hf.files import flock, fsync
 
 _SPARE = 16 * 2**20  # bytes that must stay free
+# A file of every output that may be replaced, and what such a folder is.
+_KINDS = {"config.json": "model folder", "00000.ids": "folder of prepared data"}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
-    """Check that writing an output would not harm the base model or other files, before anything is read or written.
+def check_output(output: Path, source: Path | None, overwrite: bool, marker: str = "config.json") -> None:
+    """Check that writing an output would not harm its source or other files, before anything is read or written.
+
+    Args:
+        source: the base model or the text.
+        marker: a file that an output must contain to be replaced, see ``_KINDS``.
 
     Raises:
-        UsageError: the output is the base's folder, or one of the two contains the other.
+        UsageError: the output is the source, or one of the two contains the other.
         OutputError: the output exists and must not, or cannot, be replaced; or another process is writing it.
     """
     with _output_errors(output):
-        new, base = _real(output), None if model is None else _real(model)
+        new, base = _real(output), None if source is None else _real(source)
         if base is not None and (new == base or base in new.parents or new in base.parents):
             raise UsageError(
-                f"output {output} and model {model} must not be the same folder, nor one inside the other:"
+                f"output {output} and {source} must not be the same folder, nor one inside the other:"
                 " choose another output"
             )
         if new.is_symlink():
@@ -46,11 +52,11 @@ def check_output(output: Path, model: Path | None, overwrite: bool) -> None:
             with _claimed(new):
                 pass  # removes an abandoned work folder
         if _is_filled(new):
-            _check_overwrite(new, overwrite)
+            _check_overwrite(new, overwrite, marker)
 
 
 @contextlib.contextmanager
-def staged(output: Path, nbytes: int, overwrite: bool = False) -> Iterator[Path]:
+def staged(output: Path, nbytes: int, overwrite: bool = False, marker: str = "config.json") -> Iterator[Path]:
     """Yield a temporary folder that replaces ``output``, complete and synced, when the block succeeds.
 
     If the block fails, the temporary folder is deleted; if the process is killed, the next run deletes it.
@@ -58,6 +64,7 @@ def staged(output: Path, nbytes: int, overwrite: bool = False) -> Iterator[Path]
     Args:
         nbytes: bytes that will be written. The free space is checked first.
         overwrite: replace an existing output.
+        marker: see ``check_output``.
 
     Raises:
         OutputError: too little space, no permission, or another process is writing or has written this output.
@@ -69,7 +76,7 @@ def staged(output: Path, nbytes: int, overwrite: bool = False) -> Iterator[Path]
             output.parent.mkdir(parents=True, exist_ok=True)
             work = stack.enter_context(_claimed(output))
             if _is_filled(output):
-                _check_overwrite(output, overwrite)
+                _check_overwrite(output, overwrite, marker)
             needed, free = nbytes + _SPARE, shutil.disk_usage(output.parent).free
             if free < needed:
                 raise OutputError(
@@ -91,11 +98,11 @@ def staged(output: Path, nbytes: int, overwrite: bool = False) -> Iterator[Path]
             ) from error
 
 
-def _check_overwrite(output: Path, overwrite: bool) -> None:
+def _check_overwrite(output: Path, overwrite: bool, marker: str) -> None:
     if not overwrite:
         raise OutputError(f"{output}: exists and is not empty: choose another output, or add --overwrite")
-    if not (output / "config.json").is_file():
-        raise OutputError(f"{output}: is not a model folder (no config.json), so it is not replaced: delete it first")
+    if not (output / marker).is_file():
+        raise OutputError(f"{output}: is not a {_KINDS[marker]} (no {marker}), so it is not replaced: delete it first")
     for folder, _, _ in os.walk(output):
         if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
             raise OutputError(f"{output}: cannot be replaced, {folder} is not writable: choose another output")

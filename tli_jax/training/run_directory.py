@@ -7,7 +7,7 @@
     RUN/growth.json      the plan, if the model is grown
     RUN/model/           the model's configuration, tokenizer and licence; its weights are in the checkpoints
     RUN/start/           the model, if it comes from another run
-    RUN/data/            the text as token ids
+    RUN/data/            the text as token ids, unless it is prepared data
     RUN/metrics.jsonl    one line per step
     RUN/profile/         traces of --profile
     RUN/checkpoints/
@@ -43,7 +43,7 @@ from tli_jax.training.run_identity import check_files, file_digests, parse_facts
 # Keys that may change when a run resumes: its length, how it is saved and shown, and where it runs.
 MAY_CHANGE = (
     *("steps", "save_every", "keep", "validate_every", "validation_batches", "track", "profile"),
-    *("text", "validation_text"),  # paths; the text itself is compared by digest
+    *("text", "validation_text", "verify"),  # paths; the text itself is compared by digest
     *("run", "mesh", "distributed", "process", "export", "export_only", "max_shard_size", "overwrite"),
 )
 # Left behind by a start that was interrupted.
@@ -208,8 +208,8 @@ class RunDirectory:
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.yaml``, and upload it."""
         with storage_errors(self.config), replace_file(self.config) as temporary:
-            # The index of this process has no meaning for the next start, and a profile was asked for once.
-            stored = dataclasses.replace(config, process=None, profile=0)
+            # The index of this process has no meaning for the next start. Profile and check were asked for once.
+            stored = dataclasses.replace(config, process=None, profile=0, verify=False)
             temporary.write_text(to_yaml(stored), encoding="utf-8")
         self.upload("config.yaml")
 

@@ -10,6 +10,7 @@ from tli_jax.cli.train_config import Recipe
 from tli_jax.cli.values import Source
 from tli_jax.data.embedded import topics
 from tli_jax.distributed import processes
+from tli_jax.errors import MissingInputError
 from tli_jax.hf import hub
 from tli_jax.hf.encoding import Tokenizer
 from tli_jax.hf.files import replace_file, storage_errors
@@ -44,17 +45,33 @@ def open_text(
         cache: folder for tokenized text.
         known: digests of the sources if a run has used them before, see ``open_data``.
 
+    The first process of a run hashes the sources and the cached token ids. The others wait, and trust its digests.
+
     Raises:
-        TliError: a source is missing, damaged or too short, see ``open_data``.
+        MissingInputError: a source is missing, in the first process and then in all.
+        TliError: a source is damaged or too short, see ``open_data``.
     """
     from tli_jax.data.batches import open_data
 
+    is_first = processes.is_first()
+    checked = {} if is_first else processes.gather_json({})[0]
+    if "missing" in checked:
+        raise MissingInputError(checked["missing"])
     file = cache / "topics.jsonl"
     text, validation_text = (
         replace_embedded(sources, config.field, file, topics) for sources in (config.text, config.validation_text)
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
-    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known)
+    known = checked.get("sources", known)
+    try:
+        data = open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known, is_checked=not is_first)
+    except MissingInputError as error:
+        if is_first:
+            processes.gather_json({"missing": str(error)})
+        raise
+    if is_first:
+        processes.gather_json({"sources": data.sources})
+    return data
 
 
 def replace_embedded(

@@ -80,13 +80,12 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
     facts: dict[str, Any] = run.read_facts() if is_resumed else {"id": "", "sources": ()}
     data, missing = None, None
     if not config.export_only:
-        with processes.first("data"):
-            try:
-                data = open_text(config, start.model, start.folder, tokenizer, T, cache, facts["sources"])
-            except MissingInputError as error:
-                if not is_resumed:
-                    raise
-                missing = error  # only an unfinished run needs its text
+        try:
+            data = open_text(config, start.model, start.folder, tokenizer, T, cache, facts["sources"])
+        except MissingInputError as error:
+            if not is_resumed:
+                raise
+            missing = error  # only an unfinished run needs its text
     if data is not None:
         data.check_enough(config.batch_size)
         if is_resumed:
