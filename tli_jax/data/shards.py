@@ -44,12 +44,16 @@ class Shard(NamedTuple):
 
 
 class Writer(contextlib.AbstractContextManager["Writer"]):
-    """Writes a stream of token ids as shards of at most ``limit`` tokens to a folder. Call ``finish`` at the end."""
+    """Writes a stream of token ids as shards of at most ``limit`` tokens to a folder. Call ``finish`` at the end.
+
+    Attributes:
+        shards: number of tokens and documents, and SHA-256, of each shard so far.
+    """
 
     def __init__(self, folder: Path, rules: Rules, limit: int | None = None):
         self._folder, self._rules = folder, rules
         self._limit = limit or SHARD_BYTES // rules.dtype.itemsize
-        self._shards: list[dict[str, Any]] = []
+        self.shards: list[dict[str, Any]] = []
         self._files: dict[str, BinaryIO] = {}
         self._waiting = np.zeros(0, np.int64)  # starts of documents whose first token is yet to come
         self._largest = 0
@@ -59,9 +63,9 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
         starts = np.concatenate([self._waiting, starts])
         self._largest = max(self._largest, int(ids.max(initial=0)))
         while len(ids):
-            if not self._shards or self._shards[-1]["tokens"] == self._limit:
+            if not self.shards or self.shards[-1]["tokens"] == self._limit:
                 self._next_shard()
-            shard = self._shards[-1]
+            shard = self.shards[-1]
             count = min(len(ids), self._limit - shard["tokens"])
             here = int(np.searchsorted(starts, count))
             self._append(ids[:count], starts[:here])
@@ -75,7 +79,8 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             sources: what ``tokenize`` returned for each source, with its path and digest.
             facts: further content of the manifest.
         """
-        self._append(np.zeros(0, self._rules.dtype), self._waiting)
+        if len(self._waiting):
+            self._append(np.zeros(0, self._rules.dtype), self._waiting)
         self._close()
         manifest = {
             "format": _FORMAT,
@@ -86,7 +91,7 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
             "largest_id": self._largest,
             "rules": self._rules.to_json(),
             "sources": sources,
-            "shards": self._shards,
+            "shards": self.shards,
         }
         manifest["sha256"] = sha256_json(manifest)
         (self._folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -97,18 +102,18 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
     def _close(self) -> None:
         for suffix, file in self._files.items():
             file.close()
-            self._shards[-1]["sha256"][suffix] = self._digests[suffix].hexdigest()
+            self.shards[-1]["sha256"][suffix] = self._digests[suffix].hexdigest()
         self._files = {}
 
     def _next_shard(self) -> None:
         self._close()
-        number = len(self._shards)
+        number = len(self.shards)
         self._files = {suffix: (self._folder / f"{number:05}.{suffix}").open("wb") for suffix in _ITEM}
         self._digests = {suffix: hashlib.sha256() for suffix in _ITEM}
-        self._shards.append({"tokens": 0, "documents": 0, "sha256": {}})
+        self.shards.append({"tokens": 0, "documents": 0, "sha256": {}})
 
     def _append(self, ids: np.ndarray, starts: np.ndarray) -> None:
-        shard = self._shards[-1]
+        shard = self.shards[-1]
         for suffix, array in (("ids", ids), ("starts", starts + shard["tokens"])):
             self._files[suffix].write(array.tobytes())
             self._digests[suffix].update(array.tobytes())
@@ -243,7 +248,8 @@ def _check_rules(folder: Path, manifest: dict[str, Any], rules: Rules) -> None:
         )
     if (largest := manifest["largest_id"]) >= rules.vocab_size:
         raise DataError(
-            f"{folder}: has the id {largest:,}, the model's vocabulary has {rules.vocab_size:,} ids: {_AGAIN}"
+            f"{folder}: has the id {largest:,}, the model's vocabulary has {rules.vocab_size:,}: use the model that the"
+            " text was prepared for"
         )
 
 
