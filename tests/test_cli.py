@@ -14,7 +14,7 @@ import pytest
 import tli_jax
 from tli_jax.__main__ import COMMANDS, main
 from tli_jax.cli import progress as progress_module
-from tli_jax.cli.config import CompareConfig, EvaluateConfig, GenerateConfig
+from tli_jax.cli.config import CompareConfig, EvaluateConfig, GenerateConfig, PrepareConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
 from tli_jax.cli.progress import progress
@@ -23,6 +23,7 @@ from tli_jax.evaluation.continuation import continue_prompt
 
 CONFIGS = {
     "upscale": UpscaleConfig,
+    "prepare": PrepareConfig,
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tli_jax import preflight
+from tli_jax import preflight, prepare
 from tli_jax.checks import files
 from tli_jax.checks import preflight as checks
 from tli_jax.checks.context import Context
@@ -146,6 +146,17 @@ def test_tokens_are_estimated_from_a_sample(check, tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_SAMPLE", 20_000)
     sampled, _ = check(until="data", **flags)
     assert abs(sampled["data"]["tokens"] / complete["data"]["tokens"] - 1) < 0.1
+
+
+def test_prepared_text_is_counted_and_its_rules_are_checked(check, tmp_path, capsys):
+    words = ["--model=embedded", "--text=embedded", f"--output={tmp_path / 'prepared'}", "--workers=1"]
+    assert run_command(prepare.main, words) == 0
+    tokens = json.loads((tmp_path / "prepared" / "manifest.json").read_text())["tokens"]
+    capsys.readouterr()
+    flags = {"model": "embedded", "train.text": tmp_path / "prepared"}
+    assert check(until="data", **flags)[0]["data"]["tokens"] == tokens
+    found, _ = check("--no-train.bos", until="data", code=2, **flags)
+    assert "was prepared with bos 0 (here None)" in found["data"]["text"]
 
 
 def test_run_with_other_settings_is_refused(check, start, tmp_path):

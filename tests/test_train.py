@@ -26,7 +26,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 import tli_jax
-from tli_jax import train, upscale
+from tli_jax import prepare, train, upscale
 from tli_jax.cli.frame import run_command
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import open_checkpoint
@@ -592,7 +592,7 @@ def test_text_may_move_and_a_finished_run_needs_none(own, trained, tmp_path, cap
     assert newest(own) == STEPS + 1
 
 
-def test_text_may_be_missing_if_its_tokens_are_cached(small, tmp_path, capsys):
+def test_text_may_be_missing_if_its_tokens_are_cached_or_prepared(small, tmp_path, capsys):
     shutil.copytree(small / "grown", tmp_path / "model")
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({letter: i + 2 for i, letter in enumerate(letters)}))
@@ -604,6 +604,8 @@ def test_text_may_be_missing_if_its_tokens_are_cached(small, tmp_path, capsys):
     for run in ("whole", "stopped"):
         assert run_here(tmp_path / run, **options) == 0
     assert run_here(tmp_path / "whole", steps=4) == 0
+    flags = [f"--model={tmp_path / 'model'}", "--workers=1", "--max-shard-size=0.1KB"]
+    assert run_command(prepare.main, [*flags, f"--text={text}", f"--output={tmp_path / 'prepared'}"]) == 0
     text.unlink()
     capsys.readouterr()
     assert run_here(tmp_path / "stopped", steps=4) == 0
@@ -615,6 +617,18 @@ def test_text_may_be_missing_if_its_tokens_are_cached(small, tmp_path, capsys):
     ids.write_bytes(content)
     assert run_here(tmp_path / "stopped", steps=6) == 66
     assert "its token ids are not in" in read_stderr(capsys)
+    # The run goes on with the prepared text, and one that starts with it has the same losses.
+    assert run_here(tmp_path / "stopped", steps=6, text=tmp_path / "prepared", verify=True) == 0
+    assert run_here(tmp_path / "whole", steps=6, text=tmp_path / "prepared") == 0
+    assert state_digests(tmp_path / "stopped", 6) == state_digests(tmp_path / "whole", 6)
+    assert not RunDirectory(tmp_path / "stopped").read_config().verify
+    assert run_here(tmp_path / "prepared run", **options | {"text": tmp_path / "prepared", "steps": 6}) == 0
+    plain, prepared = ([line["loss"] for line in metrics(tmp_path / run)] for run in ("whole", "prepared run"))
+    assert len(plain) == 6 and plain == prepared
+    capsys.readouterr()
+    (tmp_path / "prepared" / "00003.ids").unlink()
+    assert run_here(tmp_path / "stopped", steps=8) == 66
+    assert "prepared: 00003.ids missing" in read_stderr(capsys)
 
 
 def test_a_run_with_checkpoints_does_not_need_its_model(own, trained, tmp_path):

@@ -182,6 +182,26 @@ def test_deleted_source_is_read_from_the_cache(write, rules, tmp_path):
         open_stream(path, rules, cache, first.digest)
 
 
+def test_cache_that_was_checked_is_hashed_only_with_verify(write, rules, tmp_path):
+    path, cache = write("a.txt", ["ab", "c"]), tmp_path / "cache"
+    first = open_stream(path, rules, cache)
+    (file,) = cache.glob("*/*.ids")
+    intact = file.read_bytes()
+    options = {"known_digest": first.digest, "is_checked": True}
+    for damage, verify, is_found in ((b"\7", False, False), (b"\7", True, True), (b"", False, True)):
+        file.write_bytes(intact[:-1] + damage)
+        open_stream(path, rules, cache, **options, verify=verify)
+        assert (file.read_bytes() == intact) == is_found
+    path.write_text("changed")
+    assert ids(open_stream(path, rules, cache, **options)) == [1, 97, 98, 2, 1, 99, 2]
+    file.unlink()
+    with pytest.raises(DataError, match="differs from the one that the first process reads"):
+        open_stream(path, rules, cache, **options)
+    np.save(tmp_path / "a.npy", np.arange(9))
+    with pytest.raises(DataError, match="differs from the one"):
+        open_stream(tmp_path / "a.npy", rules, cache, **options)
+
+
 @pytest.mark.parametrize("is_line", [False, True])
 def test_long_document_has_the_same_ids_in_pieces(is_line, tokenizer, model, text, tmp_path, write, monkeypatch):
     monkeypatch.setattr("tli_jax.data.tokenization._PIECE", 5000)

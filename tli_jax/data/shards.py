@@ -177,8 +177,11 @@ class Prepared:
             for number, shard in enumerate(self.manifest["shards"])
         )
 
-    def verify(self) -> None:
+    def verify(self, name: str) -> None:
         """Hash all files.
+
+        Args:
+            name: of the source, for the progress.
 
         Raises:
             DataError: a file has changed.
@@ -189,7 +192,7 @@ class Prepared:
             for suffix, digest in shard["sha256"].items()
         }
         total = sum(file.stat().st_size for file in recorded)
-        with progress(f"verify {self.folder.name}", total) as advance:
+        with progress(f"verify {name}", total) as advance:
 
             def is_intact(file: Path) -> bool:
                 digest = sha256_file(file)

@@ -106,7 +106,7 @@ def open_stream(
     if is_prepared(path):
         prepared = Prepared.open(path, rules)
         if verify:
-            prepared.verify()
+            prepared.verify(path.name)
         return _stream(path, prepared, check(prepared.digest), rules)
     is_npy = path.suffix == ".npy"
     is_gone = known_digest is not None and not is_npy and not path.exists()
@@ -125,7 +125,7 @@ def open_stream(
         try:
             prepared = Prepared.open(entry, rules)
             if verify or not is_checked:
-                prepared.verify()
+                prepared.verify(path.name)
         except TliError as error:
             if is_gone:
                 raise MissingInputError(
