@@ -616,7 +616,7 @@ def test_text_may_be_missing_if_its_tokens_are_cached_or_prepared(small, tmp_pat
     content[5] ^= 1
     ids.write_bytes(content)
     assert run_here(tmp_path / "stopped", steps=6) == 66
-    assert "its token ids are not in" in read_stderr(capsys)
+    assert "are damaged: restore one of them, or prepared data" in read_stderr(capsys)
     # The run goes on with the prepared text, and one that starts with it has the same losses.
     assert run_here(tmp_path / "stopped", steps=6, text=tmp_path / "prepared", verify=True) == 0
     assert run_here(tmp_path / "whole", steps=6, text=tmp_path / "prepared") == 0

@@ -304,6 +304,12 @@ def test_headers_only_reads_headers_and_no_weights(hub: Hub, tmp_path: Path) -> 
     assert void["files"]["model.safetensors"][0] == 0
 
 
+def test_the_tokenizer_comes_without_the_weights(hub: Hub, tmp_path: Path) -> None:
+    (result,) = run(hub.endpoint, tmp_path / "home", ("org/sharded", None, False, False))
+    assert {"config.json", "tokenizer.json"} <= set(result["files"]) and not result["heads"]
+    assert not hub.requested() & {*SHARDS, "model.safetensors"}
+
+
 def test_sparse_shard_is_read_like_a_real_one(tmp_path: Path, hub: Hub) -> None:
     (result,) = run(hub.endpoint, tmp_path / "home", ("org/private", "main", True))
     size, _ = result["files"]["model.safetensors"]

@@ -128,8 +128,10 @@ def open_stream(
                 prepared.verify(path.name)
         except TliError as error:
             if is_gone:
+                state = "missing" if isinstance(error, MissingInputError) else "damaged"
                 raise MissingInputError(
-                    f"{path}: no such file or folder, and its token ids are not in {cache} either ({error})"
+                    f"{path}: no such file or folder, and its token ids, {entry}, are {state}: restore one of them, or"
+                    " prepared data of the same text"
                 ) from None
             check(digest if not is_checked else digest_files(path, found.files))
             with _replaced(entry) as folder, Writer(folder, rules) as writer:
