@@ -66,7 +66,7 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
 
 def slice_count(devices: Iterable[Any]) -> int:
     """Return the number of TPU slices. GPUs count as one: XLA gives each of their hosts another ``slice_index``."""
-    return len({device.slice_index if device.platform == "tpu" else 0 for device in devices})
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
 
 
 def describe_slices(mesh: Mesh) -> str:
