@@ -3,12 +3,14 @@
     python benchmarks/scaling.py                      # all rows: hours on 2 cores
     python benchmarks/scaling.py --match v5e-8        # rows whose flags contain this text
     python benchmarks/scaling.py --table              # print the table of the stored results
+    python benchmarks/scaling.py --gpus               # memory of H100s on paper: nothing compiles, seconds
 
-Needs the extra ``tpu``. Each row is one call of ``python -m tli_jax.preflight`` in a process of its own. Results are
-stored in benchmarks/results/scaling.json after each row; stored rows are skipped unless ``--again`` is set.
+Compiling needs the extra ``tpu``. Each row is one call of ``python -m tli_jax.preflight`` in a process of its own.
+Results are stored in benchmarks/results/scaling.json after each row; stored rows are skipped unless ``--again`` is set.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -50,6 +52,10 @@ ROWS: list[tuple[str, str, int, list[str]]] = [
     ("llama3.1-405b-tli", "v6e-256", 2, TENSOR),
     ("llama3.1-405b-tli", "v6e-256", 2, ALL),
 ]
+
+NODES = (1, 2, 4, 8, 16, 32, 64)
+# Configuration and its batch size, for GPUs.
+GPU_ROWS = {"llama3.1-8b-tli": 256, "llama3.1-70b-tli": 512, "llama3.1-405b-tli": 512}
 
 
 def flags_of(config: str, slice_: str, slices: int, flags: list[str]) -> list[str]:
@@ -106,12 +112,48 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def gpu_table() -> str:
+    """A Markdown table of estimated memory per GPU, for every size and number of nodes."""
+    from tli_jax.checks import compilation, files, setup
+    from tli_jax.checks.context import Context, DoesNotFitError, NotCheckedError
+    from tli_jax.cli.growth_config import PreflightConfig
+    from tli_jax.cli.parse import parse
+    from tli_jax.distributed.topology import GPUS_PER_NODE
+    from tli_jax.training.memory import gib
+
+    def cell(config: str, nodes: int, flags: list[str], batch: int) -> str:
+        gpus = nodes * GPUS_PER_NODE
+        arguments = [*flags_of(config, f"h100-{gpus}", 1, flags), _BATCH, str(max(batch, gpus))]
+        context = Context(parse(PreflightConfig, "scaling", "", arguments))
+        with contextlib.suppress(NotCheckedError):  # the model is not here: its shape is in the configuration
+            files.check_model(context)
+        files.check_growth(context)
+        setup.check_mesh(context)
+        try:
+            facts = compilation.check_step(context)[1]
+        except DoesNotFitError as error:
+            facts = error.facts
+        needed = gib(facts["on_paper"]["peak"]).removesuffix(" GiB")
+        return needed if facts["fits"] else f"~~{needed}~~"
+
+    lines = [f"| configuration | trains | {' | '.join(map(str, NODES))} |", "|---|---|" + "---|" * len(NODES)]
+    for config, batch in GPU_ROWS.items():
+        for trains, flags in (("injected", INJECTED), ("all", ALL)):
+            cells = [cell(config, nodes, flags, batch) for nodes in NODES]
+            lines.append(f"| {config} | {trains} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every shipped configuration for TPU slices.")
     parser.add_argument("--match", default="", help="only rows whose flags contain this text")
     parser.add_argument("--again", action="store_true", help="repeat rows that are in the results")
     parser.add_argument("--table", action="store_true", help="print the table without compiling")
+    parser.add_argument("--gpus", action="store_true", help="print the table of GPUs, which is estimated")
     options = parser.parse_args()
+    if options.gpus:
+        print(gpu_table())
+        return
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": {}}
     for row in [] if options.table else ROWS:
         arguments = flags_of(*row)

@@ -138,7 +138,7 @@ def test_links_lead_to_files_and_headings(page):
             assert heading in anchors, f"{page}: {target}"
 
 
-@pytest.mark.parametrize(("page", "tables"), [("scaling.md", 1), ("methods.md", 2), ("results.md", 6)])
+@pytest.mark.parametrize(("page", "tables"), [("scaling.md", 2), ("methods.md", 2), ("results.md", 6)])
 def test_tables_match_the_stored_results(page, tables):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     found = re.findall(r"<!-- made by python (benchmarks/[^\n]+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
@@ -146,4 +146,4 @@ def test_tables_match_the_stored_results(page, tables):
     for call, inside in found:
         call = [sys.executable, *call.split()]
         printed = subprocess.run(call, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
-        assert inside == printed and printed.count("\n") > 10, f"{page}: rerun {' '.join(call[1:])}"
+        assert inside == printed and printed.count("\n") > 5, f"{page}: rerun {' '.join(call[1:])}"

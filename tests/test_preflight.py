@@ -121,6 +121,18 @@ def test_step_that_does_not_fit_suggests_flags(check):
     assert found["step compiles"]["peak"] > found["step compiles"]["limit"]
 
 
+def test_gpus_are_judged_on_paper(check):
+    keys = {"topology": "h100-16", "train.batch-size": 16, "train.mesh": "fsdp=16"}
+    found, _ = check(**keys)
+    assert found["mesh"]["mesh"] == {"data": 1, "fsdp": 16, "expert": 1, "tensor": 1}
+    assert found["growth compiles"]["status"] == "not checked"
+    step = found["step compiles"]
+    assert step["status"] == "ok" and step["remat"] == "none" and "not compiled" in step["text"]
+    assert 0 < step["on_paper"]["peak"] < step["limit"] and "peak" not in step
+    found, err = check(code=2, topology="h100-1", **LARGE)
+    assert "does not fit, on paper: needs" in err and not found["step compiles"]["fits"]
+
+
 def test_existing_output_is_refused(check, tmp_path):
     (tmp_path / "grown").mkdir()
     (tmp_path / "grown" / "config.json").write_text("{}")

@@ -12,14 +12,17 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+import numpy as np
 import pytest
 
+from tli_jax.distributed import processes
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.tensors import read_tensor
 
@@ -29,6 +32,7 @@ KILLED = """
 import os, signal, sys
 from tli_jax import train
 from tli_jax.cli.frame import run_command
+from tli_jax.distributed import processes
 from tli_jax.training.metrics import Metrics
 
 write = Metrics.write
@@ -39,7 +43,7 @@ def until(self, values):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Metrics.write = until
-run_command(train.main, sys.argv[2:])
+processes.leave(run_command(train.main, sys.argv[2:]))
 """
 WITHOUT_GCSFS = """
 import sys
@@ -243,6 +247,61 @@ def test_resumes_on_another_machine_bit_for_bit(storage, start, tmp_path):
     assert "growth.json" not in again and "model/LICENSE" not in again
     command(here, "--run", run, "--steps", 3)
     assert len(losses(under(objects, "some/run")["metrics.jsonl"])) == 3
+
+
+def machines(environment, folder, names, *arguments, script=("-m", "tli_jax.train")):
+    """Run a command as one process on each machine, with one device each. Return exit codes and errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    device = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    started = []
+    for index, name in enumerate(names):
+        own = {"XDG_CACHE_HOME": str(folder / name), "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        with (folder / f"{name}.err").open("w") as errors:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *script, *map(str, arguments), "--process", f"{index}/{len(names)}@{address}"],
+                    env=os.environ | environment | device | own,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                )
+            )
+    try:
+        codes = [process.wait(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    texts = [(folder / f"{name}.err").read_text() for name in names]
+    assert not any("Traceback" in text for text in texts), texts
+    return codes, [[line for line in text.splitlines() if line.startswith("error:")] for text in texts]
+
+
+@needs_gcsfs
+def test_a_supervised_process_opens_object_storage(storage, start, tmp_path):
+    """The supervisor forks, after which clients of object storage that exist already do not work."""
+    environment, objects = storage
+    flags = (*options(start, start / "grown", steps=1), "--validation-fraction", 0, "--run", "gs://bucket/one")
+    assert machines(environment, tmp_path, ("a",), *flags) == ([0], [[]])
+    assert len(losses(under(objects, "one")["metrics.jsonl"])) == 1
+
+
+@needs_gcsfs
+@pytest.mark.long
+def test_several_machines_train_and_others_resume(storage, start, tmp_path):
+    """Two machines, of which one is killed; two others resume. No machine sees the files of another."""
+    environment, objects = storage
+    run, flags = "gs://bucket/several", options(start, start / "grown")
+    killed = machines(environment, tmp_path, ("a", "b"), 13, *flags, "--run", run, script=("-c", KILLED))
+    assert killed == ([137, 69], [["error: the process was killed by SIGKILL"], [f"error: {processes.LOST}"]])
+    assert [step for step, *_ in losses(under(objects, "several")["metrics.jsonl"])] == list(range(1, 11))
+    assert machines(environment, tmp_path, ("c", "d"), "--run", run) == ([0, 0], [[], []])
+    command({**environment, "XDG_CACHE_HOME": tmp_path / "e"}, *flags, "--run", tmp_path / "run")
+    together, alone = (
+        np.array(losses(lines))[:, :2].astype(float)
+        for lines in (under(objects, "several")["metrics.jsonl"], (tmp_path / "run" / "metrics.jsonl").read_text())
+    )
+    np.testing.assert_allclose(together, alone, rtol=2e-4)
 
 
 @needs_gcsfs

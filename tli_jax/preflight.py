@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     train = config.train or TrainConfig()
     if config.topology and not (train.distributed or train.process):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed, JAX would look for a TPU
-    with processes.joined(train.distributed, train.process):
+    with processes.joined(train.distributed, train.process, train.timeouts):
         findings = run_checks(config)
     if config.json and processes.is_first():
         checks = [{"name": found.name, "status": found.status, "text": found.text} | found.facts for found in findings]

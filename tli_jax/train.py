@@ -20,22 +20,27 @@ EXAMPLES = (
 
 def main(arguments: Sequence[str]) -> None:
     config = read_config(arguments)
-    with processes.joined(config.distributed, config.process):
+    # The run directory is opened afterwards: clients of object storage do not work in a process that forks.
+    with processes.joined(config.distributed, config.process, config.timeouts):
+        run = RunDirectory(config.run)
+        if config.run and run.is_begun and not any(word.split("=")[0] == "--config" for word in arguments):
+            config = read_config([*arguments, "--config", str(run.config)])
         train(config)
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration. Flags override the stored configuration of an existing run, unless ``--config`` is given.
+    """The configuration. Without ``--config``, an existing run adds the one that it stores.
 
     Raises:
         UsageError, MissingInputError: see ``cli.parse.parse``.
     """
-    description = "Continue the pretraining of a Llama: all layers, or the injected ones."
-    config = parse(TrainConfig, PROGRAM, description, arguments, EXAMPLES)
-    run = RunDirectory(config.run)
-    if config.run and run.is_begun and not any(word.split("=")[0] == "--config" for word in arguments):
-        config = parse(TrainConfig, PROGRAM, description, [*arguments, "--config", str(run.config)])
-    return config
+    return parse(
+        TrainConfig,
+        PROGRAM,
+        "Continue the pretraining of a Llama: all layers, or the injected ones.",
+        arguments,
+        EXAMPLES,
+    )
 
 
 if __name__ == "__main__":

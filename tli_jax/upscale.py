@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> None:
         upscale(config)
         return
     recipe = dataclasses.replace(config.train, model=config.train.model or config.output or "")
-    with processes.joined(recipe.distributed, recipe.process):
+    with processes.joined(recipe.distributed, recipe.process, recipe.timeouts):
         if RunDirectory(recipe.run).is_begun:
             say(f"run {recipe.run} exists already: skipping growth, resuming training")
         else:

@@ -26,7 +26,6 @@ from tli_jax.cli.frame import run_command
 from tli_jax.errors import DataError
 from tli_jax.distributed import processes
 
-processes._LEAVE = 5
 process, timeout, scenario, written, said = sys.argv[1:]
 
 def say(*words):  # not on stdout, where Gloo's threads print into our lines
@@ -37,7 +36,7 @@ if scenario == "wait":
     say("running", os.getpid())
 
 def main(arguments):
-    with processes.joined(False, process, int(timeout), heartbeat=5):
+    with processes.joined(False, process, {"start": int(timeout), "heartbeat": 5, "leave": 5}):
         train()
 
 def train():

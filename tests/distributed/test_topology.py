@@ -23,11 +23,13 @@ from tli_jax.errors import UsageError
         ("v5e-8", "v5e:2x4"),
         ("v5litepod-8", "v5e:2x4"),
         ("V5P:4x4x8", "v5p:4x4x8"),
+        ("h100-64", "h100:64"),
     ],
 )
 def test_names(name, expected):
     assert str(parse_topology(name)) == expected
-    assert str(parse_topology(name, 2)) == f"2 × {expected}"
+    if not parse_topology(name).is_gpu:
+        assert str(parse_topology(name, 2)) == f"2 × {expected}"
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,8 @@ def test_names(name, expected):
         ("v5e:3x3", "v5e has no slice 3x3"),
         ("8", "is neither a slice name like"),
         ("v5e-8; reboot", "is neither a slice name like"),
+        ("h100-12", "h100-12: give 1 to 8 GPUs, or nodes of 8: h100-64"),
+        ("h100:2x2", "h100:2x2: give 1 to 8 GPUs"),
     ],
 )
 def test_unknown_slices_are_refused(name, message):

@@ -12,16 +12,14 @@ import pytest
 
 from tli_jax.distributed import processes
 
-# Runs collectives over both processes until something happens. A real run has twice this heartbeat timeout.
+# Runs collectives over both processes until something happens.
 SCRIPT = """
 import os, sys, time
 from tli_jax.cli.frame import run_command
 from tli_jax.distributed import processes
 
-processes._LEAVE = 5
-
 def main(arguments):
-    with processes.joined(False, sys.argv[1], 60, heartbeat=5):
+    with processes.joined(False, sys.argv[1], {"start": 60, "heartbeat": 5, "leave": 5}):
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
         mesh = jax.make_mesh((jax.device_count(),), ("data",))
@@ -93,7 +91,7 @@ def test_frozen_peer_counts_as_lost(index, tmp_path):
 def test_training_with_a_frozen_peer_exits(start_folder, tmp_path):
     flags = ["--model", start_folder / "grown", "--text", start_folder / "ids.npy", "--run", tmp_path / "run"]
     flags += ["--only", "injected", "--batch-size", 8, "--sequence-length", 16, "--dtypes", "compute=float32"]
-    flags += ["--steps", 100_000, "--save-every", 10, "--validation-fraction", 0]
+    flags += ["--steps", 100_000, "--save-every", 10, "--validation-fraction", 0, "--timeouts", "heartbeat=10"]
     words = [sys.executable, "-m", "tli_jax.train", *map(str, flags)]
     started = start(lambda process: [*words, "--process", process], tmp_path)
     until = time.monotonic() + 300

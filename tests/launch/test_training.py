@@ -171,7 +171,7 @@ sys.exit(max(process.wait() for process in started))
     done = subprocess.run(call, env=clean, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert steps(work) == list(range(1, 13)) and "of 8 × cpu" in done.stderr
-    assert done.stderr.count("waiting up to 1800 s for the other processes to start") == 2
+    assert done.stderr.count("waiting up to 300 s for the other processes to start") == 2
     assert not (work / "requeued").exists()
 
 

@@ -141,7 +141,7 @@ def test_each_expert_is_updated_separately(build, params, optimizer):
     trainer, trained, _ = build(optimizer=optimizer, schedule="constant", weight_decay=0.0)
     rng = np.random.default_rng(0)
     slopes = {name: np.asarray(rng.normal(0, 1, x.shape), np.float32) for name, x in trained.items()}
-    optax_optimizer = make_optimizer(trainer.config, trainer.param_specs)
+    optax_optimizer = make_optimizer(trainer.config, trainer.param_specs, trainer.mesh)
     rates = learning_rates(trainer.config, 1)
     updates, _ = optax_optimizer.update(slopes, optax_optimizer.init(trained), trained, rates=rates)
     name = next(name for name in trained if "experts.w1" in name)

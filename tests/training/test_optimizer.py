@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from tli_jax.cli.train_config import TrainConfig
+from tli_jax.distributed.mesh import make_mesh
 from tli_jax.training.freezing import Layout, group
 from tli_jax.training.optimizer import learning_rates, make_optimizer, make_schedule
 
@@ -57,7 +58,7 @@ def trainable(model, params, injected):
 
 
 def update(config, specs, trained, gradients, steps=2):
-    optimizer = make_optimizer(config, specs)
+    optimizer = make_optimizer(config, specs, make_mesh({}))
     state = optimizer.init(trained)
     run = jax.jit(optimizer.update)
     for step in range(1, steps + 1):
@@ -119,6 +120,22 @@ def test_muon_orthogonalizes_layer_matrices_only(trainable):
         assert same == (len(spec.dims) != 3), spec.name
 
 
+def test_muon_on_a_mesh_equals_optax(build):
+    """Two steps on a mesh against ``optax.contrib.scale_by_muon`` on whole stacks."""
+    trainer, trained, _ = build(optimizer="muon", mesh={"data": 2, "fsdp": 2, "tensor": 2}, weight_decay=0.0)
+    name = "layers.0.0.mlp.up_proj.weight"
+    dims = optax.contrib.MuonDimensionNumbers(2, 1)
+    theirs = optax.contrib.scale_by_muon(mu_dtype="float32", weight_dimension_numbers=lambda updates: dims)
+    state, their_state = trainer.optimizer.init(trained), theirs.init(trained[name])
+    for step in range(2):
+        slopes = {n: jax.random.normal(jax.random.key(step), x.shape) for n, x in trained.items()}
+        clipped = optax.clip_by_global_norm(1.0).update(slopes, optax.EmptyState())[0]
+        updates, state = jax.jit(trainer.optimizer.update)(slopes, state, trained, rates=jnp.ones(3))
+        expected, their_state = theirs.update(clipped[name], their_state)
+    scale = 0.2 * max(trained[name].shape[-2:]) ** 0.5
+    np.testing.assert_allclose(updates[name], -scale * expected, rtol=0, atol=1e-5)
+
+
 def test_adamw_equals_optax(trainable):
     specs, trained, gradients = trainable
     config = TrainConfig(learning_rate=3e-3, schedule="constant", weight_decay=0.1, clip_norm=1.0, adam={"b2": 0.99})
@@ -135,5 +152,5 @@ def test_adamw_equals_optax(trainable):
 
 def test_moments_in_another_dtype(trainable):
     specs, trained, _ = trainable
-    state = make_optimizer(TrainConfig(dtypes={"moment": "bfloat16"}), specs).init(trained)
+    state = make_optimizer(TrainConfig(dtypes={"moment": "bfloat16"}), specs, make_mesh({})).init(trained)
     assert {x.dtype for x in jax.tree.leaves(optax.tree.get(state, "mu"))} == {jnp.dtype("bfloat16")}

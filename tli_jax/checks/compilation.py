@@ -19,6 +19,8 @@ def check_growth(context: Context) -> Result:
     on_host = sorted({row.init for row in plan.rows if row.init in HOST_INITS})
     if on_host:
         raise NotCheckedError(f"init {', '.join(on_host)} runs on the host, from file to file")
+    if context.is_on_paper:
+        raise NotCheckedError("programs for a GPU compile on a GPU only")
     mesh = context.trainer.mesh if context.trainer is not None else make_mesh({}, context.devices())
     return _judge(context, compile_growth(base.config, plan, mesh), mesh, "try a larger slice")
 
@@ -29,6 +31,8 @@ def check_step(context: Context) -> Result:
 
     trainer, screen = require(context.trainer, "a mesh"), console(is_stderr=True)
     limit = _memory_limit(context, trainer.mesh)
+    if context.is_on_paper:
+        return _estimate_step(context, limit)
     trainer, program = fit(
         trainer, context.T, context.stored_dtype, limit, lambda line: screen.print(line, soft_wrap=True)
     )
@@ -40,11 +44,38 @@ def check_step(context: Context) -> Result:
     return f"{text}; estimated {memory.gib(estimate['peak'])}: {join(terms)}", facts
 
 
+def _estimate_step(context: Context, limit: float) -> Result:
+    """Judge the step by the formula in docs/scaling.md, for devices that nothing can be compiled for."""
+    from tli_jax.training import memory
+
+    trainer = require(context.trainer, "a mesh")
+    remat = trainer.config.remat
+    estimates = {}
+    for policy in memory.POLICIES if remat == "auto" else (remat,):
+        config = dataclasses.replace(trainer.config, remat=policy)
+        estimates[policy] = memory.estimate(
+            dataclasses.replace(trainer, config=config), context.T, context.stored_dtype
+        )
+    fitting = [policy for policy, parts in estimates.items() if parts["peak"] <= limit]
+    remat = next(iter(fitting), [*estimates][-1])
+    estimate = estimates[remat]
+    facts = {"on_paper": estimate, "remat": remat, "limit": limit, "fits": bool(fitting)}
+    if not facts["fits"]:
+        hints = memory.hints(trainer, context.T)
+        message = f"does not fit, on paper: needs {memory.gib(estimate['peak'])} of {memory.gib(limit)}; {hints}"
+        raise DoesNotFitError(message, facts)
+    terms = {name: memory.gib(nbytes) for name, nbytes in estimate.items() if name != "peak"}
+    text = f"remat {remat}, estimated peak {memory.gib(estimate['peak'])} of {memory.gib(limit)} per"
+    return f"{text} device: {join(terms)}; not compiled, because programs for a GPU compile on a GPU only", facts
+
+
 def search(context: Context) -> Result:
     """The largest batch per device for each remat policy."""
     from tli_jax.distributed.mesh import batch_degree
     from tli_jax.training import memory
 
+    if context.is_on_paper:
+        raise NotCheckedError("programs for a GPU compile on a GPU only")
     trainer, screen = require(context.trainer, "a mesh"), console(is_stderr=True)
     limit = _memory_limit(context, trainer.mesh)
     best = memory.search(

@@ -72,12 +72,17 @@ class Context:
         """The folder of the base, if it is on this machine."""
         return self.base.folder if self.base is not None and self.base.folder.is_dir() else None
 
+    @property
+    def is_on_paper(self) -> bool:
+        """Whether the devices are GPUs that this machine does not have, so that memory can only be estimated."""
+        return self.config.topology is not None and topology.parse_topology(self.config.topology).is_gpu
+
     def devices(self) -> list[Any] | None:
         """The devices to compile for. None for those of this machine."""
         if not self.config.topology:
             return None
         requested = topology.parse_topology(self.config.topology, self.config.slices)
-        if not has_compiler():
+        if not requested.is_gpu and not has_compiler():
             raise NotCheckedError(f"compiling for {requested} needs libtpu: pip install 'jax[tpu]'")
         return topology.compile_only_devices(requested)
 

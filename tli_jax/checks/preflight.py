@@ -23,7 +23,8 @@ def run_checks(config: PreflightConfig) -> list[Finding]:
     screen = console(is_stderr=config.json)
     findings = []
     for name, check in select_checks(context).items():
-        if processes.is_first() and check in (compilation.check_growth, compilation.check_step):
+        compiles = check in (compilation.check_growth, compilation.check_step) and not context.is_on_paper
+        if compiles and processes.is_first():
             console(is_stderr=True).print(f"{name}: compiling …", soft_wrap=True)
         finding = run_check(name, check, context)
         findings.append(finding)

@@ -97,7 +97,10 @@ class PreflightConfig(UpscaleConfig):
     machine."""
 
     topology: str | None = option(
-        None, "TPU slice to compile for, e.g. v5p-64 or v5p:2x4x4", CHECKS, shown="the devices of this machine"
+        None,
+        "TPU slice to compile for, e.g. v5p-64 or v5p:2x4x4, or GPUs to estimate memory for, e.g. h100-64",
+        CHECKS,
+        shown="the devices of this machine",
     )
     slices: Positive = option(1, "number of such slices", CHECKS)
     search: bool = option(False, "find the largest batch per device and the cheapest remat that fit", CHECKS)

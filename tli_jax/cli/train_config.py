@@ -17,6 +17,7 @@ from tli_jax.cli.keys import (
     REVISION,
     SAVING,
     SHARD,
+    TIMEOUTS,
 )
 from tli_jax.cli.values import (
     Adam,
@@ -35,6 +36,7 @@ from tli_jax.cli.values import (
     Sources,
     Steps,
     Text,
+    Timeouts,
     Tracked,
     option,
 )
@@ -180,6 +182,7 @@ class TrainConfig(Recipe):
     only: str = option("all", "trainable layers: all, injected, last_n(N) or layers(0,3,7-9)", OPTIMIZER)
     distributed: bool = option(False, DISTRIBUTED, DEVICES)
     process: str | None = option(None, PROCESS, DEVICES)
+    timeouts: Timeouts = option({}, TIMEOUTS, DEVICES, shown="start=300,heartbeat=100,leave=10")
     keep: Positive = option(3, "number of checkpoints to keep", SAVING)
     track: Tracked = option(
         (), "also log metrics to tensorboard (in the run directory) or wandb:PROJECT, separated by commas", SAVING

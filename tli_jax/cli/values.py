@@ -135,6 +135,7 @@ Adam = Annotated[dict[Literal["b1", "b2", "eps"], Fraction], pydantic.BeforeVali
 FloatTypes = Annotated[dict[Literal["param", "moment", "compute"], FloatType], pydantic.BeforeValidator(_pairs)]
 Auxiliary = Annotated[dict[Literal["z", "balance"], Amount], pydantic.BeforeValidator(_pairs)]
 Degrees = Annotated[dict[Literal["data", "fsdp", "expert", "tensor"], Whole], pydantic.BeforeValidator(_pairs)]
+Timeouts = Annotated[dict[Literal["start", "heartbeat", "leave"], Positive], pydantic.BeforeValidator(_pairs)]
 Tracked = Annotated[
     tuple[Annotated[str, pydantic.Field(pattern=r"^(tensorboard|wandb:.+)$")], ...], pydantic.BeforeValidator(_split)
 ]

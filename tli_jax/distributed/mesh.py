@@ -1,7 +1,7 @@
 """The device mesh, and the sharding rules of every array dim."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,11 +24,13 @@ ACTIVATION_RULES: dict[str, tuple[str, ...]] = {"B": BATCH, "V": ("tensor",), "H
 def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) -> Mesh:
     """Make a mesh with the axes ``data``, ``fsdp``, ``expert`` and ``tensor``, laid out for the links between devices.
 
-    With several slices (groups of devices with slow links between them), ``data`` spans the slices.
+    Any axis may span TPU slices (groups of devices with slow links between them): ``data`` first, then ``fsdp``,
+    ``expert`` and ``tensor``, each as far as its size allows. The hosts of other devices count as one slice, but their
+    devices are taken in order, so the same axes span the hosts.
 
     Args:
-        degrees: axis -> size; -1 takes the remaining devices. Defaults: ``data`` is the number of slices, ``fsdp`` -1,
-            ``expert`` and ``tensor`` 1.
+        degrees: axis -> size; -1 takes the remaining devices. By default, ``data`` is the number of slices, ``fsdp``
+            takes the rest, and ``expert`` and ``tensor`` are 1. If only ``fsdp`` is given, ``data`` takes the rest.
 
     Raises:
         UsageError: the sizes do not multiply to the number of devices.
@@ -36,10 +38,13 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     from jax.experimental import mesh_utils
 
     devices = list(jax.devices()) if devices is None else list(devices)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    requested = {"data": slices, "fsdp": -1, "expert": 1, "tensor": 1} | dict(degrees)
-    if "fsdp" not in degrees and -1 in degrees.values():
-        requested["fsdp"] = 1
+    slices = slice_count(devices)
+    rest = len(devices) // math.prod(max(size, 1) for size in degrees.values())
+    requested = {"data": math.gcd(slices, rest), "fsdp": -1, "expert": 1, "tensor": 1} | dict(degrees)
+    if -1 in degrees.values():
+        requested["fsdp"] = degrees.get("fsdp", 1)
+    elif "fsdp" in degrees and "data" not in degrees:
+        requested["data"] = -1
     product = " × ".join(f"{axis} {requested[axis]}" for axis in AXES)
     inferred = [axis for axis in AXES if requested[axis] == -1]
     fixed = math.prod(size for size in requested.values() if size != -1)
@@ -49,15 +54,42 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     if math.prod(shape) != len(devices):
         raise UsageError(f"mesh: {product} does not give the {len(devices)} devices of this run: change mesh")
     split = {"allow_split_physical_axes": True}  # else JAX refuses some shapes that are merely slower
+    across = across_slices(shape, slices)
+    inner = [size // degree for size, degree in zip(shape, across, strict=True)]
     if slices > 1:
-        if shape[0] % slices:
-            raise UsageError(f"mesh: data is {shape[0]}, but must be a multiple of the number of slices ({slices})")
-        inner = [shape[0] // slices, *shape[1:]]
-        grid = mesh_utils.create_hybrid_device_mesh(inner, [slices, 1, 1, 1], devices=devices, **split)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, across, devices=devices, **split)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices=devices, **split)
     # Auto axes: the compiler propagates shardings from the constraints.
     return Mesh(np.asarray(grid), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slice_count(devices: Iterable[Any]) -> int:
+    """Return the number of TPU slices. GPUs count as one: XLA gives each of their hosts another ``slice_index``."""
+    return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})
+
+
+def describe_slices(mesh: Mesh) -> str:
+    """Which axes span slices, as "data 2 × fsdp 4 across slices"; empty with one slice."""
+    across = across_slices(mesh.devices.shape, slice_count(mesh.devices.flat))
+    axes = [f"{axis} {degree}" for axis, degree in zip(AXES, across, strict=True) if degree > 1]
+    return f"{' × '.join(axes)} across slices" if axes else ""
+
+
+def across_slices(shape: Sequence[int], slices: int) -> list[int]:
+    """Return the degree of each axis that spans slices. Their product is ``slices``.
+
+    Raises:
+        UsageError: the sizes share too few factors with the number of slices.
+    """
+    degrees, left = [], slices
+    for size in shape:
+        degrees.append(math.gcd(size, left))
+        left //= degrees[-1]
+    if left > 1:
+        sizes = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+        raise UsageError(f"mesh: {sizes} cannot be laid out over {slices} slices: make data a multiple of {slices}")
+    return degrees
 
 
 def check_fits(mesh: Mesh, sizes: Mapping[str, int], batch: int) -> None:

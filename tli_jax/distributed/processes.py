@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -27,15 +27,14 @@ if TYPE_CHECKING:
     import jax
 
 LOST = "another process of this run has ended, see its output: run the same command again to resume"
-_HEARTBEAT = 10  # seconds
-# Seconds in which processes that leave for the same reason wait for each other. Then JAX aborts those that are left.
-_LEAVE = 10
+# In seconds. All but the last are JAX's defaults.
+_TIMEOUTS = {"start": 300, "heartbeat": 100, "leave": 10}
 _MAX_JSON = 2**16  # bytes
 # How Gloo, gRPC and the coordination service report a lost peer. They share one exception class with all other errors.
 _LOST = re.compile(r"gloo|closed by peer|reset by peer|socket closed|coordination|heartbeat|barrier|UNAVAILABLE", re.I)
 
 
-def start(distributed: bool, process: str | None, timeout: int | None = None, heartbeat: int = _HEARTBEAT) -> None:
+def start(distributed: bool, process: str | None, timeouts: Mapping[Any, int] | None = None) -> None:
     """Join the other processes of a run. Call this before any computation, and before starting threads.
 
     Without either option, this does nothing.
@@ -44,9 +43,9 @@ def start(distributed: bool, process: str | None, timeout: int | None = None, he
         distributed: let JAX find the other processes, as it can on Cloud TPU, GKE and Slurm. Process 0 listens on the
             port in the environment variable JAX_COORDINATOR_PORT, if set.
         process: ``INDEX/COUNT@HOST:PORT``, for other clusters. HOST:PORT is where process 0 listens.
-        timeout: seconds to wait for all processes; by default 1800 with ``distributed``, since clusters may start them
-            at different times, and 120 with ``process``. When it is over, the processes exit with 69.
-        heartbeat: seconds without a heartbeat after which a peer counts as lost.
+        timeouts: in seconds. ``start``, 300 by default: when not all processes have started by then, they exit with 69.
+            ``heartbeat``, 100: a peer without a heartbeat for so long counts as lost. ``leave``, 10: processes that
+            leave for the same reason wait so long for each other, then JAX aborts those that are left.
 
     Raises:
         UsageError: ``process`` is malformed, its port is in use, or JAX finds no cluster.
@@ -56,18 +55,18 @@ def start(distributed: bool, process: str | None, timeout: int | None = None, he
         raise UsageError(f"process {process}: write INDEX/COUNT@HOST:PORT, e.g. 0/2@10.0.0.1:1234; INDEX starts at 0")
     if not (distributed or match):
         return
-    timeout = timeout or (120 if match else 1800)
+    seconds = _TIMEOUTS | dict(timeouts or {})
     if match and int(match[1]) == 0:
         try:  # jax 0.10 crashes if it cannot listen
             socket.create_server(("", int(match[4]))).close()
         except OSError as error:
             raise UsageError(f"process {process}: cannot listen on this port ({error}): choose another port") from error
-    never_joined = f"not all processes started within {timeout} s: start all of them, with the same HOST:PORT"
-    supervisor.supervise(LOST, never_joined, _LEAVE)
+    never_joined = f"not all processes started within {seconds['start']} s: start all of them, with the same HOST:PORT"
+    supervisor.supervise(LOST, never_joined, seconds["leave"])
     import jax
 
     if distributed:
-        print(f"waiting up to {timeout} s for the other processes to start", file=sys.stderr, flush=True)
+        print(f"waiting up to {seconds['start']} s for the other processes to start", file=sys.stderr, flush=True)
     jax.config.update("jax_enable_preemption_service", False)  # its SIGTERM handler, in C++, would replace ours
     try:
         jax.distributed.initialize(
@@ -75,9 +74,9 @@ def start(distributed: bool, process: str | None, timeout: int | None = None, he
             num_processes=int(match[2]) if match else None,
             process_id=int(match[1]) if match else None,
             cluster_detection_method="deactivate" if match else None,
-            initialization_timeout=timeout,
-            heartbeat_timeout_seconds=heartbeat,
-            shutdown_timeout_seconds=_LEAVE,
+            initialization_timeout=seconds["start"],
+            heartbeat_timeout_seconds=seconds["heartbeat"],
+            shutdown_timeout_seconds=seconds["leave"],
         )
     except ValueError as error:
         raise UsageError(f"distributed: no cluster found ({error}): use --process INDEX/COUNT@HOST:PORT") from error
@@ -85,15 +84,13 @@ def start(distributed: bool, process: str | None, timeout: int | None = None, he
 
 
 @contextlib.contextmanager
-def joined(
-    distributed: bool, process: str | None, timeout: int | None = None, heartbeat: int = _HEARTBEAT
-) -> Iterator[None]:
+def joined(distributed: bool, process: str | None, timeouts: Mapping[Any, int] | None = None) -> Iterator[None]:
     """Call ``start``, and turn the loss of a peer in the block into an error.
 
     Raises:
         UnavailableError: a peer is lost.
     """
-    start(distributed, process, timeout, heartbeat)
+    start(distributed, process, timeouts)
     try:
         yield
     except Exception as error:

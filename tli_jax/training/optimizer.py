@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.values import Group
+from tli_jax.distributed.matrices import map_matrices
 from tli_jax.training.freezing import ParamSpec
 
 GROUPS: tuple[Group, ...] = ("kept", "injected", "outer")
@@ -61,22 +63,34 @@ def _adafactor(spec: ParamSpec) -> optax.GradientTransformation:
     return transformation
 
 
-def _muon(config: TrainConfig) -> optax.GradientTransformation:
+def _muon(config: TrainConfig, specs: Sequence[ParamSpec], mesh: Mesh) -> optax.GradientTransformation:
     """Muon on stacks of matrices, ``[L, out, in]`` or ``[L, E, out, in]``, with updates of AdamW's size."""
 
     def dims(updates: Any) -> Any:
         return jax.tree.map(lambda u: optax.contrib.MuonDimensionNumbers(u.ndim - 1, u.ndim - 2), updates)
 
-    # optax.contrib.muon(consistent_rms=0.2) has this scale too, but only together with a weight decay, a learning rate
-    # and an AdamW of its own.
-    def scale(updates: Any, _: Any) -> Any:
-        return jax.tree.map(lambda update: 0.2 * max(update.shape[-2:]) ** 0.5 * update, updates)
+    # In two parts, because the momentum stays sharded like the parameters, and orthogonalization needs whole matrices.
+    momentum = optax.contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=dims, ns_steps=0)
+    newton_schulz = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=dims)
 
-    muon = optax.contrib.scale_by_muon(mu_dtype=config.moment_dtype, weight_dimension_numbers=dims)
-    return optax.chain(muon, optax.stateless(scale))
+    def orthogonalize(matrices: jax.Array) -> jax.Array:
+        # optax.contrib.muon(consistent_rms=0.2) has this scale too, but only together with a weight decay, a learning
+        # rate and an AdamW of its own.
+        scale = 0.2 * max(matrices.shape[-2:]) ** 0.5
+        return scale * newton_schulz.update(matrices, newton_schulz.init(matrices))[0]
+
+    def whole_matrices(updates: Any, _: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: map_matrices(mesh, dims_of[path[-1].key], orthogonalize, x), updates
+        )
+
+    dims_of = {spec.name: spec.dims for spec in specs}
+    return optax.chain(momentum, optax.stateless(whole_matrices))
 
 
-def make_optimizer(config: TrainConfig, specs: Sequence[ParamSpec]) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: TrainConfig, specs: Sequence[ParamSpec], mesh: Mesh
+) -> optax.GradientTransformationExtraArgs:
     """Optimizer for the trainable arrays, a dict by ``ParamSpec.name``. Its ``update`` takes ``rates``.
 
     It clips the gradient's norm, applies AdamW (arXiv 1711.05101), Lion (arXiv 2302.06675), Adafactor (arXiv
@@ -95,7 +109,7 @@ def make_optimizer(config: TrainConfig, specs: Sequence[ParamSpec]) -> optax.Gra
         # The rows of a router are one vector per expert, as those of an embedding are one per token: not for Muon.
         muon_names = {spec.name for spec in specs if is_matrix[spec.name] and spec.dims[-2] != "E"}
         labels = {spec.name: "muon" if spec.name in muon_names else "adam" for spec in specs}
-        direction = optax.partition({"muon": _muon(config), "adam": adam}, labels)
+        direction = optax.partition({"muon": _muon(config, specs, mesh), "adam": adam}, labels)
     else:
         direction = optax.partition(
             {spec.name: _adafactor(spec) for spec in specs}, {spec.name: spec.name for spec in specs}

@@ -44,7 +44,7 @@ from tli_jax.training.run_identity import check_files, file_digests, parse_facts
 MAY_CHANGE = (
     *("steps", "save_every", "keep", "validate_every", "validation_batches", "track", "profile"),
     *("text", "validation_text", "verify"),  # paths; the text itself is compared by digest
-    *("run", "mesh", "distributed", "process", "export", "export_only", "max_shard_size", "overwrite"),
+    *("run", "mesh", "distributed", "process", "timeouts", "export", "export_only", "max_shard_size", "overwrite"),
 )
 # Left behind by a start that was interrupted.
 _UNFINISHED_START = {"lock", "model", "data", "start", "run.json", "growth.json"}
@@ -208,8 +208,8 @@ class RunDirectory:
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.yaml``, and upload it."""
         with storage_errors(self.config), replace_file(self.config) as temporary:
-            # The index of this process has no meaning for the next start. Profile and check were asked for once.
-            stored = dataclasses.replace(config, process=None, profile=0, verify=False)
+            # Each start says which processes it has, and profile and check were asked for once.
+            stored = dataclasses.replace(config, distributed=False, process=None, timeouts={}, profile=0, verify=False)
             temporary.write_text(to_yaml(stored), encoding="utf-8")
         self.upload("config.yaml")
 

@@ -62,7 +62,7 @@ class Programs:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformationExtraArgs:
-        return make_optimizer(self.config, self.param_specs)
+        return make_optimizer(self.config, self.param_specs, self.mesh)
 
     @property
     def forward_options(self) -> ForwardOptions:
@@ -193,7 +193,12 @@ class Programs:
     def _step(
         self, state: TrainState, frozen: Arrays, tokens: jax.Array, segments: jax.Array, stop: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grad = jax.value_and_grad(self._sums, has_aux=True)
+        def grad(params: Arrays, *batch: Any) -> tuple[Any, Arrays]:
+            sums, gradients = jax.value_and_grad(self._sums, has_aux=True)(params, *batch)
+            # Sharded before they are summed over microbatches, or the compiler may all-reduce whole gradients.
+            return sums, jax.lax.with_sharding_constraint(gradients, shardings)
+
+        shardings = {spec.name: param_sharding(self.mesh, spec.dims) for spec in self.param_specs if spec.trains}
         params = self._cast_matrices(state.trained)
 
         def add_microbatch(carry: Any, batch: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:

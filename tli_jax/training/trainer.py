@@ -12,7 +12,14 @@ import numpy as np
 from tli_jax.cli.parse import from_values
 from tli_jax.cli.train_config import Recipe, TrainConfig
 from tli_jax.distributed.kernels import choose_attention, choose_dispatch
-from tli_jax.distributed.mesh import batch_degree, batch_sharding, check_fits, make_mesh, param_sharding
+from tli_jax.distributed.mesh import (
+    batch_degree,
+    batch_sharding,
+    check_fits,
+    describe_slices,
+    make_mesh,
+    param_sharding,
+)
 from tli_jax.distributed.processes import flag_array
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
@@ -220,6 +227,8 @@ def make_trainer(
     )
     dispatch, dispatch_note = choose_dispatch(mesh)
     notes = [f"attention: {kernel_note}"] + ([f"experts: {dispatch_note}"] if model.num_experts else [])
+    if slices := describe_slices(mesh):
+        notes.append(f"mesh: {slices}")
     if (context := model.max_position_embeddings) < T:
         notes.append(f"warning: sequence_length {T} is larger than the model's context, {context}")
     return Trainer(model, config, layout, mesh, kernel, dispatch, kernel_note), T, notes
