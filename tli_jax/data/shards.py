@@ -31,7 +31,7 @@ FIRST_SHARD = "00000.ids"
 SHARD_BYTES = 2**30  # of ids, by default
 _FORMAT, _VERSION = "tli_jax prepared data", 1
 _MAX_MANIFEST = 2**26  # bytes; a shard takes about 300
-_ITEM = {"ids": 0, "starts": 8}  # bytes; those of an id depend on the vocabulary
+_SUFFIXES = ("ids", "starts")
 _MAX_NAMED = 5  # missing files in a message
 _AGAIN = "copy the folder again, or prepare the text again"
 
@@ -108,8 +108,8 @@ class Writer(contextlib.AbstractContextManager["Writer"]):
     def _next_shard(self) -> None:
         self._close()
         number = len(self.shards)
-        self._files = {suffix: (self._folder / f"{number:05}.{suffix}").open("wb") for suffix in _ITEM}
-        self._digests = {suffix: hashlib.sha256() for suffix in _ITEM}
+        self._files = {suffix: (self._folder / f"{number:05}.{suffix}").open("wb") for suffix in _SUFFIXES}
+        self._digests = {suffix: hashlib.sha256() for suffix in _SUFFIXES}
         self.shards.append({"tokens": 0, "documents": 0, "sha256": {}})
 
     def _append(self, ids: np.ndarray, starts: np.ndarray) -> None:
@@ -210,11 +210,10 @@ class Prepared:
         return self.folder / f"{number:05}.{suffix}"
 
     def _check_sizes(self) -> None:
-        expected = {
-            self._file(number, suffix): shard[count] * (size or self.dtype.itemsize)
-            for number, shard in enumerate(self.manifest["shards"])
-            for (suffix, size), count in zip(_ITEM.items(), ("tokens", "documents"), strict=True)
-        }
+        expected = {}
+        for number, shard in enumerate(self.manifest["shards"]):
+            expected[self._file(number, "ids")] = shard["tokens"] * self.dtype.itemsize
+            expected[self._file(number, "starts")] = shard["documents"] * 8
         sizes = {file: file.stat().st_size if file.is_file() else None for file in expected}
         if missing := [file.name for file, size in sizes.items() if size is None]:
             more = f" and {len(missing) - _MAX_NAMED:,} more" if len(missing) > _MAX_NAMED else ""

@@ -37,15 +37,14 @@ def open_text(
 ) -> "Data":
     """Open the text of a recipe, tokenized for a model.
 
-    The source ``embedded`` is the text that was held out from training the embedded base model.
+    The source ``embedded`` is the text that was held out from training the embedded base model. The first process of a
+    run hashes the sources and the cached token ids. The others wait for it, and trust its digests.
 
     Args:
         folder: model folder with the tokenizer.
         T: tokens per sequence.
         cache: folder for tokenized text.
         known: digests of the sources if a run has used them before, see ``open_data``.
-
-    The first process of a run hashes the sources and the cached token ids. The others wait, and trust its digests.
 
     Raises:
         MissingInputError: a source is missing, in the first process and then in all.
