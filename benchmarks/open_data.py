@@ -103,6 +103,8 @@ def write_sparse(folder: Path, nbytes: int) -> None:
 
 def open_once(folder: Path, work: Path) -> dict[str, Any]:
     """Open the data as a run does, and read one batch."""
+    import grain  # noqa: F401  # takes a second, whatever the data
+
     base = hub.resolve("embedded")
     model, digest = open_checkpoint(base).config, tokenizer_digest(base)
     config = TrainConfig(text=(Source(str(folder)),), batch_size=BATCH)
