@@ -151,7 +151,8 @@ def measure_prepare(work: Path, counts: list[int]) -> list[dict[str, Any]]:
         tokens = manifests[-1]["tokens"]
         found = {"workers": workers, "bytes": corpus.stat().st_size, "tokens": tokens, "seconds": seconds}
         found["cpu_seconds"] = cpu_seconds() - cpu
-        results.append(found | {"tokens_per_second": tokens / seconds})
+        found |= {"tokens_per_second": tokens / seconds, "tokens_per_cpu_second": tokens / found["cpu_seconds"]}
+        results.append(found)
     assert all(manifest == manifests[0] for manifest in manifests)
     return results
 

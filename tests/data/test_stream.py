@@ -251,10 +251,8 @@ def test_npy_is_used_directly(rules, tmp_path):
     file, cache = tmp_path / "a.npy", tmp_path / "cache"
     for dtype in (np.uint16, np.int32, np.int64):
         np.save(file, np.arange(100, dtype=dtype))
-        stream = open_stream(file, dataclasses.replace(rules, tokenizer=None), cache)
-        assert (
-            isinstance(stream.shards[0].ids, np.memmap) and stream.shards[0].ids.dtype == dtype and not cache.exists()
-        )
+        (shard,) = open_stream(file, dataclasses.replace(rules, tokenizer=None), cache).shards
+        assert isinstance(shard.ids, np.memmap) and shard.ids.dtype == dtype and not cache.exists()
 
 
 @pytest.mark.parametrize(
