@@ -99,7 +99,7 @@ case $action in
     packages="$apt update && $apt install -y python$PYTHON-venv"
     # A new environment, because pip would keep an older build with the same version.
     venv="cd tli_jax && python$PYTHON -m venv --clear .venv"
-    install=".venv/bin/pip install -q \"jax[tpu]==$JAX_VERSION\" \"\$(ls launch/tli_jax-*.whl)[gcs,data]\""
+    install=".venv/bin/pip install -q -c launch/constraints.txt \"jax[tpu]\" \"\$(ls launch/tli_jax-*.whl)[gcs,data]\""
     on_workers all "$packages && $venv && $install"
     ;;
   check)

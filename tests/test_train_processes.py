@@ -242,3 +242,55 @@ def test_the_failure_of_one_ends_the_other(pairs, start, compiled, tmp_path, ind
     assert seconds < 30
     assert Group(compiled, run, {}).end()[0] == [0, 0]
     np.testing.assert_allclose(losses(run), losses(pairs / "both"), rtol=2e-4)
+
+
+# Meshes whose fsdp, tensor or both span processes.
+MESHES = ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
+
+
+@pytest.fixture(scope="module")
+def four(start, compiled, tmp_path_factory):
+    """Four processes with two devices each, the third of which is told to stop after step 22."""
+    run = tmp_path_factory.mktemp("four") / "run"
+    group = Group(compiled, run, options(start), count=4, since=21).wait_for(22)
+    group.processes[2].send_signal(signal.SIGTERM)
+    return run, *group.end()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mesh", MESHES)
+def test_four_processes_on_any_mesh_match_one(one, start, compiled, tmp_path, mesh):
+    group = Group(compiled, tmp_path / "run", options(start) | {"mesh": mesh}, count=4)
+    assert group.end()[:2] == ([0] * 4, [[]] * 4)
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one / "run"), rtol=2e-4)
+
+
+@pytest.mark.long
+def test_a_signal_to_one_stops_all_four_at_the_same_step(four, one, compiled, tmp_path):
+    run, codes, errors, seconds = four
+    assert codes == [75] * 4 and seconds < 30
+    assert len({error for (error,) in errors}) == 1 and f"stopped at step {newest(run)}" in errors[0][0]
+    run = shutil.copytree(run, tmp_path / "run")
+    assert Group(compiled, run, {}, count=4).end()[:2] == ([0] * 4, [[]] * 4)
+    np.testing.assert_allclose(losses(run), losses(one / "run"), rtol=2e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_losing_one_of_four_ends_the_others(four, one, start, compiled, tmp_path, number):
+    """Then two processes resume."""
+    run = shutil.copytree(four[0], tmp_path / "run")
+    group = Group(compiled, run, options(start) | {"timeouts": "heartbeat=10"}, count=4, since=31).wait_for(32)
+    victim = group.processes[2].pid
+    (child,) = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
+    frozen = [victim, int(child)] if number == signal.SIGSTOP else []
+    for pid in frozen or [victim]:
+        os.kill(pid, number)
+    others = [group.processes[index].wait(timeout=60) for index in (0, 1, 3)]
+    for pid in reversed(frozen):
+        os.kill(pid, signal.SIGCONT)
+    codes, errors, seconds = group.end()
+    assert others == [69] * 3 and codes[2] in (69, 137, -signal.SIGKILL) and seconds < 30
+    assert errors[0] == [f"error: {processes.LOST}"]
+    assert Group(compiled, run, {}).end()[:2] == ([0, 0], [[], []])
+    np.testing.assert_allclose(losses(run), losses(one / "run"), rtol=2e-4)

@@ -26,7 +26,7 @@ from tli_jax.cli.frame import run_command
 from tli_jax.errors import DataError
 from tli_jax.distributed import processes
 
-process, timeout, scenario, written, said = sys.argv[1:]
+process, timeout, heartbeat, scenario, written, said = sys.argv[1:]
 
 def say(*words):  # not on stdout, where Gloo's threads print into our lines
     with open(said, "a") as file:
@@ -36,7 +36,7 @@ if scenario == "wait":
     say("running", os.getpid())
 
 def main(arguments):
-    with processes.joined(False, process, {"start": int(timeout), "heartbeat": 5, "leave": 5}):
+    with processes.joined(False, process, {"start": int(timeout), "heartbeat": int(heartbeat), "leave": 5}):
         train()
 
 def train():
@@ -76,7 +76,7 @@ processes.leave(run_command(main, []))
 class Pair:
     """Processes of the script, each with a file for what it says and one for its stderr."""
 
-    def __init__(self, folder, scenario, count, timeout):
+    def __init__(self, folder, scenario, count, timeout, heartbeat=100):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -85,8 +85,8 @@ class Pair:
         self.processes = []
         devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
         for index in range(count):
-            command = [sys.executable, "-W", "error", "-c", SCRIPT, f"{index}/2@{address}", str(timeout), scenario]
-            command += [str(self.files / "written"), str(self.files / f"{index}.said")]
+            command = [sys.executable, "-W", "error", "-c", SCRIPT, f"{index}/2@{address}", str(timeout)]
+            command += [str(heartbeat), scenario, str(self.files / "written"), str(self.files / f"{index}.said")]
             (self.files / f"{index}.said").touch()
             with (self.files / f"{index}.err").open("w") as err:
                 self.processes.append(
@@ -236,7 +236,7 @@ def test_processes_end_together(names, tmp_path):
 
 def freeze(folder, index):
     """Stop one of two processes with SIGSTOP. Return the exit code of the other, and of both after SIGCONT."""
-    pair = Pair(folder, "", 2, 60)
+    pair = Pair(folder, "", 2, 60, heartbeat=5)
     frozen = [pair.processes[index].pid, pair.wait_until_running()[index]]
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import jsonschema
@@ -145,7 +146,18 @@ def test_setup_installs_pinned_versions(launch):
     _, wheel, _, copy, install = (shlex.split(line) for line in printed.splitlines())
     assert wheel[:4] == ["python", "-m", "pip", "wheel"] and "--no-deps" in wheel
     assert copy[-3:] == ["--zone", "z", "--worker=all"] and "r:tli_jax/" in copy
-    assert '"jax[tpu]==0.10.2"' in install[-1] and "python3.11 -m venv" in install[-1]
+    assert '-c launch/constraints.txt "jax[tpu]"' in install[-1] and "python3.11 -m venv" in install[-1]
+
+
+def test_packages_are_pinned_at_the_lower_bounds_of_the_project():
+    """Those are the versions of Python 3.11, on which the tests run."""
+    lines = (LAUNCH / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((LAUNCH.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = dict(requirement.split(">=") for requirement in project["dependencies"])
+    together = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+    assert {name: pinned[name] for name in together} == {name: bounds[name] for name in together}
+    assert pinned["jaxlib"] == pinned["jax"] and "transformers" in pinned
 
 
 # The part of the JobSet API (v1alpha2) and of batch/v1 that our manifest uses, from the public reference. Other

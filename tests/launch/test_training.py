@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 LAUNCH = Path(__file__).parents[2] / "launch"
 
@@ -173,6 +175,34 @@ sys.exit(max(process.wait() for process in started))
     assert steps(work) == list(range(1, 13)) and "of 8 × cpu" in done.stderr
     assert done.stderr.count("waiting up to 300 s for the other processes to start") == 2
     assert not (work / "requeued").exists()
+
+
+@pytest.mark.long
+def test_the_command_for_a_cluster_grows_and_trains_on_two_nodes(work):
+    """What sky.yaml runs on each node, with the variables that SkyPilot sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = yaml.safe_load((LAUNCH / "sky.yaml").read_text(encoding="utf-8"))["run"].replace("8482", str(port))
+    recipe = (work / "train.yaml").read_text().splitlines()
+    grown = [recipe[0], f"output: {work}/grown", "every: 2", "train:", *(f"  {line}" for line in recipe[1:])]
+    (work / "grow.yaml").write_text("\n".join(grown))
+    variables = {"CONFIG": str(work / "grow.yaml"), "FLAGS": "--train.only injected"}
+    variables |= {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1"}
+    nodes = [
+        subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=LAUNCH.parent,
+            env=environment(**variables, SKYPILOT_NODE_RANK=str(rank)),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [node.communicate(timeout=600)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], errors
+    assert steps(work) == list(range(1, 13)) and "of 8 × cpu" in errors[0]
 
 
 @pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (0, False), (69, False)])

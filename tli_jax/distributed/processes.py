@@ -1,8 +1,9 @@
 """The processes of a run: they start together, agree on when to stop, and end together when one of them is lost.
 
-A lost peer shows in two ways:
+A lost peer shows in three ways:
 
 - A collective fails with a Python exception (Gloo), which ``joined`` turns into ``UnavailableError``.
+- The peer's connection closes, see ``watch``.
 - The coordination service notices (process 0 is gone, heartbeats are missing, a peer never leaves), and JAX aborts the
   process, even one that hangs in a collective. ``supervisor`` turns that into the same error.
 """
@@ -20,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tli_jax.distributed import supervisor
+from tli_jax.distributed import supervisor, watch
 from tli_jax.errors import UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -83,6 +84,19 @@ def start(distributed: bool, process: str | None, timeouts: Mapping[Any, int] | 
     supervisor.report_joined()
 
 
+def _watch_peers(process: str | None) -> None:
+    import jax
+
+    host = process.partition("@")[2].rpartition(":")[0] if process else socket.gethostname()
+    watch.watch(jax.process_index(), jax.process_count(), host, gather_json, _end_without_peer)
+
+
+def _end_without_peer() -> NoReturn:
+    print("error:", LOST, file=sys.stderr, flush=True)
+    supervisor.report_exit(UnavailableError.exit_code)
+    os._exit(UnavailableError.exit_code)
+
+
 @contextlib.contextmanager
 def joined(distributed: bool, process: str | None, timeouts: Mapping[Any, int] | None = None) -> Iterator[None]:
     """Call ``start``, and turn the loss of a peer in the block into an error.
@@ -92,6 +106,8 @@ def joined(distributed: bool, process: str | None, timeouts: Mapping[Any, int] |
     """
     start(distributed, process, timeouts)
     try:
+        if supervisor.is_supervised():
+            _watch_peers(process)
         yield
     except Exception as error:
         if is_peer_lost(error):
@@ -130,6 +146,7 @@ def leave(code: int) -> NoReturn:
             code = UnavailableError.exit_code
             print("error:", LOST, file=sys.stderr, flush=True)
     supervisor.report_exit(code)
+    watch.say_goodbye()
     if code != UnavailableError.exit_code:
         import jax
 
