@@ -1,4 +1,4 @@
-"""One stream of token ids per source: tokenized once into the cache, then memory-mapped."""
+"""One stream of token ids per source: prepared, or tokenized once into the cache, and then memory-mapped."""
 
 import contextlib
 import dataclasses
@@ -221,6 +221,7 @@ def _open_npy(path: Path, rules: Rules) -> Shard:
 
 
 def describe(path: Path | str, record: dict[str, Any]) -> list[str]:
+    """One line for each thing that was skipped or may surprise, from the counts and notes of ``tokenize``."""
     notes = []
     if record["bad"]:
         kinds = ", ".join(f"{count:,} × {reason}" for reason, count in record["bad"].items())
