@@ -258,8 +258,9 @@ def read_train(*arguments: str) -> TrainConfig:
     return parse(TrainConfig, "program", "Description.", arguments)
 
 
-def test_at_most_80_keys_in_all() -> None:
-    assert len(FIELDS) + len(TRAIN_FIELDS) <= 80
+def test_at_most_81_keys_in_all() -> None:
+    # 80, and the section ``grow`` of train, which has the keys of upscale.
+    assert len(FIELDS) + len(TRAIN_FIELDS) <= 81
 
 
 def test_section_keys_are_dotted_flags(file) -> None:

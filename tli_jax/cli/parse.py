@@ -123,7 +123,7 @@ def _make_parser(
             dest=name,
             # Everything but yes and no stays text, for the types of the configuration to read.
             action=argparse.BooleanOptionalAction if _is_bool(field) else "store",
-            help=argparse.SUPPRESS if section in hidden else _help(field),
+            help=argparse.SUPPRESS if section.partition(".")[0] in hidden else _help(field),
             **({} if _is_bool(field) else {"metavar": _metavar(field)}),
         )
     return parser
@@ -235,13 +235,7 @@ def _flag(name: str) -> str:
 
 
 def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any], path: str | None) -> Config:
-    merged = dict(values)
-    for name, value in flags.items():
-        section, dot, key = name.rpartition(".")
-        if not dot:
-            merged[key] = value
-        elif isinstance(merged.get(section) or {}, dict):
-            merged[section] = (merged.get(section) or {}) | {key: value}
+    merged = _merge(values, flags)
     try:
         return pydantic.TypeAdapter(kind).validate_python(merged)
     except pydantic.ValidationError as error:
@@ -250,16 +244,37 @@ def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any],
     raise UsageError("; ".join(problems[:_MAX_PROBLEMS]) + more)
 
 
+def _merge(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file, overridden by flags; one such as ``train.steps`` overrides a key of a section."""
+    merged, inner = dict(values), dict[str, dict[str, Any]]()
+    for name, value in flags.items():
+        section, dot, key = name.partition(".")
+        if dot:
+            inner.setdefault(section, {})[key] = value
+        else:
+            merged[name] = value
+    for section, keys in inner.items():
+        if isinstance(merged.get(section) or {}, dict):
+            merged[section] = _merge(merged.get(section) or {}, keys)
+    return merged
+
+
 def _describe(error: pydantic.ValidationError, kind: Any, flags: dict[str, Any], path: str | None) -> Iterator[str]:
     """pydantic's findings in our words."""
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
-        key = ".".join(parts[: 1 + (parts[0] in _sections(kind))])
+        key = ".".join(_key(kind, parts))
         where = "command line" if key in flags else path
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(parts) <= 1 + key.count("."):
             yield f"{where}: key {key!r} is not known{nearest(key, _flat_fields(kind))}"
         else:
             yield f"{where}: {key} is {_shorten(problem['input'])}, {_reason(problem)}"
+
+
+def _key(kind: Any, parts: list[str]) -> list[str]:
+    """The start of a path that names a key."""
+    section = _sections(kind).get(parts[0])
+    return [parts[0], *_key(section, parts[1:])] if section is not None and len(parts) > 1 else parts[:1]
 
 
 _REASONS = {

@@ -58,7 +58,7 @@ class Spread:
     @property
     def processes(self) -> int:
         """Number of processes that read."""
-        return len({device.process_index for device in self.sharding.mesh.devices.flat})
+        return len({device.process_index for device in self.sharding.device_set})
 
     @property
     def is_direct(self) -> bool:

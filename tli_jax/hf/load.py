@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tli_jax.hf.checkpoint import TensorStack, open_checkpoint
+from tli_jax.hf.shards import OutputTensor
 from tli_jax.hf.tensors import read_rows
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.tree import nest, pick
@@ -134,7 +135,7 @@ def _has_groups(spread: "Spread") -> bool:
     if not spread.dim or spread.sharding.spec[:1] not in ((), (None,), ((),)):
         return False
     # On CPUs, what is read is not copied, unless it has to move.
-    return not (spread.is_direct and spread.sharding.mesh.devices.flat[0].platform == "cpu")
+    return not (spread.is_direct and next(iter(spread.sharding.device_set)).platform == "cpu")
 
 
 def _load_groups(stack: TensorStack, spread: "Spread", dtype: np.dtype, groups: int) -> "jax.Array":
@@ -173,13 +174,19 @@ def _read(stack: TensorStack, parts: Sequence[tuple[Sequence[slice], np.ndarray]
     """Fill arrays with parts of a stack, each given by one range per dim; later dims than the rows are complete."""
     dim = len(stack.leading)
     pieces = []
-    for tensor, position in zip(stack.tensors, np.ndindex(*stack.leading), strict=True):
+    for source, position in zip(stack.tensors, np.ndindex(*stack.leading), strict=True):
+        tensor = source.copy_of or source if isinstance(source, OutputTensor) else source
+        made = None
         for ranges, out in parts:
             place = tuple(at - one.start for at, one in zip(position, ranges, strict=False))
             if not all(0 <= at < size for at, size in zip(place, out.shape, strict=False)):
                 continue
             rows = out[place][: max(0, tensor.shape[0] - ranges[dim].start)]  # the others are padding
+            if isinstance(tensor, OutputTensor) and len(rows):
+                made = tensor.to_array() if made is None else made
+                rows[...] = made[ranges[dim].start :][: len(rows)]
+                continue
             step = max(1, _PIECE * len(rows) // max(1, rows.nbytes))
             pieces += [(tensor, ranges[dim].start + at, rows[at : at + step]) for at in range(0, len(rows), step)]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(read_rows, *zip(*pieces, strict=True)))
+        list(pool.map(lambda piece: read_rows(*piece), pieces))

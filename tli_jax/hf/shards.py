@@ -48,6 +48,14 @@ class OutputTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
+    def to_array(self) -> np.ndarray:
+        out, at = np.empty(self.shape, DTYPES[self.dtype]), 0
+        content = out.reshape(-1).view(np.uint8)
+        for chunk in self.chunks():
+            content[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return out
+
     def chunks(self) -> Iterator[Any]:
         """The bytes in order; each chunk may be overwritten by the next one."""
         if self.copy_of is not None:

@@ -83,7 +83,7 @@ def read_tensor(tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
 def read_rows(tensor: Tensor, first: int, out: np.ndarray) -> None:
     """Read the leading rows from ``first`` on into ``out``, which is contiguous, and cast them to its dtype."""
     stored = out if out.dtype == DTYPES[tensor.dtype] else np.empty(out.shape, DTYPES[tensor.dtype])
-    left = memoryview(stored.reshape(-1).view(np.uint8))
+    left = stored.reshape(-1).view(np.uint8).data
     at = tensor.start + first * (tensor.nbytes // tensor.shape[0])
     with tensor.file.open("rb", buffering=0) as stream:
         while left:

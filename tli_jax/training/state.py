@@ -20,7 +20,8 @@ def load(programs: Programs, weights: Checkpoint) -> tuple[Arrays, Arrays]:
     Raises:
         DataError: a file is shorter than its header says.
     """
-    specs = programs.param_specs
+    # All stacks of one tensor in a row, because the predictor of a growth while loading is trained for each tensor.
+    specs = sorted(programs.param_specs, key=lambda spec: spec.tensor)
     arrays = load_arrays(
         {spec.name: weights.stack(spec.tensor, spec.layers) for spec in specs},
         {spec.name: param_sharding(programs.mesh, spec.dims) for spec in specs},

@@ -54,7 +54,7 @@ def open_text(
         replace_embedded(sources, config.field, file, topics) for sources in (config.text, config.validation_text)
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
-    return open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known)
+    return open_data(config, model, tokenizer, tokenizer_digest(folder, json.loads(model.source)), T, cache, known)
 
 
 def replace_embedded(
