@@ -365,7 +365,7 @@ def test_invalid_comparison_flags(flags: tuple[str, ...], message: str) -> None:
 def test_compare_has_every_training_key() -> None:
     """A new training key must be added to both configurations."""
     own = {"model", "revision", "run", "export", "export_only", "only", "distributed", "process", "keep", "track"}
-    own |= {"max_shard_size", "overwrite", "profile"}
+    own |= {"max_shard_size", "overwrite", "profile", "grow"}
     names = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (TrainConfig, CompareConfig)}
     assert names[TrainConfig] - names[CompareConfig] == own - {"model", "revision", "only"}
 
