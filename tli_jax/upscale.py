@@ -12,7 +12,6 @@ from tli_jax.cli.frame import run_command
 from tli_jax.cli.growth_config import UpscaleConfig
 from tli_jax.cli.parse import parse
 from tli_jax.distributed import processes
-from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub
 from tli_jax.hf.card import snippet
@@ -38,8 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     if config.train is None or config.plan_only:
         upscale(config)
         return
-    if config.train.grow is not None:
-        raise UsageError("train.grow: this command grows the model already: remove it, or use tli-jax train alone")
+    config.check_grows_once()
     recipe = dataclasses.replace(config.train, model=config.train.model or config.output or "")
     with processes.joined(recipe.distributed, recipe.process):
         if RunDirectory(recipe.run).is_begun:

@@ -7,6 +7,7 @@ from tli_jax.cli.growth_options import GrowthOptions
 from tli_jax.cli.keys import CHECKS, IO, JSON, OVERWRITE, PROOF, REVISION, SHARD
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.values import PathText, Positive, Shape, Text, option
+from tli_jax.errors import UsageError
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -32,6 +33,11 @@ class UpscaleConfig(GrowthOptions):
     overwrite: bool = option(False, OVERWRITE, IO)
     max_shard_size: Text = option("5GB", SHARD, IO)
     train: TrainConfig | None = option(None, "section: continued pretraining of the grown model", IO)
+
+    def check_grows_once(self) -> None:
+        """Raise ``UsageError`` if the section ``train`` would grow the output once more."""
+        if self.train is not None and self.train.grow is not None:
+            raise UsageError("train.grow: the output is grown already: remove it, or use tli-jax train alone")
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))

@@ -205,9 +205,17 @@ def from_values(kind: type[Config], values: dict[str, Any], where: str) -> Confi
 
 def difference(before: Any, after: Any, may_change: Sequence[str]) -> str:
     """The keys that differ between two configurations, except those that may, with both values."""
-    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
-    keys = [key for key in new if key not in may_change and old[key] != new[key]]
-    return "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in keys)
+    old, new = _flat_values(before), _flat_values(after)
+    keys = [key for key in old | new if key not in may_change and old.get(key) != new.get(key)]
+    return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
+
+
+def _flat_values(config: Any) -> dict[str, Any]:
+    """The values of a configuration, those of a section with a dotted name."""
+    values = dataclasses.asdict(config)
+    for name in _sections(type(config)):
+        values |= {f"{name}.{key}": value for key, value in (values.pop(name) or {}).items()}
+    return values
 
 
 def _sections(kind: Any) -> dict[str, Any]:
