@@ -15,6 +15,7 @@ import pytest
 
 import tli_jax
 from tli_jax.distributed.mesh import make_mesh, param_sharding
+from tli_jax.distributed.spread import insert
 from tli_jax.hf import load
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.models.tree import nest
@@ -105,8 +106,10 @@ def test_each_byte_is_read_once(models, reads, monkeypatch, name: str, groups: b
     _, plain = tli_jax.load_hf(folder, dtype="float32")
     nbytes = open_checkpoint(folder).nbytes
     assert reads[0] == nbytes
+    inserts = insert.cache_info()
     _, params = tli_jax.load_hf(folder, "float32", shardings(folder, mesh))
     assert nbytes <= reads[0] - nbytes <= 1.05 * nbytes
+    assert (insert.cache_info() != inserts) == groups
     jax.tree.map(assert_equal, params, plain)
 
 

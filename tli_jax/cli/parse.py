@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 
+from tli_jax.cli.fields import find_sections, flat_fields
 from tli_jax.cli.frame import Parser
 from tli_jax.cli.growth_config import PreflightConfig
 from tli_jax.cli.train_config import TrainConfig
@@ -95,7 +96,7 @@ def parse(
 def _make_parser(
     kind: Any, program: str, description: str, arguments: Sequence[str], examples: Sequence[str]
 ) -> argparse.ArgumentParser:
-    sections = _sections(kind)
+    sections = find_sections(kind)
     hidden = {name for name in sections if f"--help-{name}" not in arguments}
     parser = Parser(
         prog=program,
@@ -113,7 +114,7 @@ def _make_parser(
     general.add_argument("--config", metavar="FILE", help="YAML file with any of the options below as keys")
     general.add_argument("--debug", action="store_true", help="show the traceback of an error")
     groups: dict[str, Any] = {}
-    for name, field in _flat_fields(kind).items():
+    for name, field in flat_fields(kind).items():
         section = name.rpartition(".")[0]
         title = f"{section}: {field.metadata['group']}" if section else field.metadata["group"]
         # Without its title here, argparse leaves an empty group out of the help.
@@ -203,41 +204,6 @@ def from_values(kind: type[Config], values: dict[str, Any], where: str) -> Confi
     return _validate(kind, values, {}, where)
 
 
-def difference(before: Any, after: Any, may_change: Sequence[str]) -> str:
-    """The keys that differ between two configurations, except those that may, with both values."""
-    old, new = _flat_values(before), _flat_values(after)
-    keys = [key for key in old | new if key not in may_change and old.get(key) != new.get(key)]
-    return "; ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in keys)
-
-
-def _flat_values(config: Any) -> dict[str, Any]:
-    """The values of a configuration, those of a section with a dotted name."""
-    values = dataclasses.asdict(config)
-    for name in _sections(type(config)):
-        values |= {f"{name}.{key}": value for key, value in (values.pop(name) or {}).items()}
-    return values
-
-
-def _sections(kind: Any) -> dict[str, Any]:
-    """The keys of a configuration that hold a configuration."""
-    return {
-        field.name: part
-        for field in dataclasses.fields(kind)
-        for part in get_args(field.type)
-        if isinstance(part, type) and dataclasses.is_dataclass(part)
-    }
-
-
-def _flat_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
-    """All keys, those of a section with a dotted name. A configuration's own keys precede those it inherits."""
-    sections = _sections(kind)
-    fields = sorted(dataclasses.fields(kind), key=lambda field: field.name not in vars(kind)["__annotations__"])
-    flat = {field.name: field for field in fields if field.name not in sections}
-    for name, part in sections.items():
-        flat |= {f"{name}.{key}": field for key, field in _flat_fields(part).items()}
-    return flat
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -274,14 +240,14 @@ def _describe(error: pydantic.ValidationError, kind: Any, flags: dict[str, Any],
         key = ".".join(_key(kind, parts))
         where = "command line" if key in flags else path
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(parts) <= 1 + key.count("."):
-            yield f"{where}: key {key!r} is not known{nearest(key, _flat_fields(kind))}"
+            yield f"{where}: key {key!r} is not known{nearest(key, flat_fields(kind))}"
         else:
             yield f"{where}: {key} is {_shorten(problem['input'])}, {_reason(problem)}"
 
 
 def _key(kind: Any, parts: list[str]) -> list[str]:
     """The start of a path that names a key."""
-    section = _sections(kind).get(parts[0])
+    section = find_sections(kind).get(parts[0])
     return [parts[0], *_key(section, parts[1:])] if section is not None and len(parts) > 1 else parts[:1]
 
 

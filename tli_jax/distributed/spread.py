@@ -61,6 +61,11 @@ class Spread:
         return len({device.process_index for device in self.sharding.device_set})
 
     @property
+    def has_layers(self) -> bool:
+        """Whether the first dim is a leading one that is not sharded, so that parts of it can be loaded in turn."""
+        return self.dim > 0 and not self._axes[0][0]
+
+    @property
     def is_direct(self) -> bool:
         """Whether what is read already is the result."""
         same = self.read_sharding.is_equivalent_to(self.sharding, len(self.shape))

@@ -132,10 +132,9 @@ def load_arrays(
 
 def _has_groups(spread: "Spread") -> bool:
     """Whether an array can be loaded in groups of layers, and whether that saves memory."""
-    if not spread.dim or spread.sharding.spec[:1] not in ((), (None,), ((),)):
-        return False
     # On CPUs, what is read is not copied, unless it has to move.
-    return not (spread.is_direct and next(iter(spread.sharding.device_set)).platform == "cpu")
+    is_kept = spread.is_direct and next(iter(spread.sharding.device_set)).platform == "cpu"
+    return spread.has_layers and not is_kept
 
 
 def _load_groups(stack: TensorStack, spread: "Spread", dtype: np.dtype, groups: int) -> "jax.Array":
