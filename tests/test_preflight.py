@@ -76,6 +76,13 @@ def test_everything_is_checked_and_nothing_is_written(check, start, tmp_path):
     assert next(line.split()[0] for line in err.splitlines() if "  ok  " in line) == "model"
 
 
+def test_growth_while_loading_is_checked_without_an_output(check):
+    found, _ = check(output=None, every=None, until="disk", **{"train.grow.every": 1})
+    assert set(statuses(found).values()) == {"ok"}
+    assert "4 → 8 layers" in found["growth"]["text"] and "bytes" not in found["growth"]
+    assert "grown model" not in found["disk"]["text"]
+
+
 def test_missing_inputs_fail_only_with_strict(check, tmp_path):
     inline = tmp_path / "shape.yaml"
     inline.write_text(
@@ -99,6 +106,7 @@ def test_missing_inputs_fail_only_with_strict(check, tmp_path):
         ({"shape": "llama3.1-8b"}, 65, "model", "hidden_size is 32, not 4096"),
         ({"shape": "llama3-8b", "model": "a/b"}, 2, "model", "did you mean llama3.1-8b?"),
         ({"every": 40}, 2, "growth", "every is 40"),
+        ({"train.grow.every": 2}, 2, "growth", "train.grow: the output is grown already"),
         ({"train.run": ""}, 2, "run", "run is not set"),
         ({"train.mesh": "data=3"}, 2, "mesh", "does not give the 8 devices"),
         ({"train.keep": 10**9}, 2, "disk", "keep fewer checkpoints"),

@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     if config.train is None or config.plan_only:
         upscale(config)
         return
+    config.check_grows_once()
     recipe = dataclasses.replace(config.train, model=config.train.model or config.output or "")
     with processes.joined(recipe.distributed, recipe.process, recipe.timeouts):
         if RunDirectory(recipe.run).is_begun:

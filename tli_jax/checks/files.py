@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from tli_jax.checks.context import Context, NotCheckedError, Result, require
 from tli_jax.cli.console import warn
 from tli_jax.errors import UsageError
+from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, expected_shapes, open_checkpoint
 from tli_jax.hf.grown_config import grown_config
@@ -20,6 +21,7 @@ from tli_jax.hf.tokenizer import open_tokenizer, tokenizer_digest
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape, read_shape
 from tli_jax.training.run_directory import RunDirectory
+from tli_jax.upscaling.loading import grow_while_loading
 from tli_jax.upscaling.options import make_plan
 
 _SAMPLE = 2**20  # characters of each text that are tokenized, to estimate the tokens of all of it
@@ -46,6 +48,7 @@ def check_growth(context: Context) -> Result:
     base, config = require(context.base, "a model"), context.config
     if not config.output:
         raise UsageError("output is not set: --output FOLDER")
+    config.check_grows_once()
     # Any importance will do: which layers a plan repeats changes nothing that is checked here.
     importance = [0.0] * base.config.num_hidden_layers
     context.plan = plan = make_plan(config, base, importance)
@@ -54,9 +57,22 @@ def check_growth(context: Context) -> Result:
     has_begun = config.train is not None and config.train.run and RunDirectory(config.train.run).is_begun
     if not has_begun:
         check_output(Path(config.output), context.base_folder, config.overwrite)
+    text, facts = _describe_growth(base, plan)
+    return f"{text}, {decimal(nbytes)} to write", facts | {"bytes": nbytes}
+
+
+def check_growth_while_loading(context: Context) -> Result:
+    base, options = require(context.base, "a model"), context.train.grow
+    assert options is not None
+    context.plan = plan = Plan.from_json(grow_while_loading(options, base, context.train.model).growth or {})
+    text, facts = _describe_growth(base, plan)
+    return f"{text}, while loading", facts
+
+
+def _describe_growth(base: Checkpoint, plan: Plan) -> Result:
     before, after = base.config.num_params, grown_config(base.config, plan).num_params
     text = f"{plan.method}: {plan.base_layers} → {len(plan)} layers, {_count(before)} → {_count(after)} parameters"
-    return f"{text}, {decimal(nbytes)} to write", {"parameters": after, "bytes": nbytes}
+    return text, {"parameters": after}
 
 
 def check_run_directory(context: Context) -> Result:

@@ -39,6 +39,8 @@ def select_checks(context: Context) -> dict[str, Check]:
     checks: dict[str, Check] = {"model": files.check_model}
     if context.grows:
         checks["growth"] = files.check_growth
+    elif context.train.grow is not None:
+        checks["growth"] = files.check_growth_while_loading
     checks["processes"] = setup.check_processes
     if config.train is not None:
         checks |= {"mesh": setup.check_mesh, "run": files.check_run_directory, "data": files.check_data}

@@ -48,7 +48,7 @@ def check_mesh(context: Context) -> Result:
     model, plan = base.config, context.plan
     if plan is not None:
         model = grown_config(model, plan)
-    elif context.grows:
+    elif context.grows or context.train.grow is not None:
         raise NotCheckedError("needs a plan")
     elif base.growth is not None:
         plan = Plan.from_json(base.growth)

@@ -1,80 +1,24 @@
 """Configuration of growth and preflight. Every field is a YAML key and a command-line flag (see ``cli.parse``)."""
 
-from typing import Annotated, Literal
-
 import pydantic
 from pydantic.dataclasses import dataclass
 
-from tli_jax.cli.keys import CHECKS, EXPERTS, GROWTH, IO, JSON, OVERWRITE, PROOF, REVISION, SHARD
+from tli_jax.cli.growth_options import GrowthOptions
+from tli_jax.cli.keys import CHECKS, IO, JSON, OVERWRITE, PROOF, REVISION, SHARD
 from tli_jax.cli.train_config import TrainConfig
-from tli_jax.cli.values import (
-    Layers,
-    Number,
-    PathText,
-    Positive,
-    Shape,
-    Text,
-    Whole,
-    one_of,
-    option,
-)
-from tli_jax.growth.experts import UPCYCLES
-from tli_jax.growth.methods import METHODS
-from tli_jax.growth.rows import INITS
-
-Method = Annotated[str, one_of(METHODS)]
-Init = Annotated[str, one_of(INITS)]
-Upcycle = Annotated[str, one_of(UPCYCLES)]
+from tli_jax.cli.values import PathText, Positive, Shape, Text, option
+from tli_jax.errors import UsageError
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
-class UpscaleConfig:
-    """Configuration of ``tli-jax upscale``. Options of the methods are ``None`` unless given."""
+class UpscaleConfig(GrowthOptions):
+    """Configuration of ``tli-jax upscale``."""
 
     model: PathText = option(
         "", "folder, Hub id, or 'embedded' for the small base in the package", IO, shown="required"
     )
     output: PathText | None = option(None, "folder to write; not needed with --plan-only", IO, shown="required")
     revision: str | None = option(None, REVISION, IO)
-    method: Method = option("tli", "growth method", GROWTH, choices=METHODS)
-    every: Whole | None = option(None, "tli, average: inject after every K base layers", GROWTH, shown="4")
-    init: Init | None = option(None, "tli: initialiser of injected layers", GROWTH, choices=INITS, shown="identity")
-    scale: Number | None = option(
-        None, "tli: factor on the residual outputs, with init scaled, noise, random, transport or predictor", GROWTH
-    )
-    after: Layers | None = option(None, "inject after these base layers instead, e.g. 3,7,11", GROWTH)
-    remainder: Literal["allow", "error"] | None = option(
-        None, "tli: allow a number of layers that is not a multiple of K, or refuse it", GROWTH, shown="allow"
-    )
-    drop: Whole | None = option(
-        None, "dus: layers removed from the end of the first half and the start of the second", GROWTH, shown="L/4"
-    )
-    groups: Whole | None = option(
-        None, "llama_pro: number of groups, a divisor of L", GROWTH, shown="the divisor nearest to L/4"
-    )
-    block: Whole | None = option(None, "midas, lidas: layers in the repeated block", GROWTH, shown="⌈L/4⌉")
-    count: Whole | None = option(None, "adept: number of least important layers to duplicate", GROWTH, shown="⌈L/4⌉")
-    copies: Whole | None = option(
-        None, "tli, llama_pro, interpose: injected layers at each position", GROWTH, shown="1"
-    )
-    times: Whole | None = option(None, "stack: how often the layers are repeated", GROWTH, shown="2")
-    layers: Text | None = option(None, "custom: the grown layers, e.g. '0-3, 3*0, 4-7, 7*0.5, 8-15'", GROWTH)
-    seed: Whole | None = option(None, "tli, lesa, experts: random seed", GROWTH, shown="0")
-    noise_ratio: Number | None = option(
-        None,
-        "noise relative to the root mean square of a tensor; upcycle drop: fraction that is resampled",
-        GROWTH,
-        shown="0.01; 0.5 for drop",
-    )
-    experts: Whole | None = option(
-        None, "turn each feed-forward into this many experts, with any method", EXPERTS, shown="8 with moe"
-    )
-    top_k: Whole | None = option(None, "experts per token", EXPERTS, shown="2")
-    granularity: Whole | None = option(None, "split each expert into this many smaller ones", EXPERTS, shown="1")
-    upcycle: Upcycle | None = option(None, "initialiser of the experts", EXPERTS, choices=UPCYCLES, shown="copy")
-    router_std: Number | None = option(
-        None, "standard deviation of the router's initial weights", EXPERTS, shown="the model's initializer_range"
-    )
     proof: bool = option(True, "run the base and the grown model and compare every logit", PROOF)
     text: PathText | None = option(None, "UTF-8 text for the proof and for adept", PROOF, shown="a text in the package")
     sample: str | None = option(None, "prompt to continue with the base and the grown model at the end", PROOF)
@@ -89,6 +33,11 @@ class UpscaleConfig:
     overwrite: bool = option(False, OVERWRITE, IO)
     max_shard_size: Text = option("5GB", SHARD, IO)
     train: TrainConfig | None = option(None, "section: continued pretraining of the grown model", IO)
+
+    def check_grows_once(self) -> None:
+        """Raise ``UsageError`` if the section ``train`` would grow the output once more."""
+        if self.train is not None and self.train.grow is not None:
+            raise UsageError("train.grow: the output is grown already: remove it, or use tli-jax train alone")
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))

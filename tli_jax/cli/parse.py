@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
 
+from tli_jax.cli.fields import find_sections, flat_fields
 from tli_jax.cli.frame import Parser
 from tli_jax.cli.growth_config import PreflightConfig
 from tli_jax.cli.train_config import TrainConfig
@@ -95,7 +96,7 @@ def parse(
 def _make_parser(
     kind: Any, program: str, description: str, arguments: Sequence[str], examples: Sequence[str]
 ) -> argparse.ArgumentParser:
-    sections = _sections(kind)
+    sections = find_sections(kind)
     hidden = {name for name in sections if f"--help-{name}" not in arguments}
     parser = Parser(
         prog=program,
@@ -113,7 +114,7 @@ def _make_parser(
     general.add_argument("--config", metavar="FILE", help="YAML file with any of the options below as keys")
     general.add_argument("--debug", action="store_true", help="show the traceback of an error")
     groups: dict[str, Any] = {}
-    for name, field in _flat_fields(kind).items():
+    for name, field in flat_fields(kind).items():
         section = name.rpartition(".")[0]
         title = f"{section}: {field.metadata['group']}" if section else field.metadata["group"]
         # Without its title here, argparse leaves an empty group out of the help.
@@ -123,7 +124,7 @@ def _make_parser(
             dest=name,
             # Everything but yes and no stays text, for the types of the configuration to read.
             action=argparse.BooleanOptionalAction if _is_bool(field) else "store",
-            help=argparse.SUPPRESS if section in hidden else _help(field),
+            help=argparse.SUPPRESS if section.partition(".")[0] in hidden else _help(field),
             **({} if _is_bool(field) else {"metavar": _metavar(field)}),
         )
     return parser
@@ -203,45 +204,12 @@ def from_values(kind: type[Config], values: dict[str, Any], where: str) -> Confi
     return _validate(kind, values, {}, where)
 
 
-def difference(before: Any, after: Any, may_change: Sequence[str]) -> str:
-    """The keys that differ between two configurations, except those that may, with both values."""
-    old, new = dataclasses.asdict(before), dataclasses.asdict(after)
-    keys = [key for key in new if key not in may_change and old[key] != new[key]]
-    return "; ".join(f"{key} was {old[key]!r}, is {new[key]!r}" for key in keys)
-
-
-def _sections(kind: Any) -> dict[str, Any]:
-    """The keys of a configuration that hold a configuration."""
-    return {
-        field.name: part
-        for field in dataclasses.fields(kind)
-        for part in get_args(field.type)
-        if isinstance(part, type) and dataclasses.is_dataclass(part)
-    }
-
-
-def _flat_fields(kind: Any) -> dict[str, dataclasses.Field[Any]]:
-    """All keys, those of a section with a dotted name. A configuration's own keys precede those it inherits."""
-    sections = _sections(kind)
-    fields = sorted(dataclasses.fields(kind), key=lambda field: field.name not in vars(kind)["__annotations__"])
-    flat = {field.name: field for field in fields if field.name not in sections}
-    for name, part in sections.items():
-        flat |= {f"{name}.{key}": field for key, field in _flat_fields(part).items()}
-    return flat
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
 def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any], path: str | None) -> Config:
-    merged = dict(values)
-    for name, value in flags.items():
-        section, dot, key = name.rpartition(".")
-        if not dot:
-            merged[key] = value
-        elif isinstance(merged.get(section) or {}, dict):
-            merged[section] = (merged.get(section) or {}) | {key: value}
+    merged = _merge(values, flags)
     try:
         return pydantic.TypeAdapter(kind).validate_python(merged)
     except pydantic.ValidationError as error:
@@ -250,16 +218,37 @@ def _validate(kind: type[Config], values: dict[str, Any], flags: dict[str, Any],
     raise UsageError("; ".join(problems[:_MAX_PROBLEMS]) + more)
 
 
+def _merge(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
+    """The values of a file, overridden by flags; one such as ``train.steps`` overrides a key of a section."""
+    merged, inner = dict(values), dict[str, dict[str, Any]]()
+    for name, value in flags.items():
+        section, dot, key = name.partition(".")
+        if dot:
+            inner.setdefault(section, {})[key] = value
+        else:
+            merged[name] = value
+    for section, keys in inner.items():
+        if isinstance(merged.get(section) or {}, dict):
+            merged[section] = _merge(merged.get(section) or {}, keys)
+    return merged
+
+
 def _describe(error: pydantic.ValidationError, kind: Any, flags: dict[str, Any], path: str | None) -> Iterator[str]:
     """pydantic's findings in our words."""
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
-        key = ".".join(parts[: 1 + (parts[0] in _sections(kind))])
+        key = ".".join(_key(kind, parts))
         where = "command line" if key in flags else path
         if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(parts) <= 1 + key.count("."):
-            yield f"{where}: key {key!r} is not known{nearest(key, _flat_fields(kind))}"
+            yield f"{where}: key {key!r} is not known{nearest(key, flat_fields(kind))}"
         else:
             yield f"{where}: {key} is {_shorten(problem['input'])}, {_reason(problem)}"
+
+
+def _key(kind: Any, parts: list[str]) -> list[str]:
+    """The start of a path that names a key."""
+    section = find_sections(kind).get(parts[0])
+    return [parts[0], *_key(section, parts[1:])] if section is not None and len(parts) > 1 else parts[:1]
 
 
 _REASONS = {

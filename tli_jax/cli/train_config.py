@@ -5,6 +5,7 @@ from typing import Literal
 import pydantic
 from pydantic.dataclasses import dataclass
 
+from tli_jax.cli.growth_options import GrowthOptions
 from tli_jax.cli.keys import (
     BATCH,
     DATA,
@@ -194,6 +195,9 @@ class TrainConfig(Recipe):
     )
     max_shard_size: Text = option("5GB", SHARD, IO)
     overwrite: bool = option(False, OVERWRITE, IO)
+    grow: GrowthOptions | None = option(
+        None, "section: grow the model while it is loaded, with the options of upscale; no grown copy is written", IO
+    )
 
     @property
     def wandb(self) -> str | None:

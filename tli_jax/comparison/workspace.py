@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.console import say, warn
-from tli_jax.cli.parse import difference, from_yaml
+from tli_jax.cli.fields import difference
+from tli_jax.cli.parse import from_yaml
 from tli_jax.cli.yaml_file import to_yaml
 from tli_jax.comparison.contenders import Contender, make_contenders
 from tli_jax.data.embedded import held_out_modules

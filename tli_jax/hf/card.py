@@ -91,7 +91,7 @@ def trained_card(
     ]
     tags = [model_type, "tli_jax"]
     if growth is not None and plan is not None:
-        lines += [*_growth(plan), *_proof(growth.get("proof_before_training"))]
+        lines += [*_growth(plan), *_proof(growth.get("proof_before_training"), growth.get("not_proved"))]
         tags = _growth_tags(model_type, plan)
     return _card(name, base, base.get("card", {}), [*tags, "continued-pretraining"], lines)
 

@@ -12,7 +12,7 @@ import numpy as np
 from tli_jax.errors import DataError, MissingInputError
 from tli_jax.hf.headers import check_names, read_folder, strip_prefix
 from tli_jax.hf.inputs import inside, read_json
-from tli_jax.hf.records import read_growth
+from tli_jax.hf.records import read_growth, read_trainings
 from tli_jax.hf.tensors import Tensor, common_dtype, same_bytes
 from tli_jax.models.config import LlamaConfig
 
@@ -23,9 +23,12 @@ _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class TensorStack:
-    """An array of the params as it is stored: its tensors in order, and the leading dims that stacking them adds."""
+    """An array of the params as it is stored: its tensors in order, and the leading dims that stacking them adds.
 
-    tensors: tuple[Tensor, ...]
+    The tensors are ``Tensor``, or ``OutputTensor`` if the model is grown while it is read.
+    """
+
+    tensors: tuple[Any, ...]
     leading: tuple[int, ...] = ()
 
     @property
@@ -68,13 +71,23 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def trainings(self) -> list[dict[str, Any]]:
+        """The records of all training runs since the last growth, see ``read_trainings``."""
+        return read_trainings(self.folder)
+
+    @property
+    def sources(self) -> Mapping[str, Any]:
+        """What params are loaded from, by Hugging Face name."""
+        return self.tensors
+
     def stack(self, name: str, layers: Sequence[int] = ()) -> TensorStack:
         """The tensors of one array of the params: of these layers, or without layers, of one outside them."""
         if not layers:
-            return TensorStack((self.tensors[hf_name(name)],))
+            return TensorStack((self.sources[hf_name(name)],))
         parts = self.config.stored_tensors(name)
         leading = (len(layers),) + (len(parts),) * (len(self.config.layer_tensors[name]) == 3)
-        return TensorStack(tuple(self.tensors[hf_name(part, layer)] for layer in layers for part in parts), leading)
+        return TensorStack(tuple(self.sources[hf_name(part, layer)] for layer in layers for part in parts), leading)
 
 
 def hf_name(name: str, layer: int | None = None) -> str:

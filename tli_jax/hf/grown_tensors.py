@@ -132,8 +132,7 @@ def _expert_tensors(experts: Experts, number: int, name: str, dense: OutputTenso
     def expert_matrix(expert: int) -> Any:
         from tli_jax.growth.upcycle import make_expert
 
-        matrix = np.frombuffer(b"".join(map(bytes, dense.chunks())), dtype).reshape(dense.shape)
-        return make_expert(experts, name, matrix, number, expert)
+        return make_expert(experts, name, dense.to_array(), number, expert)
 
     if name == "gate_proj":
         router_shape = (experts.total, dense.shape[1])

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -48,6 +49,14 @@ class OutputTensor:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
+    def to_array(self) -> np.ndarray:
+        out, at = np.empty(self.shape, DTYPES[self.dtype]), 0
+        content = out.reshape(-1).view(np.uint8)
+        for chunk in self.chunks():
+            content[at : at + len(chunk)] = chunk
+            at += len(chunk)
+        return out
+
     def chunks(self) -> Iterator[Any]:
         """The bytes in order; each chunk may be overwritten by the next one."""
         if self.copy_of is not None:
@@ -79,18 +88,30 @@ def parse_size(text: str) -> int:
 
 def split_shards(tensors: list[OutputTensor], max_shard_bytes: int) -> dict[str, list[OutputTensor]]:
     """Assign tensors to files, in order: file name → tensors. Only a single tensor may exceed the limit."""
-    shards: list[list[OutputTensor]] = [[]]
+    return share_shards(tensors, max_shard_bytes, 1)[0]
+
+
+def share_shards(
+    tensors: list[OutputTensor], max_shard_bytes: int, writers: int
+) -> list[dict[str, list[OutputTensor]]]:
+    """The files of each of several writers, who get about the same number of tensors. See ``split_shards``."""
+    ends = [len(tensors) * writer // writers for writer in range(writers + 1)]
+    parts = [_split(tensors[start:end], max_shard_bytes) for start, end in itertools.pairwise(ends)]
+    count = sum(map(len, parts))
+    names = iter([SINGLE] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)])
+    return [{next(names): shard for shard in part} for part in parts]
+
+
+def _split(tensors: list[OutputTensor], max_shard_bytes: int) -> list[list[OutputTensor]]:
+    shards: list[list[OutputTensor]] = []
     size = 0
     for tensor in tensors:
-        is_full = size + tensor.nbytes > max_shard_bytes or len(shards[-1]) == _MAX_FILE_TENSORS
-        if shards[-1] and is_full:
+        if not shards or size + tensor.nbytes > max_shard_bytes or len(shards[-1]) == _MAX_FILE_TENSORS:
             shards.append([])
             size = 0
         shards[-1].append(tensor)
         size += tensor.nbytes
-    if len(shards) == 1:
-        return {SINGLE: shards[0]}
-    return {f"model-{i + 1:05}-of-{len(shards):05}.safetensors": shard for i, shard in enumerate(shards)}
+    return shards
 
 
 def write_shards(
@@ -109,6 +130,27 @@ def write_shards(
     Returns:
         The sha256 of every tensor by name, and the seconds spent on hashing new tensors.
     """
+    written = write_files(folder, shards, copied_digests, progress)
+    write_index(folder, shards)
+    return written
+
+
+def write_index(folder: Path, shards: Mapping[str, list[OutputTensor]]) -> None:
+    """Write the index if there are several shards."""
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+        size = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_files(
+    folder: Path,
+    shards: Mapping[str, list[OutputTensor]],
+    copied_digests: Mapping[str, str],
+    progress: Progress = lambda nbytes: None,
+) -> tuple[dict[str, str], float]:
+    """``write_shards`` without the index."""
     digests: dict[str, str] = {}
     hashing = 0.0
     for name, shard in shards.items():
@@ -128,11 +170,6 @@ def write_shards(
                     progress(len(chunk))
                 digests[tensor.name] = digest.hexdigest()
             os.fsync(out.fileno())
-    if len(shards) > 1:
-        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
-        size = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return digests, hashing
 
 

@@ -75,14 +75,23 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 def read_tensor(tensor: Tensor, rows: slice = slice(None)) -> np.ndarray:
     """A tensor, or a range of its leading rows, in its stored dtype."""
     first, last, _ = rows.indices(tensor.shape[0])
-    row = tensor.nbytes // tensor.shape[0]
-    part = dataclasses.replace(tensor, start=tensor.start + first * row, nbytes=(last - first) * row)
     out = np.empty((last - first, *tensor.shape[1:]), DTYPES[tensor.dtype])
-    flat, at = out.reshape(-1).view(np.uint8), 0
-    for chunk in read_chunks(part):
-        flat[at : at + len(chunk)] = chunk
-        at += len(chunk)
+    read_rows(tensor, first, out)
     return out
+
+
+def read_rows(tensor: Tensor, first: int, out: np.ndarray) -> None:
+    """Read the leading rows from ``first`` on into ``out``, which is contiguous, and cast them to its dtype."""
+    stored = out if out.dtype == DTYPES[tensor.dtype] else np.empty(out.shape, DTYPES[tensor.dtype])
+    left = stored.reshape(-1).view(np.uint8).data
+    at = tensor.start + first * (tensor.nbytes // tensor.shape[0])
+    with tensor.file.open("rb", buffering=0) as stream:
+        while left:
+            if not (count := os.preadv(stream.fileno(), [left], at)):
+                raise truncated(tensor)
+            left, at = left[count:], at + count
+    if stored is not out:
+        out[...] = stored
 
 
 def check_tensors(

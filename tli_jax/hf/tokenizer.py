@@ -7,7 +7,7 @@ transformers is used only where it would build something other than ``tokenizer.
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,17 @@ def open_tokenizer(
     return tokenizer, warnings
 
 
-def tokenizer_digest(folder: Path) -> str:
-    """sha256 of all files that determine how text becomes ids."""
+def tokenizer_digest(folder: Path, raw: Mapping[str, Any] | None = None) -> str:
+    """sha256 of all files that determine how text becomes ids.
+
+    Args:
+        raw: the content of ``config.json``, if the folder has that of another model.
+    """
     digest = hashlib.sha256()
     for name in (*_VOCABULARIES, "merges.txt", *FILES):
         if (folder / name).is_file():
             digest.update(json.dumps([name, hashlib.sha256(inside(folder, name).read_bytes()).hexdigest()]).encode())
-    model = read_optional_json(folder, "config.json")
+    model = raw or read_optional_json(folder, "config.json")
     digest.update(json.dumps([model.get("model_type"), model.get("tokenizer_class")]).encode())
     return digest.hexdigest()
 

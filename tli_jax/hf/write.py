@@ -10,7 +10,7 @@ from typing import Any
 from tli_jax.cli.progress import progress
 from tli_jax.hf import sidecar
 from tli_jax.hf.output import staged
-from tli_jax.hf.shards import OutputTensor, write_shards
+from tli_jax.hf.shards import OutputTensor, Progress, write_shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +37,7 @@ def write_model(
     source: Path | None = None,
     overwrite: bool = False,
     copied_digests: Callable[[], Mapping[str, str]] = dict,
+    write: Callable[[Path, Progress], tuple[Mapping[str, str], float]] | None = None,
     title: str | None = None,
 ) -> Iterator[ModelWriter]:
     """Write a model to a temporary folder, which replaces ``output``, synced, when the block succeeds.
@@ -49,6 +50,7 @@ def write_model(
         source: a model folder whose tokenizer, generation, licence and notice files are copied.
         overwrite: replace an existing model folder.
         copied_digests: returns the sha256 of the copied tensors. Called once the output is claimed and has room.
+        write: writes the shards instead of ``write_shards``, maybe in other files, and returns the same.
         title: of the progress display, which is off by default.
 
     Raises:
@@ -60,7 +62,10 @@ def write_model(
         digests = copied_digests()
         started = time.perf_counter()
         with contextlib.nullcontext(lambda _: None) if title is None else progress(title, nbytes) as advance:
-            written, hashing = write_shards(folder, shards, digests, advance)
+            if write is None:
+                written, hashing = write_shards(folder, shards, digests, advance)
+            else:
+                written, hashing = write(folder, advance)
         seconds = {"write": time.perf_counter() - started - hashing, "hash": hashing}
         sidecar.write_json(folder / "config.json", config)
         if source is not None:

@@ -1,4 +1,4 @@
-"""Export a trained model as a Hugging Face folder, one tensor at a time. The first process writes it."""
+"""Export a trained model as a Hugging Face folder, one tensor of each process at a time."""
 
 import functools
 import os
@@ -20,6 +20,7 @@ from tli_jax.hf.records import TRAINING
 from tli_jax.hf.shards import OutputTensor, as_chunks, parse_size, split_shards
 from tli_jax.hf.tensors import CODES
 from tli_jax.hf.write import write_model
+from tli_jax.training.export_files import write_together
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.trainer import Trainer
@@ -49,7 +50,8 @@ def export(
     """Write the tensors in the dtypes of the original model, with its configuration and sidecar files, the plan,
     ``training.json`` and a model card.
 
-    Every process must call this: each tensor is all-gathered, and is replicated on every device for a moment.
+    Every process must call this: each tensor is all-gathered, and is replicated on every device for a moment. Processes
+    that share the output's file system write in parallel; the first one publishes the folder.
 
     Args:
         arrays: trainable and frozen arrays.
@@ -60,17 +62,16 @@ def export(
         OutputError, StorageError: the folder cannot be written. An existing one is untouched.
     """
     tensors = list(_output_tensors(trainer, arrays, dtypes))
-    shards = split_shards(tensors, parse_size(trainer.config.max_shard_size))
+    limit = parse_size(trainer.config.max_shard_size)
     if not is_first():
-        for tensor in tensors:
-            for _ in tensor.chunks():
-                pass
+        write_together(tensors, limit, None)
         barrier("export")
         return
     trainable = (arrays[spec.name] for spec in trainer.param_specs if spec.trains)
     facts = facts | {"trainable_parameters": sum(int(np.prod(array.shape)) for array in trainable)}
     config = read_json(run.model / "config.json")
-    with write_model(path, shards, config, source=run.model, overwrite=True, title="export") as model:
+    shards, write = split_shards(tensors, limit), functools.partial(write_together, tensors, limit)
+    with write_model(path, shards, config, source=run.model, overwrite=True, write=write, title="export") as model:
         growth = None if run.growth is None else _trained_growth(run.growth, model.digests, facts)
         if growth is not None:
             model.write_record("growth.json", growth)

@@ -7,7 +7,6 @@ from tli_jax.cli.train_config import TrainConfig
 from tli_jax.hf import hub
 from tli_jax.hf.card import is_on_hub
 from tli_jax.hf.checkpoint import Checkpoint
-from tli_jax.hf.records import read_trainings
 from tli_jax.training.metrics import losses, read_metrics
 from tli_jax.training.run_directory import RunDirectory
 
@@ -16,9 +15,9 @@ def describe_base(weights: Checkpoint) -> dict[str, Any]:
     """Return the keys of ``run.json`` about the model that a run starts from.
 
     ``base`` is the Hub id and commit of the original model, or else its folder name with revision null. ``earlier`` is
-    the result of ``read_trainings``.
+    ``Checkpoint.trainings``.
     """
-    earlier, growth = read_trainings(weights.folder), (weights.growth or {}).get("base", {})
+    earlier, growth = weights.trainings, (weights.growth or {}).get("base", {})
     if (origin := hub.origin(weights.folder)) is not None:
         base = {"name": origin[0], "revision": origin[1]}
     elif earlier:

@@ -28,7 +28,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tli_jax.cli.parse import difference, from_yaml
+from tli_jax.cli.fields import difference
+from tli_jax.cli.parse import from_yaml
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.cli.yaml_file import plain, to_yaml
 from tli_jax.distributed.processes import is_first

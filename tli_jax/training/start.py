@@ -12,11 +12,13 @@ from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
+from tli_jax.hf.grown_checkpoint import grow_checkpoint
 from tli_jax.hf.inputs import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.record import describe_training
 from tli_jax.training.run_directory import RunDirectory
 from tli_jax.training.run_identity import model_digest
+from tli_jax.upscaling.loading import grow_while_loading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +62,17 @@ def open_start(config: TrainConfig, run: RunDirectory, report: Callable[[str], N
             if processes.is_first():
                 shutil.rmtree(copy, ignore_errors=True)  # left by a start that was interrupted
         weights = open_checkpoint(folder)
+        if config.grow is not None:
+            weights = grow_while_loading(config.grow, weights, config.model)
+            report(f"model {config.model}: growing it while loading; not proved: tli-jax upscale proves a growth")
         return Start(weights.config, _plan(weights.growth), folder, weights)
     run.check_config(config)
     folder = copy if copy.is_dir() else Path(config.model)
     weights = None
     if config.model == hub.EMBEDDED or (folder.is_dir() and not RunDirectory(folder).is_begun):
         weights = open_checkpoint(folder if folder.is_dir() else hub.resolve(config.model))
+        if config.grow is not None and run.growth is not None:
+            weights = grow_checkpoint(weights, Plan.from_json(run.growth), run.growth)
         run.check_facts({"model": model_digest(weights)})
     file = run.model / "config.json"
     return Start(LlamaConfig.from_hf(read_json(file), str(file)), _plan(run.growth), run.model, weights)

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 from tli_jax.distributed.mesh import param_sharding
 from tli_jax.errors import DataError
 from tli_jax.hf.checkpoint import Checkpoint
-from tli_jax.hf.load import load_array
+from tli_jax.hf.load import load_arrays
 from tli_jax.training.checkpoints import Checkpoints
 from tli_jax.training.freezing import Arrays
 from tli_jax.training.step import Programs, TrainState
 
 
 def load(programs: Programs, weights: Checkpoint) -> tuple[Arrays, Arrays]:
-    """Read a model folder as ``(trained, frozen)`` arrays, each device reading only its own shards.
+    """Read a model folder as ``(trained, frozen)`` arrays. All processes call this; each byte is read by one of them.
 
     Trainable parameters are in ``param_dtype``, frozen ones in their stored dtype, or in float32 if the layers of one
     stack are stored in different dtypes.
@@ -20,12 +20,15 @@ def load(programs: Programs, weights: Checkpoint) -> tuple[Arrays, Arrays]:
     Raises:
         DataError: a file is shorter than its header says.
     """
-    parts: tuple[Arrays, Arrays] = ({}, {})
-    for spec in programs.param_specs:
-        dtype = programs.config.param_dtype if spec.trains else None
-        sharding = param_sharding(programs.mesh, spec.dims)
-        parts[not spec.trains][spec.name] = load_array(weights.stack(spec.tensor, spec.layers), sharding, dtype)
-    return parts
+    # All stacks of one tensor in a row, because the predictor of a growth while loading is trained for each tensor.
+    specs = sorted(programs.param_specs, key=lambda spec: spec.tensor)
+    arrays = load_arrays(
+        {spec.name: weights.stack(spec.tensor, spec.layers) for spec in specs},
+        {spec.name: param_sharding(programs.mesh, spec.dims) for spec in specs},
+        {spec.name: programs.config.param_dtype if spec.trains else None for spec in specs},
+    )
+    trained, frozen = ({s.name: arrays[s.name] for s in specs if s.trains is trains} for trains in (True, False))
+    return trained, frozen
 
 
 def restore(

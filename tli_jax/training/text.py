@@ -62,8 +62,9 @@ def open_text(
     )
     config = dataclasses.replace(config, text=text, validation_text=validation_text)
     known = checked.get("sources", known)
+    digest = tokenizer_digest(folder, json.loads(model.source))
     try:
-        data = open_data(config, model, tokenizer, tokenizer_digest(folder), T, cache, known, is_checked=not is_first)
+        data = open_data(config, model, tokenizer, digest, T, cache, known, is_checked=not is_first)
     except MissingInputError as error:
         if is_first:
             processes.gather_json({"missing": str(error)})

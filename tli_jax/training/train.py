@@ -13,6 +13,7 @@ from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.hf import sidecar
 from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.grown_checkpoint import GrownCheckpoint
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
@@ -20,6 +21,7 @@ from tli_jax.training.run_directory import RunDirectory, lock_directory
 from tli_jax.training.run_identity import model_digest
 from tli_jax.training.start import open_start
 from tli_jax.training.text import open_text
+from tli_jax.upscaling.record import unconverged
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
@@ -114,6 +116,9 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
                 f"model {config.model}: is missing, and run {run} has no checkpoint yet: restore the model"
             )
         trained, frozen = load(trainer, start.weights)
+        if isinstance(start.weights, GrownCheckpoint):
+            for warning in unconverged(start.weights.facts):
+                _report(f"warning: {warning}")
         checkpoints.save_frozen(frozen)
         restored = trainer.init(trained), frozen
     state, frozen = restored

@@ -22,7 +22,6 @@ from tli_jax.hf.grown_config import grow_config, grown_config
 from tli_jax.hf.grown_tensors import grown_tensors
 from tli_jax.hf.headers import INDEX, SINGLE
 from tli_jax.hf.output import check_output
-from tli_jax.hf.records import read_trainings
 from tli_jax.hf.shards import OutputTensor, parse_size, split_shards
 from tli_jax.hf.tensors import check_tensors
 from tli_jax.hf.tokenizer import open_tokenizer
@@ -30,6 +29,7 @@ from tli_jax.hf.write import write_model
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape
 from tli_jax.upscaling.options import make_plan, needs_importance
+from tli_jax.upscaling.record import describe_growth, unconverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ def grow(job: Job, seconds: dict[str, float]) -> dict[str, Any]:
         title="write",
     ) as model:
         seconds |= model.seconds
-        for tensor in job.facts.get("transport", {}).get("not_converged", []):
-            warn(f"{tensor}: transport did not converge")
+        for warning in unconverged(job.facts):
+            warn(warning)
         proof = None
         if config.proof:
             proof = _prove(job, open_checkpoint(model.folder), ids)
@@ -152,26 +152,12 @@ def _record(
     nonfinite: Mapping[str, int],
     proof: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    base, plan = job.base, job.plan
-    name, revision = hub.origin(base.folder) or (job.config.model, None)
-    reason = None if base.config.is_runnable else f"RoPE type {base.config.rope_type!r} is not supported"
-    history = [dict(growth) for growth in plan.history]
-    if base.growth is not None:  # how the base of the base had been trained
-        history[-1]["base"] = history[-1]["base"] | {"training": base.growth["base"].get("training", [])}
+    reason = None if job.base.config.is_runnable else f"RoPE type {job.base.config.rope_type!r} is not supported"
     return {
-        **plan.to_json(),
-        "base": {
-            "layers": plan.base_layers,
-            "name": name,
-            "revision": revision,
-            "training": read_trainings(base.folder),
-        },
-        "history": history,
-        "parameters": job.description["after"]["parameters"],
+        **describe_growth(job.base, job.plan, job.config.model),
         "digests": {"algorithm": "sha256", "base": base_digests, "grown": grown_digests},
         "nonfinite": nonfinite,
         "computed": job.facts,
-        "versions": sidecar.versions("tli_jax", "numpy", "jax"),
         "proof": proof,
         "not_proved": None if proof else " because ".join(filter(None, ("--no-proof", reason))),
     }

@@ -1,11 +1,11 @@
-"""Make a plan from the options of ``upscale``."""
+"""Make a plan from the options of growth."""
 
 import dataclasses
 import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from tli_jax.cli.growth_config import UpscaleConfig
+from tli_jax.cli.growth_options import GrowthOptions
 from tli_jax.errors import UsageError
 from tli_jax.growth.experts import Experts
 from tli_jax.growth.methods import METHODS
@@ -16,7 +16,7 @@ _OPTIONS = ("every", "init", "scale", "after", "remainder", "drop", "groups", "c
 _OPTIONS += ("seed", "noise_ratio", "block", "count")
 
 
-def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[float] | None = None) -> Plan:
+def make_plan(config: GrowthOptions, base: Checkpoint, importance: Sequence[float] | None = None) -> Plan:
     """The plan for a base model. If the base was grown before, the plan continues its history.
 
     Args:
@@ -50,7 +50,7 @@ def make_plan(config: UpscaleConfig, base: Checkpoint, importance: Sequence[floa
     return plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
 
 
-def _make_experts(config: UpscaleConfig, base: Checkpoint) -> Experts | None:
+def _make_experts(config: GrowthOptions, base: Checkpoint) -> Experts | None:
     """The experts that the options ask for, if any."""
     options: dict[str, Any] = {"count": config.experts, "top_k": config.top_k, "granularity": config.granularity}
     options |= {"upcycle": config.upcycle, "router_std": config.router_std}
@@ -65,6 +65,6 @@ def _make_experts(config: UpscaleConfig, base: Checkpoint) -> Experts | None:
     return Experts(**given)
 
 
-def needs_importance(config: UpscaleConfig) -> bool:
+def needs_importance(config: GrowthOptions) -> bool:
     """Whether the plan depends on the weights."""
     return config.method == "adept" and config.after is None
