@@ -72,9 +72,9 @@ def inner_positions(layers: int, count: int) -> tuple[int, ...]:
 
 
 def duplicated(plan: Plan) -> tuple[int, ...]:
-    """Base layers of which an injected layer that is not the identity is made."""
-    rows = [row for row in plan.rows if row.injected and row.scale != 0]
-    return tuple(sorted({layer for row in rows for layer, _ in row.sources}))
+    """Base layers that run again as an injected layer, which is not the identity. A mean counts as its first source."""
+    rows = [row for row in plan.rows if row.injected and row.scale != 0 and row.init != "random"]
+    return tuple(sorted({row.sources[0][0] for row in rows}))
 
 
 def harmful_by_rule(layers: int) -> tuple[int, ...]:
