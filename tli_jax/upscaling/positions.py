@@ -41,15 +41,15 @@ def choose_positions(
 def find_harm(config: UpscaleConfig, plan: Plan) -> str | None:
     """A warning if the plan runs layers twice that should not: by the scan, or without one by a rule."""
     twice = duplicated(plan)
-    if plan.guarantee != "none" or not twice or (config.plan is not None and config.scan is None):
+    init = next((row.init for row in plan.rows if row.injected and row.scale != 0), "half")
+    costs = None if config.scan is None else _costs(config.scan, plan.base_layers, init)
+    if plan.guarantee != "none" or not twice or (config.plan is not None and costs is None):
         return None
-    if config.scan is None:
+    if costs is None:
         harmful = sorted({*twice} & {*harmful_by_rule(plan.base_layers)})
         reason = "on trained bases the first two layers and the last are the worst to duplicate"
         advice = "use --positions inner, or measure your base with tli-jax scan"
     else:
-        init = next(row.init for row in plan.rows if row.injected and row.scale != 0)
-        costs = _costs(config.scan, plan.base_layers, init)
         harmful = sorted({*twice} & {*harmful_by_cost(costs)})
         reason = f"alone they cost {', '.join(f'{costs[layer]:+.3f}' for layer in harmful)} nats by {config.scan}"
         advice = "use --positions measured, or other layers"

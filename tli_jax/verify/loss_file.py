@@ -36,7 +36,7 @@ class LossFile:
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # cut off when the process was killed
         if lines and (recorded := parse_json(lines[0].encode(), f"{file}: line 1")) != identity:
-            changed = ", ".join(key for key in identity if recorded.get(key) != identity[key]) or "its version"
+            changed = ", ".join(key for key in {**identity, **recorded} if recorded.get(key) != identity.get(key))
             if not overwrite:
                 raise UsageError(f"{file}: of a scan with another {changed}: use another --output, or --overwrite")
             lines = []

@@ -55,6 +55,8 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     if tokenizer is None:
         raise DataError(f"{base.folder}: no tokenizer, which a scan needs to read the text: add one")
     L = base.config.num_hidden_layers
+    if config.grow_to and not set(config.what) & set(DOUBLINGS):
+        raise UsageError(f"grow_to needs the cost of doubling a layer: add one of {', '.join(DOUBLINGS)} to what")
     for depth in config.grow_to:
         if not L < depth <= 2 * L:
             raise UsageError(f"grow_to is {depth}, must be {L + 1}…{2 * L} for a base of {L} layers")
@@ -110,8 +112,6 @@ class _Scan:
     def _find_plans(self, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         """Search the plans of ``grow_to``, and write them."""
         kinds = [kind for kind in DOUBLINGS if kind in self.config.what]
-        if not kinds:
-            raise UsageError(f"grow_to needs the cost of doubling a layer: add one of {', '.join(DOUBLINGS)} to what")
 
         def mean(kind: str, layer: int) -> float:
             return sum(of_text[kind][layer] for of_text in costs.values()) / len(costs)
