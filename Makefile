@@ -23,8 +23,10 @@ FIND_NEWEST = for v in 3.13 3.12; do \
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
-demo: .venv/.runtime  ## grow the base model in the package, prove it, and compare five methods (under 3 minutes)
+demo: .venv/.runtime  ## scan the base model in the package, grow it, prove it, and compare five methods (under 3 minutes)
 	rm -rf out/demo
+	@echo "What each layer of the base is worth, and the best six to run twice:"
+	@$(BIN)/python -m tli_jax.scan --config configs/scan_demo.yaml
 	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml
 	@echo; echo "Five methods at the same size, before any training:"
 	@$(BIN)/python -m tli_jax.compare --config configs/compare_demo.yaml --steps 0 --seeds 1 --no-baselines --output out/demo/compare

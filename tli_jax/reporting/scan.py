@@ -74,8 +74,8 @@ def _doubled(plan: Mapping[str, Any]) -> str:
     return ", ".join(f"{layer} ({TITLES[kind]})" for layer, kind in plan["doubled"].items())
 
 
-def describe(results: Mapping[str, Any], output: str) -> list[str]:
-    """The lines below the tables: how to read them, and what to do next."""
+def describe(results: Mapping[str, Any]) -> list[str]:
+    """The lines below the tables: how to read them, and the jumps of weight norms."""
     lines = [
         "costs: loss minus the loss of the base, in nats per token; bypassed: without the layer; copy, half, √½, ¾ : ¼:"
         " the layer twice, with its outputs × 1, ½, √½, or ¾ and ¼; average: followed by its mean with the next layer",
@@ -90,8 +90,4 @@ def describe(results: Mapping[str, Any], output: str) -> list[str]:
         lines.append(
             f"weight norms: neighbours differ by {middle:.1%} (median), at most by {steps[at]:.1%}, after layer {at}"
         )
-    lines.append(f"wrote scan.json and losses.jsonl to {output}")
-    if results["plans"]:
-        plan = next(iter(results["plans"].values()))
-        lines.append(f"grow it: tli-jax upscale --model {results['model']} --plan {output}/{plan['file']} --output DIR")
     return lines

@@ -14,7 +14,7 @@ from tli_jax.cli.progress import progress
 from tli_jax.data.documents import read_plain
 from tli_jax.data.embedded import held_out_modules, topics
 from tli_jax.distributed.mesh import check_fits, make_mesh, param_sharding
-from tli_jax.errors import DataError, UsageError
+from tli_jax.errors import DataError, OutputError, UsageError
 from tli_jax.growth.doubling import BLOCKS, DOUBLINGS, bypass, double, repeat_block
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub, sidecar, tokens
@@ -63,8 +63,10 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     sources = {"text": config.text} | ({} if config.old_text is None else {"old_text": config.old_text})
     windows = {name: _read_windows(name, path, config, base, tokenizer) for name, path in sources.items()}
     output = Path(config.output)
-    with storage_errors(output):
+    try:
         output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"output {output}: cannot be created ({error.strerror}): choose another folder") from None
     with lock(output / ".lock"):
         return _Scan(config, base, windows, output).run()
 

@@ -4,8 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 Chosen = tuple[int, ...]
 
-BEAM = 4  # sets of layers that are kept for each size
-TRIED = 10  # sets that are measured for each size
+BEAM = 3  # sets of layers that are kept for each size
+TRIED = 6  # sets that are measured for each size
 
 
 def find_layers(
