@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import jax
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -18,6 +19,8 @@ from tli_jax.hf import hub
 from tli_jax.hf import tokens as tokens_of
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.tree import nest
+from tli_jax.reporting.scan import make_tables
+from tli_jax.reporting.scan_page import write_scan_report
 from tli_jax.verify import scan as scanning
 from tli_jax.verify.scan import Scanner, base_steps, scan
 from tli_jax.verify.scan_job import make_plans
@@ -159,7 +162,8 @@ def test_scan_json(scanned: Path, base) -> None:
 def test_the_plans_grow_and_have_the_loss_that_was_measured(scanned: Path, tmp_path: Path) -> None:
     results = json.loads((scanned / "scan.json").read_text())
     found = results["plans"]["14"]
-    assert abs(found["cost"]) < 0.05 and len(found["doubled"]) == 2
+    assert found["distance"] == pytest.approx(sum(map(abs, found["costs"].values())) / 2) and found["distance"] < 0.05
+    assert len(found["doubled"]) == 2
     arguments = (
         "--model",
         "embedded",
@@ -173,7 +177,7 @@ def test_the_plans_grow_and_have_the_loss_that_was_measured(scanned: Path, tmp_p
     config, _ = tli_jax.load_hf(tmp_path / "grown")
     assert config.num_hidden_layers == 14
     record = json.loads((tmp_path / "grown" / "growth.json").read_text())
-    assert record["method"] == "scan" and record["options"]["cost"] == found["cost"]
+    assert record["method"] == "scan" and record["options"]["distance"] == found["distance"]
 
 
 def test_an_interrupted_scan_resumes(scanned: Path, tmp_path: Path, capsys) -> None:
@@ -213,7 +217,7 @@ def test_positions(scanned: Path, capsys) -> None:
     assert json.loads(out)["plan"]["options"]["after"] == [3, 6, 9] and "warning" not in err
     assert grow("--method", "lesa", "--positions", "measured", "--scan", scanned / "scan.json", "--json") == 0
     costs = json.loads((scanned / "scan.json").read_text())["costs"].values()
-    cost = [sum(text["half"][layer] for text in costs) for layer in range(L - 1)]
+    cost = [sum(abs(text["half"][layer]) for text in costs) for layer in range(L - 1)]
     assert json.loads(capsys.readouterr().out)["plan"]["options"]["after"] == sorted(np.argsort(cost)[:6].tolist())
     assert grow("--positions", "measured") == 2
     assert "positions measured needs a scan" in capsys.readouterr().err
@@ -232,3 +236,21 @@ def test_harmful_positions_are_announced(scanned: Path, capsys) -> None:
         assert grow(*arguments) == 0
         err = capsys.readouterr().err
         assert (warning in err) if warning else ("warning" not in err), (arguments, err)
+
+
+def test_page_and_plots(scanned: Path, tmp_path: Path) -> None:
+    results = json.loads((scanned / "scan.json").read_text())
+    results["model"] = "<b>&"
+    for costs in results["costs"].values():
+        costs["half_blocks"] = [[*block, 0.01 * (block[1] - block[0])] for block in make_plans(L, "half_blocks")]
+    assert write_scan_report(results, tmp_path) == ["scan.html", "layers.png", "blocks.png"]
+    page = (tmp_path / "scan.html").read_text(encoding="utf-8")
+    assert "<h1>&lt;b&gt;&amp;: what each layer is worth</h1>" in page and "<b>&" not in page
+    # Bars of three kinds and a heatmap for each of two texts, and three facts of the layers.
+    assert page.count('class="plotly-graph-div"') == 2 * (3 + 1) + 3
+    for outside in ("http://", "https://"):
+        assert outside not in page.split("<script>")[0] + page.split("</script>")[-1]
+    for name in ("layers.png", "blocks.png"):
+        assert matplotlib.image.imread(tmp_path / name).std() > 0.05
+    (table,) = [table for table in make_tables(results) if table.title == "best plans found"]
+    assert [row[0] for row in table.rows] == ["13", "14"]

@@ -59,8 +59,8 @@ def find_harm(config: UpscaleConfig, plan: Plan) -> str | None:
 
 
 def _costs(path: str, layers: int, init: str) -> list[float]:
-    """The cost of doubling each layer, as a mean over the texts of a scan: with ``init`` if it was measured, or else
-    with the first of half, copy, … that was."""
+    """How far doubling each layer moves the loss, as a mean over the texts of a scan: with ``init`` if it was measured,
+    or else with the first of half, copy, … that was."""
     file = Path(path)
     if not file.is_file():
         raise MissingInputError(f"scan {path}: no such file: give the scan.json of tli-jax scan")
@@ -71,7 +71,7 @@ def _costs(path: str, layers: int, init: str) -> list[float]:
         texts = list(record["costs"].values())
         kind = next(kind for kind in (init, "half", *DOUBLINGS) if kind in DOUBLINGS and kind in texts[0])
         columns = [read_list((int, float), text, kind) for text in texts]
-        return [sum(column) / len(texts) for column in zip(*columns, strict=True)]
+        return [sum(map(abs, column)) / len(texts) for column in zip(*columns, strict=True)]
     except StopIteration:
         raise UsageError(f"scan {path}: no layer was doubled: scan with --what {','.join(DOUBLINGS)}") from None
     except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:

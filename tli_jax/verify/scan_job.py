@@ -112,27 +112,31 @@ class _Scan:
         return result
 
     def _find_plans(self, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-        """Search the plans of ``grow_to``, and write them."""
+        """Search the plans of ``grow_to``, and write them.
+
+        The search minimises the distance from the base: the mean over the texts of the absolute cost. A negative cost
+        is the luck of a text, and does not carry over to another.
+        """
         kinds = [kind for kind in DOUBLINGS if kind in self.config.what]
 
-        def mean(kind: str, layer: int) -> float:
-            return sum(of_text[kind][layer] for of_text in costs.values()) / len(costs)
+        def distance(kind: str, layer: int) -> float:
+            return sum(abs(of_text[kind][layer]) for of_text in costs.values()) / len(costs)
 
-        best = {layer: min(kinds, key=lambda kind: mean(kind, layer)) for layer in range(self.L)}
-        single = {layer: mean(kind, layer) for layer, kind in best.items()}
+        best = {layer: min(kinds, key=lambda kind: distance(kind, layer)) for layer in range(self.L)}
+        single = {layer: distance(kind, layer) for layer, kind in best.items()}
 
         def measure(sets: Sequence[tuple[int, ...]]) -> list[float]:
             plans = [double(self.L, {layer: best[layer] for layer in chosen}) for chosen in sets]
             losses = self._measure("search", [to_steps(plan, self.base.config) for plan in plans])
-            changes = [[x - self.base_losses[name] for x in losses[name]] for name in losses]
+            changes = [[abs(x - self.base_losses[name]) for x in losses[name]] for name in losses]
             return [sum(of_plan) / len(changes) for of_plan in zip(*changes, strict=True)]
 
         found, plans = find_layers(single, [depth - self.L for depth in self.config.grow_to], measure), {}
         for depth in self.config.grow_to:
-            chosen, cost = found[depth - self.L]
+            chosen, distance_of_plan = found[depth - self.L]
             doubled = {layer: best[layer] for layer in chosen}
             facts = {"texts": list(self.windows), "tokens": sum(rows.size for rows in self.windows.values())}
-            options = {"cost": cost, **facts, "search": "beam over sums of single costs, measured together"}
+            options = {"distance": distance_of_plan, **facts}
             plan = double(self.L, doubled, options)
             name = "plan.json" if len(self.config.grow_to) == 1 else f"plan-{depth}.json"
             self._write(name, plan.to_json())
@@ -140,7 +144,7 @@ class _Scan:
             plans[str(depth)] = {
                 "file": name,
                 "doubled": {str(layer): kind for layer, kind in doubled.items()},
-                "cost": cost,
+                "distance": distance_of_plan,
                 "costs": {name: losses[name][0] - self.base_losses[name] for name in losses},
             }
         return plans

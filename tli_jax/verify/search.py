@@ -1,4 +1,4 @@
-"""Search the layers to run twice for a given depth: candidates are ranked by sums of single costs, then measured."""
+"""Search the layers to run twice for a given depth: sets are ranked by sums of single costs, then measured."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
