@@ -4,6 +4,7 @@ The first line identifies the base, the tokens and the dtype. Each further line 
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,8 @@ class LossFile:
 
             def on_loss(index: int, loss: float) -> None:
                 plan = write_steps(missing[index])
+                if not math.isfinite(loss):
+                    raise DataError(f"the loss of layers {plan[:200]} is {loss}: check the base, or scan in float32")
                 self.known[text, plan] = loss
                 stream.write(json.dumps([text, plan, loss]) + "\n")
                 stream.flush()

@@ -67,8 +67,11 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"output {output}: cannot be created ({error.strerror}): choose another folder") from None
-    with lock(output / ".lock"):
-        return _Scan(config, base, windows, output).run()
+    try:
+        with lock(output / ".lock", blocking=False):
+            return _Scan(config, base, windows, output).run()
+    except BlockingIOError:
+        raise OutputError(f"output {output}: another scan is writing to it: wait, or choose another folder") from None
 
 
 class _Scan:
@@ -127,7 +130,8 @@ class _Scan:
 
         def measure(sets: Sequence[tuple[int, ...]]) -> list[float]:
             plans = [double(self.L, {layer: best[layer] for layer in chosen}) for chosen in sets]
-            losses = self._measure("search", [to_steps(plan, self.base.config) for plan in plans])
+            title = f"search {self.L + len(sets[0])} layers"
+            losses = self._measure(title, [to_steps(plan, self.base.config) for plan in plans])
             changes = [[abs(x - self.base_losses[name]) for x in losses[name]] for name in losses]
             return [sum(of_plan) / len(changes) for of_plan in zip(*changes, strict=True)]
 
@@ -135,8 +139,8 @@ class _Scan:
         for depth in self.config.grow_to:
             chosen, distance_of_plan = found[depth - self.L]
             doubled = {layer: best[layer] for layer in chosen}
-            facts = {"texts": list(self.windows), "tokens": sum(rows.size for rows in self.windows.values())}
-            options = {"distance": distance_of_plan, **facts}
+            texts = {name: getattr(self.config, name) for name in self.windows}
+            options = {"distance": distance_of_plan, "texts": texts, "tokens": self.config.tokens}
             plan = double(self.L, doubled, options)
             name = "plan.json" if len(self.config.grow_to) == 1 else f"plan-{depth}.json"
             self._write(name, plan.to_json())
