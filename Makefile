@@ -18,7 +18,7 @@ FIND_NEWEST = for v in 3.13 3.12; do \
   done; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-train test test-long test-topologies test-newest fuzz lint clean
+.PHONY: help demo demo-train real test test-long test-topologies test-newest fuzz lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-15s %s\n", $$1, $$2 }'
@@ -35,6 +35,9 @@ demo-train: .venv/.runtime  ## grow that model and train its injected layers on 
 	rm -rf out/demo_train
 	$(BIN)/python -m tli_jax.upscale --config configs/demo_train.yaml
 	@$(BIN)/python -m tli_jax.report out/demo_train/run
+
+real: .venv/.runtime  ## fetch a converged Llama of 30 layers, grow it, prove it and scan it (TEXT=FILE; 98 MB, about 10 minutes)
+	$(BIN)/python benchmarks/real_base.py $(if $(TEXT),--text $(TEXT))
 
 test: .venv/.test  ## run the tests, except the long ones
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not topologies"
