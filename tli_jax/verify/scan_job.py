@@ -139,7 +139,7 @@ class _Scan:
         for depth in self.config.grow_to:
             chosen, distance_of_plan = found[depth - self.L]
             doubled = {layer: best[layer] for layer in chosen}
-            texts = {name: getattr(self.config, name) for name in self.windows}
+            texts = ", ".join(getattr(self.config, name) for name in self.windows)
             options = {"distance": distance_of_plan, "texts": texts, "tokens": self.config.tokens}
             plan = double(self.L, doubled, options)
             name = "plan.json" if len(self.config.grow_to) == 1 else f"plan-{depth}.json"
