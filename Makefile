@@ -18,13 +18,15 @@ FIND_NEWEST = for v in 3.13 3.12; do \
   done; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-train test test-long test-topologies test-newest fuzz lint clean
+.PHONY: help demo demo-train real test test-long test-topologies test-newest fuzz lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##/\1:/p' $(MAKEFILE_LIST) | awk -F': *' '{ printf "make %-15s %s\n", $$1, $$2 }'
 
-demo: .venv/.runtime  ## grow the base model in the package, prove it, and compare five methods (under 3 minutes)
+demo: .venv/.runtime  ## scan the base model in the package, grow it, prove it, and compare five methods (under 3 minutes)
 	rm -rf out/demo
+	@echo "What each layer of the base is worth, and the best six to run twice:"
+	@$(BIN)/python -m tli_jax.scan --config configs/scan_demo.yaml
 	$(BIN)/python -m tli_jax.upscale --config configs/demo.yaml
 	@echo; echo "Five methods at the same size, before any training:"
 	@$(BIN)/python -m tli_jax.compare --config configs/compare_demo.yaml --steps 0 --seeds 1 --no-baselines --output out/demo/compare
@@ -33,6 +35,9 @@ demo-train: .venv/.runtime  ## grow that model and train its injected layers on 
 	rm -rf out/demo_train
 	$(BIN)/python -m tli_jax.upscale --config configs/demo_train.yaml
 	@$(BIN)/python -m tli_jax.report out/demo_train/run
+
+real: .venv/.runtime  ## fetch a converged Llama of 30 layers, grow it, prove it and scan it (TEXT=FILE; 98 MB, about 10 minutes)
+	$(BIN)/python benchmarks/real_base.py $(if $(TEXT),--text $(TEXT))
 
 test: .venv/.test  ## run the tests, except the long ones
 	$(BIN)/python -m pytest $(PARALLEL) -m "not long and not topologies"

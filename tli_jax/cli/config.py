@@ -1,7 +1,7 @@
 """Configurations of prepare, evaluate, generate and compare. Every field is a key and a flag (see ``cli.parse``)."""
 
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 from pydantic.dataclasses import dataclass
@@ -19,12 +19,16 @@ from tli_jax.cli.keys import (
     PROCESS,
     REVISION,
     SAMPLING,
+    SCAN,
     TASKS,
 )
 from tli_jax.cli.train_config import Reading, Recipe, TextConfig, TrainConfig
 from tli_jax.cli.values import (
     Amount,
     Contenders,
+    Degrees,
+    FloatType,
+    Layers,
     NotNegative,
     Only,
     Paths,
@@ -33,8 +37,12 @@ from tli_jax.cli.values import (
     Seeds,
     Sources,
     Text,
+    Window,
+    Words,
+    all_of,
     option,
 )
+from tli_jax.growth.doubling import BLOCKS, DOUBLINGS
 
 
 @dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
@@ -131,3 +139,30 @@ class CompareConfig(Recipe):
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         values["steps"] = max(self.steps, 1)
         return TrainConfig(**values)
+
+
+# What a scan can measure: each layer left out, doubled in five ways, and each block of layers run twice in two ways.
+SCANNED = ("bypass", *DOUBLINGS, *BLOCKS)
+Scanned = Annotated[Words, all_of(SCANNED)]
+
+
+@dataclass(frozen=True, config=pydantic.ConfigDict(extra="forbid"))
+class ScanConfig:
+    """Configuration of ``tli-jax scan``: what each layer is worth, and what doubling it costs."""
+
+    model: PathText = option("", "the base: folder, Hub id, or 'embedded'", IO, shown="required")
+    revision: str | None = option(None, REVISION, IO)
+    text: PathText = option("", "held-out UTF-8 text, or 'embedded'", IO, shown="required")
+    old_text: PathText | None = option(None, "a second text, such as the base's own domain, or 'embedded'", IO)
+    output: PathText = option("", "folder for the results; an interrupted scan resumes", IO, shown="required")
+    overwrite: bool = option(False, "start anew if the folder holds a scan of another base, text or dtype", IO)
+    what: Scanned = option(
+        SCANNED, "what to measure, separated by commas; blocks take L(L+1)/2 plans each", SCAN, choices=SCANNED
+    )
+    grow_to: Layers = option((), "search the best plans with these numbers of layers, e.g. 36,42", SCAN)
+    tokens: Positive = option(1024, "tokens of each text, from its start", SCAN)
+    window: Window = option(512, "tokens per sequence", SCAN)
+    dtype: FloatType = option("float32", "dtype of weights and activations", DEVICES)
+    mesh: Degrees = option(
+        {}, "devices along each axis, e.g. data=2,fsdp=4; -1 takes the rest", DEVICES, shown="fsdp=-1"
+    )

@@ -6,7 +6,7 @@ import pydantic
 from pydantic.dataclasses import dataclass
 
 from tli_jax.cli.keys import EXPERTS, GROWTH
-from tli_jax.cli.values import Layers, Number, Text, Whole, one_of, option
+from tli_jax.cli.values import Layers, Number, PathText, Text, Whole, one_of, option
 from tli_jax.growth.experts import UPCYCLES
 from tli_jax.growth.methods import METHODS
 from tli_jax.growth.rows import INITS
@@ -27,6 +27,14 @@ class GrowthOptions:
         None, "tli: factor on the residual outputs, with init scaled, noise, random, transport or predictor", GROWTH
     )
     after: Layers | None = option(None, "inject after these base layers instead, e.g. 3,7,11", GROWTH)
+    positions: Literal["even", "inner", "measured"] = option(
+        "even",
+        "where to inject: as the method does, evenly without the first two layers and the last (for initialisers that"
+        " are not exact), or where a scan measured the smallest cost",
+        GROWTH,
+    )
+    scan: PathText | None = option(None, "scan.json of tli-jax scan, for positions measured and for warnings", GROWTH)
+    plan: PathText | None = option(None, "plan.json of tli-jax scan, instead of a method", GROWTH)
     remainder: Literal["allow", "error"] | None = option(
         None, "tli: allow a number of layers that is not a multiple of K, or refuse it", GROWTH, shown="allow"
     )

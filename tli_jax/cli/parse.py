@@ -166,7 +166,7 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     if _choices(field):
         return "NAME"
     names = {
-        **dict.fromkeys(("model", "output", "run", "export", "compare_to"), "PATH"),
+        **dict.fromkeys(("model", "output", "run", "export", "compare_to", "scan", "plan"), "PATH"),
         **dict.fromkeys(("text", "validation_text", "old_text", "tasks"), "PATHS"),
         **dict.fromkeys(("mesh", "adam", "dtypes", "auxiliary"), "NAME=VALUE,…"),
         **dict.fromkeys(("learning_rate", "warmup"), "VALUE"),

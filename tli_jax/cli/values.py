@@ -109,6 +109,20 @@ def one_of(choices: Collection[str]) -> pydantic.AfterValidator:
     return pydantic.AfterValidator(check)
 
 
+def all_of(choices: Collection[str]) -> pydantic.AfterValidator:
+    """A validator for several of a list of words, each only once."""
+
+    def check(words: tuple[str, ...]) -> tuple[str, ...]:
+        for word in words:
+            if word not in choices:
+                raise ValueError(f"must be some of {', '.join(choices)}{nearest(word, choices)}")
+        if not words or len(set(words)) != len(words):
+            raise ValueError("must name at least one, and each only once")
+        return words
+
+    return pydantic.AfterValidator(check)
+
+
 # Larger counts do not fit the arrays and random seeds that hold them.
 _LARGEST = 2**31 - 1
 
@@ -118,7 +132,9 @@ Layers = Annotated[tuple[Whole, ...], pydantic.BeforeValidator(_split)]
 Text = Annotated[str, pydantic.BeforeValidator(_text)]
 PathText = Annotated[str, pydantic.BeforeValidator(_text), pydantic.AfterValidator(_expand_home)]
 Paths = Annotated[tuple[PathText, ...], pydantic.BeforeValidator(_split_paths)]
+Words = Annotated[tuple[str, ...], pydantic.BeforeValidator(_split)]
 Positive = Annotated[Whole, pydantic.Field(ge=1)]
+Window = Annotated[Whole, pydantic.Field(ge=2)]
 BatchSize = Annotated[Positive, pydantic.Field(le=2**20)]  # the host allocates a batch before anything can refuse it
 Seeds = Annotated[Positive, pydantic.Field(le=1000)]
 NotNegative = Annotated[Whole, pydantic.Field(ge=0)]

@@ -25,12 +25,11 @@ from tli_jax.data.embedded import held_out_modules
 from tli_jax.errors import OutputError, UsageError
 from tli_jax.evaluation.tasks import open_tasks
 from tli_jax.hf import hub, sidecar
-from tli_jax.hf.checkpoint import open_checkpoint
+from tli_jax.hf.checkpoint import model_digest, open_checkpoint
 from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.models.config import LlamaConfig
 from tli_jax.reporting.results import BASE, OLD_LAYERS
-from tli_jax.training.run_identity import model_digest
 from tli_jax.training.text import open_text, replace_embedded, sequence_length
 
 if TYPE_CHECKING:

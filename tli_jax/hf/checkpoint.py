@@ -1,6 +1,7 @@
 """Open the Hugging Face folder of a Llama or Mixtral: check everything that can be checked without its weights."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +14,12 @@ from tli_jax.errors import DataError, MissingInputError
 from tli_jax.hf.headers import check_names, read_folder, strip_prefix
 from tli_jax.hf.inputs import inside, read_json
 from tli_jax.hf.records import read_growth, read_trainings
-from tli_jax.hf.tensors import Tensor, common_dtype, same_bytes
+from tli_jax.hf.tensors import Tensor, common_dtype, read_chunks, same_bytes
 from tli_jax.models.config import LlamaConfig
 
 # Buffers that old checkpoints store; the model computes them.
 _BUFFERS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+_SAMPLE = 4096  # bytes of each tensor that model_digest reads
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -245,3 +247,12 @@ def check_unchanged(checkpoint: Checkpoint) -> None:
     for file, stamp in checkpoint.stamps.items():
         if not file.is_file() or _stamp(file) != stamp:
             raise DataError(f"{file}: changed while it was read: run the command again when nothing writes to it")
+
+
+def model_digest(checkpoint: Checkpoint) -> str:
+    """Hash the configuration, the plan, and the name, dtype, shape and first bytes of every tensor."""
+    digest = hashlib.sha256(json.dumps([checkpoint.raw, checkpoint.growth], sort_keys=True).encode())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
+        digest.update(next(read_chunks(tensor, _SAMPLE)))
+    return digest.hexdigest()

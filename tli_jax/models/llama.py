@@ -138,10 +138,19 @@ class Block(nnx.Module):
 
         return around(after)(self, x_BTD, rope.attend(*around(before)(self, x_BTD)))
 
-    def _feed_forward(self, x_BTD: jax.Array, dispatch: ExpertDispatch) -> tuple[jax.Array, jax.Array | None]:
+    def run_scaled(
+        self, x_BTD: jax.Array, scale: jax.Array, *, rope: Rope, dispatch: ExpertDispatch = every_expert
+    ) -> jax.Array:
+        """``__call__`` without a cache, with both residual outputs times ``scale``, a scalar in the dtype of x."""
+        x_BTD = x_BTD + scale * self.self_attn(self.input_layernorm(x_BTD), rope=rope)[0]
+        return self._feed_forward(x_BTD, dispatch, scale)[0]
+
+    def _feed_forward(
+        self, x_BTD: jax.Array, dispatch: ExpertDispatch, scale: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         normed = self.post_attention_layernorm(x_BTD)
         out, balance_loss = self.block_sparse_moe(normed, dispatch) if self.has_experts else (self.mlp(normed), None)
-        return x_BTD + out, balance_loss
+        return x_BTD + (out if scale is None else scale * out), balance_loss
 
 
 class Llama(nnx.Module):

@@ -2,22 +2,19 @@
 
 import importlib.util
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tli_jax.cli.console import printable
 from tli_jax.errors import UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.reporting import comparison
 from tli_jax.reporting.curves import GREY, Curve, loss_curves, loss_range
+from tli_jax.reporting.html import figure_html, render
 from tli_jax.reporting.layer_map import draw_svg
 from tli_jax.reporting.results import RANDOM, TRAINED, UNKNOWN, by_only, first_of_each
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-_GRID = "rgba(138,143,152,0.25)"
 
 
 def require_libraries() -> None:
@@ -47,13 +44,8 @@ def write_report(results: Mapping[str, Any], config: str, folder: Path) -> None:
 
 def make_page(results: Mapping[str, Any], config: str) -> str:
     """The HTML of the page."""
-    import jinja2
     from plotly.offline import get_plotlyjs
 
-    template = (resources.files("tli_jax.reporting") / "page.html.jinja").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, finalize=_escape_unprintable
-    )
     tables, tasks, charts, contributions = [], [], [], []
     for only, rows in by_only(results).items():
         filled = [comparison.cells(row) for row in rows]
@@ -63,13 +55,14 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
             tasks.append((TRAINED[only], rows))
         if only is not None:
             curves = loss_curves(results, only)
-            charts.append((TRAINED[only], curves, _html(_plot_curves(curves, loss_range(results, curves)))))
+            charts.append((TRAINED[only], curves, figure_html(_plot_curves(curves, loss_range(results, curves)))))
             if measured := [row for row in rows if row["contributions"]]:
                 width = 140 + 64 * max(len(row["contributions"]) for row in measured)
-                contributions.append((TRAINED[only], _html(_plot_contributions(measured)), width))
+                contributions.append((TRAINED[only], figure_html(_plot_contributions(measured)), width))
     grown = [start for start in first_of_each(results["starts"]) if start["plan"]]
     plans = {start["name"]: Plan.from_json(start["plan"]) for start in grown}
-    return environment.from_string(template).render(
+    return render(
+        "page.html.jinja",
         results=results,
         model=Path(results["config"]["model"]).name,
         headings=comparison.HEADINGS,
@@ -88,28 +81,6 @@ def make_page(results: Mapping[str, Any], config: str) -> str:
         config=config,
         script=get_plotlyjs() if charts else "",
     )
-
-
-def _escape_unprintable(value: Any) -> Any:
-    """Escape unprintable characters in the text of a record. HTML that this package made stays as it is."""
-    if not isinstance(value, str) or hasattr(value, "__html__"):
-        return value
-    return "\n".join(map(printable, value.split("\n")))
-
-
-def _html(figure: "Figure") -> str:
-    figure.update_layout(
-        # Grey on a transparent background is readable on light and dark pages.
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": GREY, "size": 12},
-        margin={"l": 60, "r": 10, "t": 10, "b": 50},
-        showlegend=False,
-    )
-    figure.update_xaxes(gridcolor=_GRID, zeroline=False)
-    figure.update_yaxes(gridcolor=_GRID, zeroline=False)
-    config = {"responsive": True, "displayModeBar": False}
-    return figure.to_html(full_html=False, include_plotlyjs=False, config=config, default_width="100%")
 
 
 def _plot_curves(curves: list[Curve], limits: tuple[float, float]) -> "Figure":

@@ -1,7 +1,5 @@
-"""``run.json`` and the digests that identify a run: its model, its files and its configuration."""
+"""``run.json`` and the digests of the files that belong to a run."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,17 +7,14 @@ from typing import Any
 
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf import sidecar
-from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.hf.files import sha256_file
 from tli_jax.hf.inputs import parse_json
-from tli_jax.hf.tensors import read_chunks
 
 # The keys of run.json and their types. In the mappings, every value is a string.
 _MAPPINGS = {"files", "dtypes", "versions"}
 _KEYS = {"id": str, "model": str, "data": str, "sources": list, "base": dict, "earlier": list, "config": dict}
 _KEYS |= dict.fromkeys(_MAPPINGS, dict)
 _COVERED = re.compile(r"growth\.json|model(/(?!\.\.?(/|$))[^/\\\0]+)+")
-_SAMPLE = 4096  # bytes of each tensor that model_digest reads
 
 
 def parse_facts(content: bytes, where: str) -> dict[str, Any]:
@@ -65,12 +60,3 @@ def _covered(folder: Path) -> list[str]:
     # Hidden files belong to a file system or an editor.
     model = [file for file in (folder / "model").rglob("*") if not file.is_dir() and not file.name.startswith(".")]
     return sorted(str(file.relative_to(folder)) for file in [*model, *folder.glob("growth.json")])
-
-
-def model_digest(checkpoint: Checkpoint) -> str:
-    """Hash the configuration, the plan, and the name, dtype, shape and first bytes of every tensor."""
-    digest = hashlib.sha256(json.dumps([checkpoint.raw, checkpoint.growth], sort_keys=True).encode())
-    for name, tensor in sorted(checkpoint.tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode())
-        digest.update(next(read_chunks(tensor, _SAMPLE)))
-    return digest.hexdigest()

@@ -11,13 +11,12 @@ from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.growth.plan import Plan
 from tli_jax.hf import hub
-from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
+from tli_jax.hf.checkpoint import Checkpoint, model_digest, open_checkpoint
 from tli_jax.hf.grown_checkpoint import grow_checkpoint
 from tli_jax.hf.inputs import read_json
 from tli_jax.models.config import LlamaConfig
 from tli_jax.training.record import describe_training
 from tli_jax.training.run_directory import RunDirectory
-from tli_jax.training.run_identity import model_digest
 from tli_jax.upscaling.loading import grow_while_loading
 
 

@@ -12,13 +12,12 @@ from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed import processes
 from tli_jax.errors import MissingInputError, UsageError
 from tli_jax.hf import sidecar
-from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.hf.checkpoint import Checkpoint, model_digest
 from tli_jax.hf.grown_checkpoint import GrownCheckpoint
 from tli_jax.hf.tokenizer import open_tokenizer
 from tli_jax.training.metrics import Metrics, read_metrics
 from tli_jax.training.record import describe_base, describe_training
 from tli_jax.training.run_directory import RunDirectory, lock_directory
-from tli_jax.training.run_identity import model_digest
 from tli_jax.training.start import open_start
 from tli_jax.training.text import open_text
 from tli_jax.upscaling.record import unconverged

@@ -29,6 +29,7 @@ from tli_jax.hf.write import write_model
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.shapes import check_shape
 from tli_jax.upscaling.options import make_plan, needs_importance
+from tli_jax.upscaling.positions import find_harm
 from tli_jax.upscaling.record import describe_growth, unconverged
 
 
@@ -79,6 +80,8 @@ def prepare(config: UpscaleConfig) -> Job:
         make_plan(config, base, [0.0] * base.config.num_hidden_layers)  # finds wrong options before the long part
         importance = _measure_importance(config, base, tokenizer)
     plan = make_plan(config, base, importance)
+    if (harm := find_harm(config, plan)) is not None:
+        warn(harm)
     facts: dict[str, Any] = {}
     shards = split_shards(grown_tensors(base, plan, facts), max_shard_bytes)
     return Job(config, base, tokenizer, plan, shards, describe(base, plan, shards), facts)

@@ -11,6 +11,7 @@ from tli_jax.growth.experts import Experts
 from tli_jax.growth.methods import METHODS
 from tli_jax.growth.plan import Plan
 from tli_jax.hf.checkpoint import Checkpoint
+from tli_jax.upscaling.positions import choose_positions, read_plan
 
 _OPTIONS = ("every", "init", "scale", "after", "remainder", "drop", "groups", "copies", "times", "layers")
 _OPTIONS += ("seed", "noise_ratio", "block", "count")
@@ -28,7 +29,11 @@ def make_plan(config: GrowthOptions, base: Checkpoint, importance: Sequence[floa
     method = METHODS[config.method]
     parameters = inspect.signature(method).parameters
     given = {name: getattr(config, name) for name in _OPTIONS if getattr(config, name) is not None}
-    experts = _make_experts(config, base)
+    layers, experts = base.config.num_hidden_layers, _make_experts(config, base)
+    if config.plan is not None:
+        if given:
+            raise UsageError(f"plan {config.plan} sets every layer, remove {', '.join(given)}")
+        return _continue(base, dataclasses.replace(read_plan(config.plan, layers), experts=experts))
     if experts is not None:
         # Seed and noise belong to the experts, unless the method has random weights too.
         given = {k: value for k, value in given.items() if k in parameters or k not in ("seed", "noise_ratio")}
@@ -44,7 +49,15 @@ def make_plan(config: GrowthOptions, base: Checkpoint, importance: Sequence[floa
         given["std"] = base.config.initializer_range
     if needs_importance(config):
         given["importance"] = importance
-    plan = dataclasses.replace(method(base.config.num_hidden_layers, **given), experts=experts)
+    if config.positions != "even" and config.after is None:
+        if "after" not in parameters or config.method == "adept":
+            raise UsageError(f"positions {config.positions}: method {config.method} has no positions to choose")
+        given["after"] = choose_positions(config, method, layers, given)
+    return _continue(base, dataclasses.replace(method(layers, **given), experts=experts))
+
+
+def _continue(base: Checkpoint, plan: Plan) -> Plan:
+    """Append the plan to the history of its base."""
     if base.growth is None:
         return plan
     return plan.continues(Plan.from_json(base.growth, str(base.folder / "growth.json")))
@@ -67,4 +80,4 @@ def _make_experts(config: GrowthOptions, base: Checkpoint) -> Experts | None:
 
 def needs_importance(config: GrowthOptions) -> bool:
     """Whether the plan depends on the weights."""
-    return config.method == "adept" and config.after is None
+    return config.method == "adept" and config.after is None and config.plan is None
