@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "train.py"
 
 
@@ -23,6 +25,7 @@ def rows(text):
     return {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| tiny")}
 
 
+@pytest.mark.long
 def test_contenders_in_turns(compiled, tmp_path):
     text = tmp_path / "한국어.txt"
     text.write_text("바이트가 곧 토큰이다. " * 20)

@@ -35,6 +35,7 @@ def steps(folder):
     return [json.loads(line)["step"] for line in file.read_text().splitlines()] if file.exists() else []
 
 
+@pytest.mark.long
 def test_local_trains_with_two_processes_stops_and_resumes(work):
     call = [LAUNCH / "local.sh", "--config", work / "train.yaml", "--processes", "2", "--"]
     first = subprocess.Popen(

@@ -139,7 +139,8 @@ class _Scan:
         for depth in self.config.grow_to:
             chosen, distance_of_plan = found[depth - self.L]
             doubled = {layer: best[layer] for layer in chosen}
-            texts = ", ".join(getattr(self.config, name) for name in self.windows)
+            # Names alone: the plan becomes part of a model that others may read.
+            texts = ", ".join(Path(getattr(self.config, name)).name for name in self.windows)
             options = {"distance": distance_of_plan, "texts": texts, "tokens": self.config.tokens}
             plan = double(self.L, doubled, options)
             name = "plan.json" if len(self.config.grow_to) == 1 else f"plan-{depth}.json"
