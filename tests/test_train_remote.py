@@ -289,14 +289,17 @@ def test_a_supervised_process_opens_object_storage(storage, start, tmp_path):
 @needs_gcsfs
 @pytest.mark.long
 def test_several_machines_train_and_others_resume(storage, start, tmp_path):
-    """Two machines, of which one is killed; two others resume. No machine sees the files of another."""
+    """Two machines, of which one is killed; four others, told to stop; then two. None sees the files of another."""
     environment, objects = storage
     run, flags = "gs://bucket/several", options(start, start / "grown")
     killed = machines(environment, tmp_path, ("a", "b"), 13, *flags, "--run", run, script=("-c", KILLED))
     assert killed == ([137, 69], [["error: the process was killed by SIGKILL"], [f"error: {processes.LOST}"]])
     assert [step for step, *_ in losses(under(objects, "several")["metrics.jsonl"])] == list(range(1, 11))
-    assert machines(environment, tmp_path, ("c", "d"), "--run", run) == ([0, 0], [[], []])
-    command({**environment, "XDG_CACHE_HOME": tmp_path / "e"}, *flags, "--run", tmp_path / "run")
+    stopped = ("-c", KILLED.replace("SIGKILL", "SIGTERM"))
+    codes, errors = machines(environment, tmp_path, ("c", "d", "e", "f"), 12, "--run", run, script=stopped)
+    assert codes == [75] * 4 and len({error for (error,) in errors}) == 1, errors
+    assert machines(environment, tmp_path, ("g", "h"), "--run", run) == ([0, 0], [[], []])
+    command({**environment, "XDG_CACHE_HOME": tmp_path / "i"}, *flags, "--run", tmp_path / "run")
     together, alone = (
         np.array(losses(lines))[:, :2].astype(float)
         for lines in (under(objects, "several")["metrics.jsonl"], (tmp_path / "run" / "metrics.jsonl").read_text())
