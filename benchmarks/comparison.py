@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from tli_jax.comparison.statistics import judge
 from tli_jax.reporting import comparison
-from tli_jax.reporting.results import TRAINED
+from tli_jax.reporting.results import TRAINED, UNKNOWN
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "final", "to_rival", "old", "accuracy")
@@ -32,7 +33,10 @@ def keep(output: Path, name: str) -> None:
 
 
 def read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"compare_{name}.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / f"compare_{name}.json").read_text(encoding="utf-8"))
+    for start in results["starts"]:
+        start.setdefault("tasks", {})  # comparisons before there were tasks
+    return results | {"claims": judge(results, results["summary"])}  # by the statistics of today
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -57,7 +61,7 @@ def claims(results: dict[str, Any]) -> str:
         [claim, row["tli"], row["verdict"], row["numbers"]]
         for claim, found in comparison.claims_by_kind(results).items()
         for row in found
-        if row["tli"] in CLAIMANTS
+        if row["tli"] in CLAIMANTS and row["verdict"] != UNKNOWN
     ]
     return table(["claim", "", "here", ""], rows)
 

@@ -33,8 +33,8 @@ def run(name: str, only: str, seed: int, losses: list[float], old: float, **othe
 
 @pytest.fixture
 def results(tmp_path: Path) -> dict[str, Any]:
-    """A base of 4 layers, tli and dus of 6, a mixture of experts that is not trained; three seeds."""
-    config = {"only": ["all"], "seed": 0, "seeds": 3, "baselines": True, "output": str(tmp_path), "steps": 2}
+    """A base of 4 layers, tli and dus of 6, a mixture of experts that is not trained; five seeds."""
+    config = {"only": ["all"], "seed": 0, "seeds": 5, "baselines": True, "output": str(tmp_path), "steps": 2}
     config["tasks"] = ["lines.jsonl"]
     starts = [start("base", None, 3.0, 2.0), start("tli:identity", "tli", 3.0, 2.0, tli(4, every=2))]
     starts += [
@@ -42,9 +42,9 @@ def results(tmp_path: Path) -> dict[str, Any]:
         start("moe", "moe", 3.1, 2.1),
         start("moe", "moe", 2.9, 2.1, seed=1),
     ]
-    starts += [start("moe", "moe", 3.0, 2.0, seed=2)]
+    starts += [start("moe", "moe", 3.0, 2.0, seed=seed) for seed in (2, 3, 4)]
     runs = []
-    for seed in range(3):
+    for seed in range(5):
         runs.append(run("base", "all", seed, [3.0, 2.6, 2.50 + seed / 100], 2.3))
         runs.append(run("tli:identity", "all", seed, [3.0, 2.5, 2.40 + seed / 100], 2.2))
         runs.append(run("dus", "all", seed, [3.5, 2.8, 2.45 + seed / 50], 2.5))

@@ -11,6 +11,7 @@ from tli_jax.reporting.results import (
     FAILS,
     HOLDS,
     TRAINED,
+    UNDECIDED,
     UNKNOWN,
     by_only,
     final_loss,
@@ -121,12 +122,13 @@ def claims_by_kind(results: Mapping[str, Any]) -> dict[str, list[Mapping[str, An
 def describe(results: Mapping[str, Any]) -> list[str]:
     """The lines below the tables: how to read them, the claims, and which methods were left out."""
     lines = [
-        "* best of its column; ≈ indistinguishable from the best with these seeds; losses in nats per token, ± standard"
-        " deviation over seeds"
+        "* best of its column; ≈ indistinguishable from the best with these seeds; fewer than five seeds decide nothing"
+        " that depends on a seed; losses in nats per token, ± standard deviation over seeds"
     ]
     not_measured = []
     for claim, rows in claims_by_kind(results).items():
-        names = {kind: [row["tli"] for row in rows if row["verdict"] == kind] for kind in (HOLDS, FAILS, UNKNOWN)}
+        kinds = (HOLDS, FAILS, UNDECIDED, UNKNOWN)
+        names = {kind: [row["tli"] for row in rows if row["verdict"] == kind] for kind in kinds}
         if len(names[UNKNOWN]) == len(rows):
             not_measured.append(claim)
         else:

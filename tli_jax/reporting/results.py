@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 BASE, OLD_LAYERS, RANDOM = BASELINES = ("base", "old_layers", "random")
-HOLDS, FAILS, UNKNOWN = "holds", "does not hold here", "not measured"
+HOLDS, FAILS, UNDECIDED, UNKNOWN = "holds", "does not hold here", "not decided", "not measured"
 # Values of ``only``: which layers a run trains.
 TRAINED = {None: "before training", "all": "all layers trained", "injected": "only injected layers trained"}
 
@@ -54,6 +54,6 @@ def signed(value: float) -> str:
 
 
 def signed_with_error(difference: Mapping[str, Any]) -> str:
-    """A mean difference and twice its standard error."""
+    """A mean difference and half of its 95 % confidence interval."""
     error = f" ± {difference['error']:.4f}" if difference["error"] else ""
     return f"{signed(difference['mean'])}{error}"
