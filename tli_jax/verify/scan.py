@@ -166,7 +166,7 @@ class Scanner:
         return float(_loss(self.config, self.options, self.params, x_BTD, self.tokens_BT))
 
     def _keep(self, kept: dict[int, jax.Array], depth: int, x_BTD: jax.Array) -> None:
-        """Keep hidden states, and drop every second one if they are too many: what is dropped is computed again."""
+        """Keep hidden states, and drop every second one if they are too many: what is dropped is recomputed."""
         kept[depth] = x_BTD
         if len(kept) > self.max_kept + 1:
             for other in sorted(kept)[1::2]:
