@@ -10,6 +10,8 @@ from tli_jax.distributed import topology
 from tli_jax.errors import UsageError
 from tli_jax.growth.rows import HOST_INITS
 
+_ON_PAPER = "programs for a GPU compile on a GPU only"
+
 
 def check_growth(context: Context) -> Result:
     from tli_jax.distributed.mesh import make_mesh
@@ -20,7 +22,7 @@ def check_growth(context: Context) -> Result:
     if on_host:
         raise NotCheckedError(f"init {', '.join(on_host)} runs on the host, from file to file")
     if context.is_on_paper:
-        raise NotCheckedError("programs for a GPU compile on a GPU only")
+        raise NotCheckedError(_ON_PAPER)
     mesh = context.trainer.mesh if context.trainer is not None else make_mesh({}, context.devices())
     return _judge(context, compile_growth(base.config, plan, mesh), mesh, "try a larger slice")
 
@@ -40,8 +42,7 @@ def check_step(context: Context) -> Result:
     more = {"on_paper": estimate, "remat": trainer.config.remat}
     text, facts = _judge(context, program, trainer.mesh, memory.hints(trainer, context.T), more)
     text = f"remat {trainer.config.remat}, {text}"
-    terms = {name: memory.gib(nbytes) for name, nbytes in estimate.items() if name != "peak"}
-    return f"{text}; estimated {memory.gib(estimate['peak'])}: {join(terms)}", facts
+    return f"{text}; estimated {memory.gib(estimate['peak'])}: {_terms(estimate)}", facts
 
 
 def _estimate_step(context: Context, limit: float) -> Result:
@@ -64,9 +65,14 @@ def _estimate_step(context: Context, limit: float) -> Result:
         hints = memory.hints(trainer, context.T)
         message = f"does not fit, on paper: needs {memory.gib(estimate['peak'])} of {memory.gib(limit)}; {hints}"
         raise DoesNotFitError(message, facts)
-    terms = {name: memory.gib(nbytes) for name, nbytes in estimate.items() if name != "peak"}
     text = f"remat {remat}, estimated peak {memory.gib(estimate['peak'])} of {memory.gib(limit)} per"
-    return f"{text} device: {join(terms)}; not compiled, because programs for a GPU compile on a GPU only", facts
+    return f"{text} device: {_terms(estimate)}; not compiled, because {_ON_PAPER}", facts
+
+
+def _terms(estimate: dict[str, float]) -> str:
+    from tli_jax.training.memory import gib
+
+    return join({name: gib(nbytes) for name, nbytes in estimate.items() if name != "peak"})
 
 
 def search(context: Context) -> Result:
@@ -75,7 +81,7 @@ def search(context: Context) -> Result:
     from tli_jax.training import memory
 
     if context.is_on_paper:
-        raise NotCheckedError("programs for a GPU compile on a GPU only")
+        raise NotCheckedError(_ON_PAPER)
     trainer, screen = require(context.trainer, "a mesh"), console(is_stderr=True)
     limit = _memory_limit(context, trainer.mesh)
     best = memory.search(

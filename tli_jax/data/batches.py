@@ -1,9 +1,7 @@
 """Batches in an order that depends on seed and step alone, not on processes, threads or restarts."""
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -14,6 +12,7 @@ import numpy as np
 
 from tli_jax.cli.train_config import Reading, Recipe
 from tli_jax.data.formats import need
+from tli_jax.data.shards import sha256_json
 from tli_jax.data.stream import Stream, open_stream
 from tli_jax.data.tokenization import Rules
 from tli_jax.errors import DataError, UsageError
@@ -235,7 +234,7 @@ def open_data(
         "validation": [stream.digest for stream in validation_streams],
     }
     return Data(
-        digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        digest=sha256_json(content),
         sources=tuple(stream.digest for stream in streams),
         tokens=sum(len(stream) for stream in train_streams),
         notes=tuple(note for stream in streams for note in stream.notes),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from tli_jax.distributed.mesh import AXES, param_sharding
+from tli_jax.distributed.mesh import AXES, axes_by_dim, param_sharding
 
 
 def map_matrices(mesh: Mesh, dims: Sequence[str], f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def map_matrices(mesh: Mesh, dims: Sequence[str], f: Callable[[jax.Array], jax.A
         f: ``[N, out, in] -> [N, out, in]``, on each matrix separately.
     """
     spec = param_sharding(mesh, dims).spec
-    axes = [(part,) if isinstance(part, str) else tuple(part or ()) for part in spec]
+    axes = axes_by_dim(spec)
     split = [(axis, dim) for dim in (1, 2) for axis in axes[dim - 3]]  # in the order of their shards
     copies = tuple(axis for axis in AXES if mesh.shape[axis] > 1 and not any(axis in part for part in axes))
     degree = math.prod(mesh.shape[axis] for axis, _ in split) * math.prod(mesh.shape[axis] for axis in copies)

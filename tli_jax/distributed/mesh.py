@@ -54,9 +54,9 @@ def make_mesh(degrees: Mapping[Any, int], devices: Sequence[Any] | None = None) 
     if math.prod(shape) != len(devices):
         raise UsageError(f"mesh: {product} does not give the {len(devices)} devices of this run: change mesh")
     split = {"allow_split_physical_axes": True}  # else JAX refuses some shapes that are merely slower
-    across = across_slices(shape, slices)
-    inner = [size // degree for size, degree in zip(shape, across, strict=True)]
     if slices > 1:
+        across = across_slices(shape, slices)
+        inner = [size // degree for size, degree in zip(shape, across, strict=True)]
         grid = mesh_utils.create_hybrid_device_mesh(inner, across, devices=devices, **split)
     else:
         grid = mesh_utils.create_device_mesh(shape, devices=devices, **split)
@@ -120,6 +120,11 @@ def check_fits(mesh: Mesh, sizes: Mapping[str, int], batch: int) -> None:
     for name, size, axis, degree in checks:
         if size % degree:
             raise UsageError(f"mesh: {name} {size} is not divisible by {axis} = {degree}: change mesh or {name}")
+
+
+def axes_by_dim(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """Return the mesh axes of each dim that a spec names."""
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
 
 
 def batch_degree(mesh: Mesh) -> int:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tli_jax.distributed.mesh import axes_by_dim
+
 
 @dataclasses.dataclass(frozen=True)
 class Spread:
@@ -35,7 +37,7 @@ class Spread:
         The rows are spread over the last two in this order. So XLA can all-gather over the replicated axes, and then
         move those of later dims with an all-to-all, in memory of two shards. Otherwise, it would all-gather the array.
         """
-        dims = [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in self.sharding.spec]
+        dims = axes_by_dim(self.sharding.spec)
         dims += [()] * (len(self.shape) - len(dims))
         named = [axis for axes in dims for axis in axes]
         replicated = [axis for axis in self.sharding.mesh.axis_names if axis not in named]

@@ -80,7 +80,8 @@ class _Scan:
     def __init__(self, config: ScanConfig, base: Checkpoint, windows: Mapping[str, np.ndarray], output: Path):
         self.config, self.base, self.windows, self.output = config, base, windows, output
         self.L = base.config.num_hidden_layers
-        identity = {"version": 1, "model": model_digest(base), "dtype": config.dtype}
+        self.digest = model_digest(base)
+        identity = {"version": 1, "model": self.digest, "dtype": config.dtype}
         identity |= {name: hashlib.sha256(rows.tobytes()).hexdigest() for name, rows in windows.items()}
         model, params = load_hf(base.folder, config.dtype, _shardings(config, base.config))
         self.scanners = {name: Scanner(model, params, rows) for name, rows in windows.items()}
@@ -99,7 +100,7 @@ class _Scan:
         result = {
             "version": 1,
             "model": self.config.model,
-            "base": {"layers": self.L, "digest": model_digest(self.base)},
+            "base": {"layers": self.L, "digest": self.digest},
             "dtype": self.config.dtype,
             "window": self.config.window,
             "texts": {
