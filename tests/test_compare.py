@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from tli_jax.cli.config import CompareConfig
@@ -103,10 +104,8 @@ def test_initial_losses_are_those_of_the_guarantees(done) -> None:
     assert new["tli:identity", 0] == new["base", 0] == results["base"]["new"]
     assert new["moe", 0] == pytest.approx(new["base", 0], abs=1e-5)
     assert new["random", 0] != new["random", 1]
-    # The first point of a curve is the same loss, computed by another program.
-    for run in results["runs"]:
-        found = new.get((run["name"], run["seed"]), new[run["name"], 0])
-        assert run["curve"][0][1] == pytest.approx(found, abs=1e-5)
+    for run in results["runs"]:  # a start is measured once, not by every run
+        assert run["curve"][0][1] == new.get((run["name"], run["seed"]), new[run["name"], 0])
 
 
 def test_contribution_is_the_loss_without_the_layer(done) -> None:
@@ -127,7 +126,7 @@ def test_contribution_is_the_loss_without_the_layer(done) -> None:
     windows = (len(ids) - 1) // 16
     held_out = round(windows * 0.05)
     rows = np.stack([ids[i * 16 : i * 16 + 17] for i in range(windows - held_out, windows)]).astype(np.int32)
-    count = min(held_out, 8)  # one batch: a quarter of the four validation batches
+    count = min(held_out, 8)  # one batch: three of them are as many tokens as the run trained on
     rows = rows[[i * held_out // count for i in range(count)]]
 
     def loss(skipped: int | None) -> float:
@@ -141,6 +140,34 @@ def test_contribution_is_the_loss_without_the_layer(done) -> None:
 
     for layer in (2, 5):
         assert found["contributions"][str(layer)] == pytest.approx(loss(layer) - loss(None), abs=2e-5)
+
+
+def test_validation_reads_no_more_tokens_than_a_run(done) -> None:
+    """Four steps with two validations: two batches each, not the four of the configuration."""
+    results = read(done)
+    assert results["config"]["validation_batches"] == 4 and results["validation_batches"] == 2
+
+
+def test_learning_rate_is_chosen_with_a_seed_of_its_own(start, tmp_path, capsys) -> None:
+    flags = ["--methods", "tli:half,moe", "--only", "all", "--no-baselines", "--seeds", "1", "--no-keep-checkpoints"]
+    flags = call(start, tmp_path / "out", *flags, "--learning-rates", "3e-3,1e-5")
+    assert run_command(main, flags) == 0
+    results = read(tmp_path / "out")
+    assert "at the end of the grid" in capsys.readouterr().out
+    assert [one["name"] for one in results["learning_rates"]] == ["tli:half", "moe"]
+    assert {start["seed"] for start in results["starts"]} == {0}  # that of the trial of moe is not among them
+    for one, run in zip(results["learning_rates"], results["runs"], strict=True):
+        losses = dict(one["losses"])
+        assert list(losses) == [1e-5, 3e-3] and one["rate"] == min(losses, key=lambda rate: losses[rate])
+        assert one["seed"] == 1_000_000 and run["learning_rate"] == one["rate"]
+        assert run["curve"][-1][1] != losses[one["rate"]]  # other data
+        directory = tmp_path / "out" / "runs" / f"{run['name']}-all-0".replace(":", "-")
+        recipe = yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))
+        assert recipe["learning_rate"] == {"all": one["rate"]} and not (directory / "checkpoints").exists()
+    assert {row["name"]: row["learning_rate"] for row in results["summary"]} == {
+        one["name"]: one["rate"] for one in results["learning_rates"]
+    }
+    assert run_command(main, flags) == 0 and numbers(read(tmp_path / "out")) == numbers(results)
 
 
 def test_measurements_are_reused(done, start) -> None:
@@ -216,6 +243,7 @@ def test_at_the_size_of_llama_8b() -> None:
         (["--text", ""], 2, "text is not set"),
         (["--validation-fraction", "0"], 2, "no held-out text"),
         (["--model", "nowhere/at/all"], 66, "nowhere"),
+        (["--learning-rates", "1e-3", "--learning-rate", "1e-3,injected=1e-2"], 2, "remove the groups"),
     ],
 )
 def test_refused(start, tmp_path, capsys, flags, code, message) -> None:

@@ -1,6 +1,10 @@
 """The scan: losses of plans without growing them."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -191,6 +195,32 @@ def test_an_interrupted_scan_resumes(scanned: Path, tmp_path: Path, capsys) -> N
     assert run(*BASE, "--output", tmp_path) == 2
     assert "losses.jsonl: of a scan with another old_text: use another --output, or" in capsys.readouterr().err
     assert run(*BASE, "--output", tmp_path, "--what", "half", "--overwrite") == 0
+
+
+def test_two_processes_scan_together(scanned: Path, tmp_path: Path) -> None:
+    """They give the losses of one process, and resume what process 0 has measured."""
+    lines = (scanned / "losses.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "losses.jsonl").write_text("".join(lines[:-20]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    call = [sys.executable, "-W", "error", "-m", "tli_jax.scan", *map(str, (*BASE, *OPTIONS))]
+    device = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    started = [
+        subprocess.Popen(
+            [*call, "--process", f"{i}/2@{where}", "--output", tmp_path / name], env=device, stdout=subprocess.PIPE
+        )
+        for i, name in enumerate(("first", "second"))
+    ]
+    outputs = [process.communicate()[0].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0]
+    assert "best plans found" in outputs[0] and outputs[1] == "" and not (tmp_path / "second").exists()
+    found, alone = (json.loads((folder / "scan.json").read_text()) for folder in (tmp_path / "first", scanned))
+    for name, costs in alone["costs"].items():
+        for kind, values in costs.items():
+            assert found["costs"][name][kind] == pytest.approx(values, abs=1e-5)
+    assert found["plans"].keys() == alone["plans"].keys()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tli_jax.cli.config import ScanConfig
 from tli_jax.cli.console import console, printable
@@ -25,7 +26,14 @@ def main(arguments: Sequence[str]) -> None:
     config = parse(ScanConfig, PROGRAM, DESCRIPTION, arguments, EXAMPLES)
     from tli_jax.verify.scan_job import run_scan  # here, because it imports JAX
 
-    results = run_scan(config)
+    with processes.joined(config.distributed, config.process):
+        results = run_scan(config)
+        if processes.is_first():
+            report(config, results)
+
+
+def report(config: ScanConfig, results: dict[str, Any]) -> None:
+    """Write the page, and print the tables and what to do next."""
     written = write_scan_report(results, Path(config.output))
     screen = console()
     for table in make_tables(results):

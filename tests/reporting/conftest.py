@@ -27,6 +27,7 @@ def start(name: str, method: str | None, new: float, old: float, plan: Any = Non
 def run(name: str, only: str, seed: int, losses: list[float], old: float, **other: Any) -> dict[str, Any]:
     curve = [[i * TOKENS, loss] for i, loss in enumerate(losses)]
     found = {"name": name, "only": only, "seed": seed, "diverged": None, "curve": curve, "old": old, "seconds": 2.0}
+    found |= {"learning_rate": None}
     measured = {"memory": 1e6, "trained_parameters": 10, "flops_per_token": 3e6, "contributions": {"2": 0.1, "5": -0.1}}
     return found | measured | scored("0111" if name == "tli:identity" else "1000") | other
 

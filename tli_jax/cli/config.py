@@ -1,6 +1,7 @@
 """Configurations of prepare, evaluate, generate and compare. Every field is a key and a flag (see ``cli.parse``)."""
 
 import dataclasses
+import math
 from typing import Annotated, Any
 
 import pydantic
@@ -25,6 +26,7 @@ from tli_jax.cli.keys import (
 from tli_jax.cli.train_config import Reading, Recipe, TextConfig, TrainConfig
 from tli_jax.cli.values import (
     Amount,
+    Amounts,
     Contenders,
     Degrees,
     FloatType,
@@ -120,7 +122,15 @@ class CompareConfig(Recipe):
     every: Positive = option(
         4, "K: every method grows to the size of tli with this K, or the next smaller size it can reach", COMPARISON
     )
-    seeds: Seeds = option(3, "runs per method, each with its own data order and random weights", COMPARISON)
+    seeds: Seeds = option(
+        5, "runs per method, each with its own data order and random weights; fewer than 5 decide nothing", COMPARISON
+    )
+    learning_rates: Amounts = option(
+        (),
+        "peak learning rates to choose from, for each contender by its loss with a seed that is used for nothing else",
+        COMPARISON,
+        shown="learning_rate for all",
+    )
     only: Only = option(("all", "injected"), "trainable layers: all, injected, or both for one run of each", COMPARISON)
     steps: NotNegative = option(1000, "optimizer steps per run; 0 measures the models before training only", OPTIMIZER)
     baselines: bool = option(
@@ -132,12 +142,21 @@ class CompareConfig(Recipe):
         (), "text of the base's own domain, to measure forgetting; or 'embedded' for held-out modules", COMPARISON
     )
     tasks: Paths = option((), TASKS, COMPARISON)
+    keep_checkpoints: bool = option(
+        True, "keep the trained models; otherwise, delete the checkpoints of a run once it is measured", COMPARISON
+    )
 
     @property
     def recipe(self) -> TrainConfig:
-        """The training configuration shared by all runs; keys of a single run are not set."""
+        """The training configuration shared by all runs; keys of a single run are not set.
+
+        Validation during a run reads no more tokens than the run trains on.
+        """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         values["steps"] = max(self.steps, 1)
+        if self.steps:
+            validations = math.ceil(self.steps / self.validate_every)
+            values["validation_batches"] = min(self.validation_batches, max(1, self.steps // validations))
         return TrainConfig(**values)
 
 
@@ -166,3 +185,5 @@ class ScanConfig:
     mesh: Degrees = option(
         {}, "devices along each axis, e.g. data=2,fsdp=4; -1 takes the rest", DEVICES, shown="fsdp=-1"
     )
+    distributed: bool = option(False, DISTRIBUTED, DEVICES)
+    process: str | None = option(None, PROCESS, DEVICES)

@@ -145,6 +145,7 @@ Group = Literal["kept", "injected", "outer"]
 Groups = Literal["all", "kept", "injected", "outer"]
 
 Separator = Annotated[str | None, pydantic.BeforeValidator(_line_breaks)]
+Amounts = Annotated[tuple[Amount, ...], pydantic.BeforeValidator(_split)]
 Rates = Annotated[dict[Groups, Amount], pydantic.BeforeValidator(_by_group)]
 Steps = Annotated[dict[Groups, NotNegative], pydantic.BeforeValidator(_by_group)]
 Adam = Annotated[dict[Literal["b1", "b2", "eps"], Fraction], pydantic.BeforeValidator(_pairs)]

@@ -8,7 +8,8 @@ from typing import Any
 
 from tli_jax.cli.config import CompareConfig
 from tli_jax.cli.yaml_file import plain, to_yaml
-from tli_jax.comparison.runs import train_all
+from tli_jax.comparison.rates import choose_rates
+from tli_jax.comparison.runs import Records, train_all
 from tli_jax.comparison.starts import measure_starts
 from tli_jax.comparison.statistics import analyse
 from tli_jax.comparison.workspace import Workspace, write_json
@@ -18,7 +19,6 @@ from tli_jax.reporting.page import require_libraries, write_report
 from tli_jax.reporting.results import BASE
 from tli_jax.training.run_directory import lock_directory
 
-Records = list[dict[str, Any]]
 _PACKAGES = ("tli_jax", "jax", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -37,6 +37,8 @@ def compare(config: CompareConfig, command: str) -> dict[str, Any]:
     for key in ("model", "output", "text", "methods"):
         if not getattr(config, key):
             raise UsageError(f"{key} is not set, see --help")
+    if config.learning_rates and len(config.learning_rate) > 1:
+        raise UsageError("learning_rates sets one rate for all layers: remove the groups from learning_rate")
     require_libraries()
     output = Path(config.output)
     try:
@@ -46,7 +48,9 @@ def compare(config: CompareConfig, command: str) -> dict[str, Any]:
     with lock_directory(output):
         space = Workspace(config, output)
         _cache_compilations(output / "compiled")
-        results = _collect(space, command, measure_starts(space), train_all(space))
+        starts = measure_starts(space)
+        rates, trials = choose_rates(space, starts)
+        results = _collect(space, command, starts, trials, train_all(space, starts, rates))
         write_json(output / "results.json", results)
         write_report(results, to_yaml(config), output)
         return results
@@ -60,9 +64,7 @@ def _cache_compilations(folder: Path) -> None:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
 
 
-def _collect(
-    space: Workspace, command: str, starts: list[dict[str, Any]], runs: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _collect(space: Workspace, command: str, starts: Records, trials: Records, runs: Records) -> dict[str, Any]:
     import jax
 
     base = next(start for start in starts if start["name"] == BASE)
@@ -73,7 +75,9 @@ def _collect(
         "base": {"layers": space.base.config.num_hidden_layers, "new": base["new"], "old": base["old"]},
         "size": space.size.num_params,
         "left_out": space.left_out,
-        "starts": starts,
+        "validation_batches": space.recipe.validation_batches,
+        "starts": [start for start in starts if start["seed"] in space.seeds],
+        "learning_rates": trials,
         "runs": runs,
         "machine": {
             "system": platform.platform(),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def measure_starts(space: Workspace) -> list[dict[str, Any]]:
-    """Make and measure the model of every contender, for every seed that changes it.
+    """Make and measure the model of every contender, for every seed that changes it, with that of the trials.
 
     Raises:
         UsageError: the folder holds a measurement of other options or inputs.
@@ -35,7 +35,8 @@ def measure_starts(space: Workspace) -> list[dict[str, Any]]:
     with progress("grow", len(space.contenders), "models") as advance:
         for contender in space.contenders:
             advance(0, contender.name)
-            for seed in space.seeds if contender.is_random else space.seeds[:1]:
+            seeds = space.seeds + ([space.trial_seed] if space.config.learning_rates else [])
+            for seed in seeds if contender.is_random else seeds[:1]:
                 starts.append(_measure_start(space, contender, seed, measured))
             advance(1, contender.name)
     return starts

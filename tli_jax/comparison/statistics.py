@@ -84,6 +84,7 @@ def _summarise(results: Mapping[str, Any], name: str, only: str | None) -> dict[
             row[key] = statistics.fmean(run[key] for run in done) if done else None
         row["flops"] = row["flops_per_token"] and row["flops_per_token"] * done[0]["curve"][-1][0]
         row["contributions"] = _contributions(done)
+        row["learning_rate"] = runs[0]["learning_rate"]
     row["growth_seconds"] = start["seconds"]
     return row
 

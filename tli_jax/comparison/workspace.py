@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 # Keys that may differ when a comparison is resumed: they do not change what was measured. Texts go by their digest.
 _MAY_CHANGE = ("methods", "seeds", "only", "baselines", "output", "text", "validation_text", "old_text", "verify")
+_MAY_CHANGE += ("keep_checkpoints",)
+# The learning rate is chosen with a seed that no run uses: a comparison has at most a thousand.
+_TRIAL_SEED = 1_000_000
 
 
 class Workspace:
@@ -63,9 +66,15 @@ class Workspace:
             (output / name).mkdir(exist_ok=True)
         self.contenders, self.left_out = make_contenders(config, self.base)
         self.seeds = [config.seed + i for i in range(config.seeds)]
+        self.trial_seed = config.seed + _TRIAL_SEED
         layers = self.base.config.num_hidden_layers
         self.size: LlamaConfig = self.base.config.with_layers(layers + layers // config.every)
         self.recipe = config.recipe
+        if self.recipe.validation_batches < config.validation_batches:
+            say(
+                f"validation: {self.recipe.validation_batches} batches instead of {config.validation_batches}, to read"
+                " no more tokens than a run trains on"
+            )
         self.new, self.old = self._open_text(), self._open_old_text()
         for note in (*self.new.notes, *(self.old.notes if self.old else ())):
             say(note)

@@ -176,6 +176,18 @@ def gather_json(value: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(bytes(row)) for row in np.asarray(rows).reshape(-1, _MAX_JSON)]
 
 
+def share(data: bytes) -> bytes:
+    """Return the bytes that process 0 has, in every process."""
+    if not is_distributed():
+        return data
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    row = np.frombuffer(data if is_first() else bytes(size), np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(row)))
+
+
 @contextlib.contextmanager
 def first(name: str = "first") -> Iterator[None]:
     """Run the block in process 0, then in the others, which can use its results. If it fails, all processes end."""

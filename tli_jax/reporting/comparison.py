@@ -16,13 +16,14 @@ from tli_jax.reporting.results import (
     by_only,
     final_loss,
     mean_and_spread,
-    select,
     signed,
+    start_of,
 )
 
 HEADINGS = {
     "name": "contender",
     "final": "final loss",
+    "rate": "learning rate",
     "initial": "initial loss",
     "change": "Δ base",
     "to_rival": "tokens to base's final loss",
@@ -45,7 +46,17 @@ LEGEND = (
     "seconds and memory: per run; memory is the compiler's figure for the train step",
 )
 # The columns of a terminal, and the order in which a narrow one drops them: the highest number first.
-_PRIORITIES = {"name": 0, "layers": 4, "size": 5, "initial": 1, "change": 3, "final": 0, "to_rival": 3, "accuracy": 2}
+_PRIORITIES = {
+    "name": 0,
+    "layers": 4,
+    "size": 5,
+    "initial": 1,
+    "change": 3,
+    "final": 0,
+    "to_rival": 3,
+    "accuracy": 2,
+    "rate": 4,
+}
 
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
@@ -68,7 +79,9 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
     if row["only"] is None:
         return text | {"old": old} | ({"accuracy": before} if has_tasks else {})
     new = row["old_after"]
+    rate = row.get("learning_rate")
     return text | {
+        **({} if rate is None else {"rate": f"{rate:g}"}),
         "final": "diverged" if row["final"] is None else mean_and_spread(row["final"]) + mark.get("final", ""),
         "to_base": _thousands(row["to_base"]),
         "to_rival": _thousands(row["to_rival"]),
@@ -99,6 +112,7 @@ def make_tables(results: Mapping[str, Any]) -> list[Table]:
     tables = []
     for only, rows in by_only(results).items():
         keys = ["name", "layers", "size", "initial", "change", *(["final", "to_rival"] if only else [])]
+        keys += ["rate"] if only and rows[0].get("learning_rate") is not None else []
         keys += ["accuracy"] if results["config"]["tasks"] else []
         columns = [Column(HEADINGS[key], "left" if key == "name" else "right", _PRIORITIES[key]) for key in keys]
         lines = []
@@ -135,6 +149,11 @@ def describe(results: Mapping[str, Any]) -> list[str]:
             lines.append(f"{claim}: " + "; ".join(f"{kind}: {', '.join(some)}" for kind, some in names.items() if some))
     if not_measured:
         lines.append(f"not measured: {', '.join(not_measured)}")
+    lines += [
+        f"{one['name']} ({TRAINED[one['only']]}): its learning rate, {one['rate']:g}, is at the end of the grid"
+        for one in results.get("learning_rates", ())
+        if one["rate"] in (one["losses"][0][0], one["losses"][-1][0])
+    ]
     lines += [f"{name} was left out: {why}" for name, why in results["left_out"].items()]
     return [*lines, f"wrote results.json, results.csv, report.html and plots to {results['config']['output']}"]
 
@@ -143,11 +162,11 @@ def write_csv(results: Mapping[str, Any], file: Path) -> None:
     """One row per run, or one per model if nothing was trained."""
     sizes = ("layers", "parameters", "active_parameters", "forward_flops_per_token")
     measured = ("seconds", "memory", "trained_parameters", "flops_per_token")
-    starts = {(start["name"], start["seed"]): start for start in results["starts"]}
     rows = []
     for run in results["runs"] or [{**start, "only": None} for start in results["starts"]]:
-        start = starts.get((run["name"], run["seed"])) or select(results["starts"], name=run["name"])[0]
+        start = start_of(results["starts"], run["name"], run["seed"])
         row = {"name": run["name"], "only": run["only"], "seed": run["seed"], **{key: start[key] for key in sizes}}
+        row["learning_rate"] = run.get("learning_rate")
         row |= {"initial_loss": start["new"], "old_loss_before": start["old"], "accuracy_before": start["accuracy"]}
         if run["only"] is not None:
             has_ended = not run["diverged"]

@@ -19,6 +19,12 @@ def select(items: Sequence[Mapping[str, Any]], **wanted: Any) -> list[Mapping[st
     return [item for item in items if all(item[key] == value for key, value in wanted.items())]
 
 
+def start_of(starts: Sequence[Mapping[str, Any]], name: str, seed: int) -> Mapping[str, Any]:
+    """The start of a contender with a seed. Models that are not random have the same one for all seeds."""
+    of_name = select(starts, name=name)
+    return next((start for start in of_name if start["seed"] == seed), of_name[0])
+
+
 def by_only(results: Mapping[str, Any]) -> dict[str | None, list[dict[str, Any]]]:
     """Rows of the summary, grouped by which layers were trained."""
     groups: dict[str | None, list[dict[str, Any]]] = {}

@@ -56,6 +56,8 @@ class Loop:
         facts: JSON to store with every checkpoint.
         report: called with one line for each validation, checkpoint and profile.
         profile: folder for the profile of some steps; None in every process but the first.
+        loss_before: the held-out loss before the first step, if it is known. It is not measured then.
+        save_last: whether to save the last step.
     """
 
     programs: Programs
@@ -65,6 +67,8 @@ class Loop:
     facts: dict[str, Any]
     report: Callable[[str], None]
     profile: Path | None = None
+    loss_before: float | None = None
+    save_last: bool = True
 
     def __post_init__(self) -> None:
         self.feed = Feed(self.programs, self.data)
@@ -88,8 +92,10 @@ class Loop:
         config, start = self.programs.config, int(state.step)
         batches = self.data.batches(start, config.batch_size, self.feed.batch_rows, config.seed)
         extra: dict[str, Any] = {}
-        if start == 0 and (loss := self._validate(0, state, frozen)) is not None:
-            extra = {"validation_loss_before": loss}
+        if start == 0:
+            self.validation_loss = self.loss_before
+            loss = self._validate(0, state, frozen) if self.loss_before is None else self.loss_before
+            extra = {} if loss is None else {"validation_loss_before": loss}
         reader, profiler = _Reader(self, advance), _Profiler(self)
         with StopSignal() as signal, profiler.trace:
             for step in range(start + 1, config.steps + 1):
@@ -115,8 +121,9 @@ class Loop:
                     is_stopped = reader.read() or is_stopped
                     if self.metrics is not None:
                         self.metrics.upload()
-                    self.checkpoints.save(step, state, self.facts | {"step": step, "tokens": step * self.tokens})
-                    self.report(f"saving checkpoint at step {step:,}")
+                    if self.save_last or not is_last:
+                        self.checkpoints.save(step, state, self.facts | {"step": step, "tokens": step * self.tokens})
+                        self.report(f"saving checkpoint at step {step:,}")
                     reader.restart()
                     if is_stopped and not is_last:
                         self.checkpoints.finish()

@@ -40,12 +40,20 @@ class Trained(NamedTuple):
     data: "Data | None"
 
 
-def train(config: TrainConfig, cache: Path | None = None, advance: Advance | None = None) -> Trained:
+def train(
+    config: TrainConfig,
+    cache: Path | None = None,
+    advance: Advance | None = None,
+    *,
+    loss_before: float | None = None,
+    save_last: bool = True,
+) -> Trained:
     """Train a run to its last step, starting or resuming it, and export it if ``config.export`` is set.
 
     Args:
         cache: folder for tokenized text, which runs may share; by default the run's own.
         advance: progress callback, called once per step; by default progress is shown on stderr.
+        loss_before, save_last: see ``Loop``.
 
     Raises:
         TliError: an option is wrong, an input is damaged, the run was started with other options, or it ended early.
@@ -61,10 +69,10 @@ def train(config: TrainConfig, cache: Path | None = None, advance: Advance | Non
     with lock_directory(run.path):
         if run.remote is not None:
             _report(f"run {run}: object storage has no locks: make sure that only one job writes to it")
-        return _train(config, run, cache or run.data, advance)
+        return _train(config, run, cache or run.data, advance, loss_before=loss_before, save_last=save_last)
 
 
-def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance | None) -> Trained:
+def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance | None, **options: Any) -> Trained:
     is_resumed = run.is_begun  # read once, because the first process may begin the run before the others get here
     start = open_start(config, run, _report)
     tokenizer, warnings = open_tokenizer(start.folder, start.model, config.special_tokens == "parse")
@@ -135,7 +143,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
             if advance is None:
                 shown = progress("train", config.steps, "steps", step)
         profile = run.path / "profile" if processes.is_first() else None
-        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report, profile)
+        loop = Loop(trainer, data, checkpoints, metrics, {"data": data.digest}, _report, profile, **options)
         try:
             with shown as show_step:
                 state = loop.train(state, frozen, show_step)

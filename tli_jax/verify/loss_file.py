@@ -1,14 +1,17 @@
 """``losses.jsonl``: every loss that a scan has measured, so that an interrupted scan resumes.
 
-The first line identifies the base, the tokens and the dtype. Each further line is ``[text, plan, loss]``.
+The first line identifies the base, the tokens and the dtype. Each further line is ``[text, plan, loss]``. Only
+process 0 reads and writes the file; all processes know what is in it.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from tli_jax.distributed import processes
 from tli_jax.errors import DataError, UsageError
 from tli_jax.hf.files import replace_file, storage_errors
 from tli_jax.hf.inputs import parse_json
@@ -32,8 +35,8 @@ class LossFile:
     def __init__(self, file: Path, identity: Mapping[str, Any], scanners: Mapping[str, Scanner], overwrite: bool):
         self.file, self.scanners = file, scanners
         self.known: dict[tuple[str, str], float] = {}
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        lines = text.splitlines(keepends=True)
+        content = file.read_bytes() if processes.is_first() and file.is_file() else b""
+        lines = processes.share(content).decode(errors="replace").splitlines(keepends=True)
         if lines and not lines[-1].endswith("\n"):
             lines.pop()  # cut off when the process was killed
         if lines and (recorded := parse_json(lines[0].encode(), f"{file}: line 1")) != identity:
@@ -47,8 +50,9 @@ class LossFile:
                 self.known[str(name), str(plan)] = float(loss)
             except (ValueError, TypeError):
                 raise DataError(f"{file}: line {number} is damaged: delete the line") from None
-        with storage_errors(file), replace_file(file) as temporary:
-            temporary.write_text("".join(lines) or json.dumps(identity) + "\n", encoding="utf-8")
+        if processes.is_first():
+            with storage_errors(file), replace_file(file) as temporary:
+                temporary.write_text("".join(lines) or json.dumps(identity) + "\n", encoding="utf-8")
 
     def missing(self, text: str, plans: Sequence[Steps]) -> list[Steps]:
         """Those of ``plans`` that have not been measured, each once."""
@@ -57,19 +61,23 @@ class LossFile:
     def losses(self, text: str, plans: Sequence[Steps], advance: Callable[[int], object]) -> list[float]:
         """The losses of plans on a text. ``advance`` is called with 1 after each one that is measured."""
         missing = self.missing(text, plans)
-        with storage_errors(self.file), self.file.open("a", encoding="utf-8") as stream:
+        with storage_errors(self.file), self._open() as stream:
 
             def on_loss(index: int, loss: float) -> None:
                 plan = write_steps(missing[index])
                 if not math.isfinite(loss):
                     raise DataError(f"the loss of layers {plan[:200]} is {loss}: check the base, or scan in float32")
                 self.known[text, plan] = loss
-                stream.write(json.dumps([text, plan, loss]) + "\n")
-                stream.flush()
+                if stream is not None:
+                    stream.write(json.dumps([text, plan, loss]) + "\n")
+                    stream.flush()
                 advance(1)
 
             self.scanners[text].losses(missing, on_loss)
         return [self.known[text, write_steps(steps)] for steps in plans]
+
+    def _open(self) -> contextlib.AbstractContextManager[IO[str] | None]:
+        return self.file.open("a", encoding="utf-8") if processes.is_first() else contextlib.nullcontext()
 
 
 def write_steps(steps: Steps) -> str:

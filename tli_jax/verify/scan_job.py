@@ -13,6 +13,7 @@ from tli_jax.cli.console import to_json, warn
 from tli_jax.cli.progress import progress
 from tli_jax.data.documents import read_plain
 from tli_jax.data.embedded import held_out_modules, topics
+from tli_jax.distributed import processes
 from tli_jax.distributed.mesh import check_fits, make_mesh, param_sharding
 from tli_jax.errors import DataError, OutputError, UsageError
 from tli_jax.growth.doubling import BLOCKS, DOUBLINGS, bypass, double, repeat_block
@@ -63,6 +64,8 @@ def run_scan(config: ScanConfig) -> dict[str, Any]:
     sources = {"text": config.text} | ({} if config.old_text is None else {"old_text": config.old_text})
     windows = {name: _read_windows(name, path, config, base, tokenizer) for name, path in sources.items()}
     output = Path(config.output)
+    if not processes.is_first():
+        return _Scan(config, base, windows, output).run()
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,12 +161,14 @@ class _Scan:
     def _measure(self, title: str, plans: Sequence[Steps]) -> dict[str, list[float]]:
         """The losses of plans on every text."""
         missing = sum(len(self.file.missing(name, plans)) for name in self.windows)
-        if not missing:
+        if not missing or not processes.is_first():
             return {name: self.file.losses(name, plans, lambda amount: None) for name in self.windows}
         with progress(title, missing, "plans") as advance:
             return {name: self.file.losses(name, plans, advance) for name in self.windows}
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        if not processes.is_first():
+            return
         with storage_errors(self.output / name), replace_file(self.output / name) as temporary:
             temporary.write_text(to_json(content) + "\n", encoding="utf-8")
 
