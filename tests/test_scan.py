@@ -94,6 +94,27 @@ def test_shared_prefixes_run_once_and_dropped_states_are_computed_again(base, to
     assert roomy.layers_run == L + sum(range(L)) < tight.layers_run < L * L
 
 
+@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_batches_of_plans_have_the_losses_of_single_plans(base, tokens, losses, axes) -> None:
+    """Plans that share layers at the end, and plans that share none."""
+    config, params = base
+    steps = base_steps(L)
+    plans = [steps, *((*steps[:i], *steps[i + 1 :]) for i in range(L))]
+    plans += [scanning.to_steps(plan, config) for plan in PLANS.values()]
+    single = Scanner(config, params, tokens, batch=1)
+    batched = Scanner(config, params if axes is None else shard(config, params, axes), tokens, batch=4)
+    compiled = scanning._run._cache_size()
+    assert batched.losses(plans) == pytest.approx(single.losses(plans), abs=1e-5)
+    assert batched.layers_run < single.layers_run
+    assert scanning._run._cache_size() <= compiled + 3  # a plan, a batch, and a plan without a mesh
+
+
+def shard(config, params, axes):
+    mesh = make_mesh(axes)
+    dims = {f"layers.{name}": ("L", *dims) for name, dims in config.layer_tensors.items()} | config.outer_tensors
+    return jax.device_put(params, nest({name: param_sharding(mesh, letters) for name, letters in dims.items()}))
+
+
 def test_no_plan_compiles_anew(base, tokens, losses) -> None:
     compiled = scanning._run._cache_size()
     scan(*base, tokens, [tli_jax.midas(L, 5), tli_jax.stack(L)])
@@ -102,10 +123,7 @@ def test_no_plan_compiles_anew(base, tokens, losses) -> None:
 
 def test_on_a_mesh(base, tokens, losses) -> None:
     config, params = base
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    dims = {f"layers.{name}": ("L", *dims) for name, dims in config.layer_tensors.items()} | config.outer_tensors
-    shardings = nest({name: param_sharding(mesh, letters) for name, letters in dims.items()})
-    sharded = jax.device_put(params, shardings)
+    sharded = shard(config, params, {"data": 2, "fsdp": 2, "tensor": 2})
     assert scan(config, sharded, tokens, list(PLANS.values())) == pytest.approx(list(losses.values()), abs=1e-5)
 
 

@@ -3,6 +3,7 @@
 The base is loaded once. One compiled program runs layers in any order: their numbers, the factors on their residual
 outputs and their count are arguments of the program. No plan is compiled, copied or written. Plans run in sorted order,
 so that a plan starts where it first differs from the one before: hidden states are kept at the layers where plans part.
+On accelerators, the layers at the end that several plans share run once, with the plans as one batch.
 """
 
 import functools
@@ -30,6 +31,8 @@ from tli_jax.models.loss import next_tokens
 
 KEPT_BYTES = 2**31  # of hidden states, over all devices
 _CAPACITY = 1024  # layers in one call of the program; deeper plans take several
+# Tokens that keep an accelerator busy. A CPU is busy with one plan, whose loss then does not depend on its batch.
+_BATCH_TOKENS = 2**14
 
 
 class Step(NamedTuple):
@@ -108,10 +111,18 @@ class Scanner:
     """A base and the tokens to measure on. Args as in ``scan``.
 
     Attributes:
-        layers_run: layers run so far, over all plans.
+        batch: plans in a batch.
+        layers_run: layers run so far, each once for a batch.
     """
 
-    def __init__(self, config: LlamaConfig, params: Params, tokens_BT: np.ndarray, kept_bytes: int = KEPT_BYTES):
+    def __init__(
+        self,
+        config: LlamaConfig,
+        params: Params,
+        tokens_BT: np.ndarray,
+        kept_bytes: int = KEPT_BYTES,
+        batch: int | None = None,
+    ):
         self.config, self.params = config, params
         sharding = params["norm"]["weight"].sharding
         mesh: Any = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -125,6 +136,8 @@ class Scanner:
             self.tokens_BT = jax.make_array_from_callback(rows.shape, sharding, rows.__getitem__)
         self.embedded_BTD = _embed(config, self.options, params, self.tokens_BT)
         self.max_kept = max(1, kept_bytes // self.embedded_BTD.nbytes)
+        is_cpu = jax.default_backend() == "cpu"
+        self.batch = batch or (1 if is_cpu else max(1, _BATCH_TOKENS // tokens_BT.size))
         self.layers_run = 0
 
     def losses(
@@ -135,20 +148,32 @@ class Scanner:
         shared = [_shared(plans[a], plans[b]) for a, b in itertools.pairwise(order)] + [0]
         kept = {0: self.embedded_BTD}  # hidden states by the number of steps done, of the plan before
         start, losses = 0, [0.0] * len(plans)
-        for place, index in enumerate(order):
-            steps = plans[index]
-            kept = {depth: x for depth, x in kept.items() if depth <= start}
-            depth = max(kept)
-            x_BTD = kept[depth]
-            for stop in _partings(shared[place:], depth):
-                x_BTD = self.run(steps[depth:stop], x_BTD)
-                self._keep(kept, stop, x_BTD)
-                depth = stop
-            x_BTD = self.run(steps[depth:], x_BTD)
-            losses[index] = self.loss(x_BTD)
-            on_loss(index, losses[index])
-            start = shared[place]
+        for first in range(0, len(order), self.batch):
+            group = order[first : first + self.batch]
+            common = _shared_end([plans[index] for index in group])
+            states = []
+            for place, index in enumerate(group, first):
+                steps, end = plans[index], len(plans[index]) - common
+                kept = {depth: x for depth, x in kept.items() if depth <= start}
+                depth = max(depth for depth in kept if depth <= end)
+                x_BTD = kept[depth]
+                for stop in _partings(shared[place:], depth, end):
+                    x_BTD = self.run(steps[depth:stop], x_BTD)
+                    self._keep(kept, stop, x_BTD)
+                    depth = stop
+                states.append(self.run(steps[depth:end], x_BTD))
+                start = shared[place]
+            for index, loss in zip(group, self._finish(plans[group[0]], common, states), strict=True):
+                losses[index] = loss
+                on_loss(index, loss)
         return losses
+
+    def _finish(self, steps: Sequence[Step], common: int, states: list[jax.Array]) -> list[float]:
+        """The losses of a group of plans, of which ``common`` steps are left, those at the end of ``steps``."""
+        count = len(states)
+        states += states[-1:] * (self.batch - count)  # so that all batches have one shape
+        x_NTD = self.run(steps[len(steps) - common :], _join(states) if self.batch > 1 else states[0])
+        return _losses(self.config, self.options, self.params, x_NTD, self.tokens_BT).tolist()[:count]
 
     def run(self, steps: Sequence[Step], x_BTD: jax.Array) -> jax.Array:
         """Hidden states ``[B, T-1, D]`` after these steps."""
@@ -160,10 +185,6 @@ class Scanner:
             arguments = sources.astype(np.int32), weights.astype(np.float32), scales.astype(np.float32)
             x_BTD = _run(self.config, self.options, self.params["layers"], x_BTD, arguments, np.int32(len(part)))
         return x_BTD
-
-    def loss(self, x_BTD: jax.Array) -> float:
-        """Mean cross-entropy, given the hidden states after the last layer."""
-        return float(_loss(self.config, self.options, self.params, x_BTD, self.tokens_BT))
 
     def _keep(self, kept: dict[int, jax.Array], depth: int, x_BTD: jax.Array) -> None:
         """Keep hidden states, and drop every second one if they are too many: what is dropped is recomputed."""
@@ -178,8 +199,14 @@ def _shared(a: Sequence[Step], b: Sequence[Step]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _partings(shared: Sequence[int], start: int) -> list[int]:
-    """The depths after ``start`` at which later plans part from the current one.
+def _shared_end(plans: Sequence[Sequence[Step]]) -> int:
+    """The number of steps at the end that all plans share. 0 for a single plan, which nothing is shared with."""
+    reverse = [plan[::-1] for plan in plans]
+    return min((_shared(reverse[0], other) for other in reverse[1:]), default=0)
+
+
+def _partings(shared: Sequence[int], start: int, end: int) -> list[int]:
+    """The depths after ``start``, up to ``end``, at which later plans part from the current one.
 
     Args:
         shared: steps that the current plan shares with the next, that one with the one after it, and so on.
@@ -189,7 +216,8 @@ def _partings(shared: Sequence[int], start: int) -> list[int]:
         least = depth if least is None else min(least, depth)
         if least <= start:
             break
-        partings.add(least)
+        if least <= end:
+            partings.add(least)
     return sorted(partings)
 
 
@@ -245,11 +273,21 @@ def _run(
     return jax.lax.fori_loop(0, count, body, x_BTD)
 
 
+@jax.jit
+def _join(states: list[jax.Array]) -> jax.Array:
+    """Hidden states of several plans as one batch. The plans of a sequence are neighbours, so no sequence is moved."""
+    x_BPTD = jnp.stack(states, axis=1)
+    return x_BPTD.reshape(-1, *x_BPTD.shape[2:])
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _loss(
-    config: LlamaConfig, options: ForwardOptions, params: Params, x_BTD: jax.Array, tokens_BT: jax.Array
+def _losses(
+    config: LlamaConfig, options: ForwardOptions, params: Params, x_NTD: jax.Array, tokens_BT: jax.Array
 ) -> jax.Array:
+    """The loss of each plan of a batch ``[B * P, T-1, D]``, given the hidden states after the last layer."""
+    P = len(x_NTD) // len(tokens_BT)
     model, targets_BT = Llama.from_params(config, params), next_tokens(tokens_BT)
-    x_BTD, head_VD = model.norm(x_BTD), model.head_weight[...]
-    losses: Any = token_cross_entropy(options.cross_entropy, None, x_BTD, head_VD, targets_BT)
-    return losses[0].sum() / (targets_BT >= 0).sum()
+    x_NTD, head_VD = model.norm(x_NTD), model.head_weight[...]
+    targets_NT = jnp.repeat(targets_BT, P, axis=0)
+    losses: Any = token_cross_entropy(options.cross_entropy, None, x_NTD, head_VD, targets_NT)
+    return losses[0].reshape(-1, P, targets_BT.shape[1]).sum((0, 2)) / (targets_BT >= 0).sum()
