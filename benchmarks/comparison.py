@@ -1,4 +1,4 @@
-"""Prints the tables of docs/results.md from the comparisons stored in benchmarks/results.
+"""Prints the tables of docs/results.md and docs/toy_results.md from the comparisons stored in benchmarks/results.
 
 python benchmarks/comparison.py --keep OUTPUT NAME    # store the results in OUTPUT, a folder written by tli_jax.compare
 python benchmarks/comparison.py NAME                  # print the tables

@@ -57,7 +57,8 @@ def make_contenders(config: CompareConfig, base: Checkpoint) -> tuple[list[Conte
     if config.baselines:
         old = ",".join(str(layer) for layer in range(every - 1, layers, every))
         contenders.append(Contender(OLD_LAYERS, None, {}, False, {"injected": f"layers({old})"}))
-        contenders.append(Contender(RANDOM, None, {}, True, {"all": "all"}))
+        if "all" in config.only:  # otherwise no run would start from its models
+            contenders.append(Contender(RANDOM, None, {}, True, {"all": "all"}))
     left_out, plans = {}, {}
     for options in config.methods:
         growth = {key: value for key, value in options.items() if key != "name"}

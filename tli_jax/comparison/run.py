@@ -62,6 +62,7 @@ def _cache_compilations(folder: Path) -> None:
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # each run needs dozens of small programs
 
 
 def _collect(space: Workspace, command: str, starts: Records, trials: Records, runs: Records) -> dict[str, Any]:

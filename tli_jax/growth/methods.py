@@ -38,7 +38,7 @@ def tli(
         init: how an injected layer is initialised from the one before it. ``copy``; ``identity`` (residual outputs 0:
             exact); ``scaled`` (outputs times ``scale``); ``half`` (outputs of source and copy times ½); ``average`` and
             ``average_identity`` (mean with the next layer); ``next_identity`` (the next layer with outputs 0: exact;
-            ours, see docs/results.md); ``noise`` (Gaussian, ``noise_ratio`` of each tensor's root mean square);
+            ours, see docs/toy_results.md); ``noise`` (Gaussian, ``noise_ratio`` of each tensor's root mean square);
             ``random`` (matrices N(0, ``std``), norms 1); ``transport`` and ``predictor`` (from both neighbours, see
             ``opt_deus`` and ``lesa``).
         after: explicit positions instead of ``every``.
