@@ -40,7 +40,9 @@ def main() -> None:
         print(
             f"{kind}: median {np.median(costs):+.3f}, worst layers {', '.join(f'{n} ({costs[n]:+.3f})' for n in worst)}"
         )
-    print(f"best plan for 36 layers: {results['plans']['36']}")
+    best = results["plans"]["36"]
+    doubled = ", ".join(f"{layer} ({kind})" for layer, kind in best["doubled"].items())
+    print(f"best plan for 36 layers doubles {doubled}: {best['costs']['text']:+.4f}")
 
 
 def run(command: str, *arguments: object) -> None:

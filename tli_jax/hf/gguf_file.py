@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ def open_gguf(file: Path) -> Path:
 def _convert(file: Path, folder: Path) -> None:
     try:
         import gguf
-        from transformers.integrations import gguf as converter
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
     except ImportError:
-        raise UsageError(f"{file}: GGUF needs more packages: pip install 'gguf>=0.10' 'transformers>=5.24'") from None
+        raise UsageError(f"{file}: GGUF needs more packages: pip install 'gguf>=0.19' 'transformers>=5.24'") from None
     with file.open("rb") as stream:
         refuse_failed_download(file, stream.read(128), "a model")
     with as_data_error(f"{file}: cannot be read", "download it again, or use another file"), silence_stderr():
@@ -82,7 +83,7 @@ def _convert(file: Path, folder: Path) -> None:
         for kind, tensor in kinds.items():
             gguf.dequantize(tensor.data[:1], kind)  # raises if it cannot
         config = _read_config(fields, tensors, file)
-        tokenizer = _make_tokenizer(fields, converter) if "tokenizer.ggml.tokens" in fields else None
+        tokenizer = _make_tokenizer(fields, convert_gguf_tokenizer) if "tokenizer.ggml.tokens" in fields else None
     outputs, shapes = [], expected_shapes(config)
     for hf_name, short, index in tensor_names(config, config.num_hidden_layers):
         name = "".join(f"blk.{layer}." for layer in index) + _NAMES[short.removesuffix(".weight")] + ".weight"
@@ -140,13 +141,15 @@ def _read_config(fields: dict[str, Any], tensors: dict[str, Any], file: Path) ->
 
 
 def _dtype(tensors: dict[str, Any]) -> str:
+    from gguf import dequantize
+
     kinds = {tensor.tensor_type.name for tensor in tensors.values() if len(tensor.shape) > 1}
     if not kinds <= DTYPES.keys():
         return "bfloat16"
     dtype = DTYPES[kinds.pop() if len(kinds) == 1 else "F32"]
+    norms = [dequantize(tensor.data, tensor.tensor_type) for tensor in tensors.values() if len(tensor.shape) == 1]
     with np.errstate(over="ignore"):
-        fits = all((t.data.astype(dtype) == t.data).all() for t in tensors.values() if len(t.shape) == 1)
-    return dtype.name if fits else "float32"
+        return dtype.name if all((norm.astype(dtype) == norm).all() for norm in norms) else "float32"
 
 
 def _read(tensor: Any, config: LlamaConfig) -> np.ndarray:
@@ -158,21 +161,22 @@ def _read(tensor: Any, config: LlamaConfig) -> np.ndarray:
     return array.astype(config.dtype)
 
 
-def _make_tokenizer(fields: dict[str, Any], converter: Any) -> Any:
+def _make_tokenizer(fields: dict[str, Any], convert: Callable[..., Any]) -> Any:
     """The tokenizer that transformers makes of the file. Its own reader of GGUF files needs torch."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_TOKENIZER_MAPPING
 
     stored, options = (
         {name: fields[f"tokenizer.{key}"] for key, name in names.items() if f"tokenizer.{key}" in fields}
-        for names in (converter.GGUF_TOKENIZER_MAPPING[part] for part in ("tokenizer", "tokenizer_config"))
+        for names in (GGUF_TOKENIZER_MAPPING[part] for part in ("tokenizer", "tokenizer_config"))
     )
     if stored["tokenizer_type"] == "llama":
         options.setdefault("add_bos_token", True)
     for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = fields.get(f"tokenizer.ggml.{key}_token_id")
         options[f"{name}_token"] = None if index is None else stored["tokens"][index]
-    state = json.loads(converter.convert_gguf_tokenizer("llama", stored)[0].to_str())
+    state = json.loads(convert("llama", stored)[0].to_str())
     # It adds "<|endoftext|>" to a vocabulary that lacks it, with an id that the model does not have.
     state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < len(stored["tokens"])]
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), **options)
