@@ -78,7 +78,7 @@ clean:  ## remove environments and caches
 	@touch $@
 
 .venv/.runtime: .venv/.made pyproject.toml
-	$(BIN)/python $(PIP_INSTALL) -e ".[plot]"
+	$(BIN)/python $(PIP_INSTALL) -e ".[plot,gguf]"
 	@touch $@
 
 .venv/.test: .venv/.made pyproject.toml

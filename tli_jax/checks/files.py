@@ -32,7 +32,7 @@ def check_model(context: Context) -> Result:
     name = config.model if context.grows or config.train is None else config.train.model or config.model
     if not name and config.shape is None:
         raise UsageError("model is not set: --model FOLDER, a Hub id or 'embedded', or a shape: --shape llama3.1-8b")
-    is_local = name == hub.EMBEDDED or (name != "" and Path(name).expanduser().is_dir())
+    is_local = name == hub.EMBEDDED or (name != "" and Path(name).expanduser().exists())
     if config.shape is not None and not is_local:
         context.base = _from_shape(read_shape(config.shape))
         shape = config.shape if isinstance(config.shape, str) else "the given shape"

@@ -51,7 +51,9 @@ from tli_jax.growth.doubling import BLOCKS, DOUBLINGS
 class PrepareConfig(TextConfig):
     """Configuration of ``tli-jax prepare``. The other keys must be those of the run."""
 
-    model: PathText = option("", "folder, Hub id, or 'embedded'; only its tokenizer is read", IO, shown="required")
+    model: PathText = option(
+        "", "folder, GGUF file, Hub id, or 'embedded'; only its tokenizer is read", IO, shown="required"
+    )
     revision: str | None = option(None, REVISION, IO)
     text: Sources = option((), "files or folders to tokenize, separated by commas, or 'embedded'", IO, shown="required")
     output: PathText = option("", "folder to write", IO, shown="required")
@@ -64,7 +66,7 @@ class PrepareConfig(TextConfig):
 class EvaluateConfig(Reading):
     """Configuration of ``tli-jax evaluate``."""
 
-    model: PathText = option("", "folder, Hub id, or 'embedded'", IO, shown="required")
+    model: PathText = option("", "folder, GGUF file, Hub id, or 'embedded'", IO, shown="required")
     revision: str | None = option(None, REVISION, IO)
     tasks: Paths = option((), TASKS, DATA)
     shots: NotNegative = option(
@@ -83,7 +85,9 @@ class EvaluateConfig(Reading):
 class GenerateConfig:
     """Configuration of ``tli-jax generate``."""
 
-    model: PathText = option("", "folder (base, grown or trained), Hub id, or 'embedded'", IO, shown="required")
+    model: PathText = option(
+        "", "folder (base, grown or trained), GGUF file, Hub id, or 'embedded'", IO, shown="required"
+    )
     revision: str | None = option(None, REVISION, IO)
     compare_to: PathText | None = option(None, "a second model that continues the same prompt", IO)
     prompt: str = option("", "text to continue", IO, shown="required")
@@ -109,7 +113,7 @@ DEFAULT_CONTENDERS: tuple[dict[str, Any], ...] = (
 class CompareConfig(Recipe):
     """Configuration of ``tli-jax compare``: grow a base with several methods and train each in the same way."""
 
-    model: PathText = option("", "the base: folder, Hub id, or 'embedded'", IO, shown="required")
+    model: PathText = option("", "the base: folder, GGUF file, Hub id, or 'embedded'", IO, shown="required")
     revision: str | None = option(None, REVISION, IO)
     output: PathText = option("", "folder for results, models and runs; resumed if it exists", IO, shown="required")
     methods: Contenders = option(
@@ -169,7 +173,7 @@ Scanned = Annotated[Words, all_of(SCANNED)]
 class ScanConfig:
     """Configuration of ``tli-jax scan``: what each layer is worth, and what doubling it costs."""
 
-    model: PathText = option("", "the base: folder, Hub id, or 'embedded'", IO, shown="required")
+    model: PathText = option("", "the base: folder, GGUF file, Hub id, or 'embedded'", IO, shown="required")
     revision: str | None = option(None, REVISION, IO)
     text: PathText = option("", "held-out UTF-8 text, or 'embedded'", IO, shown="required")
     old_text: PathText | None = option(None, "a second text, such as the base's own domain, or 'embedded'", IO)

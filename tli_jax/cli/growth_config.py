@@ -15,7 +15,7 @@ class UpscaleConfig(GrowthOptions):
     """Configuration of ``tli-jax upscale``."""
 
     model: PathText = option(
-        "", "folder, Hub id, or 'embedded' for the small base in the package", IO, shown="required"
+        "", "folder, GGUF file, Hub id, or 'embedded' for the small base in the package", IO, shown="required"
     )
     output: PathText | None = option(None, "folder to write; not needed with --plan-only", IO, shown="required")
     revision: str | None = option(None, REVISION, IO)

@@ -172,7 +172,7 @@ class TrainConfig(Recipe):
     """Configuration of ``tli-jax train``: continued pretraining."""
 
     model: PathText = option(
-        "", "model to start from: folder (grown or not), run directory, Hub id or 'embedded'", IO, shown="required"
+        "", "the start: folder (grown or not), GGUF file, run directory, Hub id or 'embedded'", IO, shown="required"
     )
     revision: str | None = option(None, REVISION, IO)
     run: PathText = option(

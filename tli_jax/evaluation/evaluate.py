@@ -38,7 +38,7 @@ def evaluate_model(
     """Measure a model's loss on texts and its accuracy on multiple-choice tasks.
 
     Args:
-        model: a Hugging Face folder, a hub id, or ``"embedded"``, the small base in the package.
+        model: a Hugging Face folder, a GGUF file, a hub id, or ``"embedded"``, the small base in the package.
         texts: files or folders to read, or ``"embedded"``. A text shorter than a window is evaluated in full.
         tasks: see ``tli_jax.evaluation.tasks.open_tasks``.
         limit: evaluate only the first windows of each text and the first questions of each task.

@@ -70,6 +70,11 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder() -> Path:
+    """The folder for what can be made again: ``tli_jax`` in ``XDG_CACHE_HOME``, by default ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tli_jax"
+
+
 def sha256_file(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

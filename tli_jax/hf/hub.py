@@ -1,4 +1,4 @@
-"""Find a model: a local folder, the base in this package, or the Hugging Face Hub (never code, never pickles)."""
+"""Find a model: a local folder or GGUF file, the base in this package, or the Hub (never code, never pickles)."""
 
 import atexit
 import concurrent.futures
@@ -26,7 +26,8 @@ def resolve(model: Path | str, revision: str | None = None, headers_only: bool =
     """The local folder of a model. A hub model is downloaded to the hub's cache, to a folder named after its commit.
 
     Args:
-        model: a folder, which is returned unchanged; ``"embedded"`` for the small base in this package; or a hub id.
+        model: a folder, which is returned unchanged; a GGUF file, see ``open_gguf``; ``"embedded"`` for the small base
+            in this package; or a hub id.
         revision: branch, tag or full commit hash of a hub id.
         headers_only: good for a plan, and for nothing else. Unless the weights of a hub model are cached, the result is
             a temporary folder, deleted at exit, with configuration, index and sparse safetensors files: their headers
@@ -38,15 +39,22 @@ def resolve(model: Path | str, revision: str | None = None, headers_only: bool =
         UnavailableError: the hub does not answer, and the model is not cached.
         DataError: the weights are pickles, or the index is damaged.
         StorageError: the model cannot be stored.
-        UsageError: a folder with a ``revision``.
+        UsageError: a folder or file with a ``revision``.
     """
     model = str(model)
     if model == EMBEDDED:
         return Path(str(resources.files("tli_jax") / "assets" / "base"))
     folder = os.path.expanduser(model)  # noqa: PTH111  # Path.expanduser raises if there is no such user
-    if os.path.isdir(folder):  # noqa: PTH112  # Path.is_dir raises if the name is too long
+    # Path.is_dir and Path.is_file raise if the name is too long.
+    is_gguf = folder.lower().endswith(".gguf") and os.path.isfile(folder)  # noqa: PTH113
+    if is_gguf or os.path.isdir(folder):  # noqa: PTH112
         if revision is not None:
-            raise UsageError(f"{model!r} is a local folder, which has no revision {revision!r}: leave the revision out")
+            kind = "file" if is_gguf else "folder"
+            raise UsageError(f"{model!r} is a local {kind}, which has no revision {revision!r}: leave the revision out")
+        if is_gguf:
+            from tli_jax.hf.gguf_file import open_gguf
+
+            return open_gguf(Path(folder))
         return Path(folder)
     if not _HUB_ID.fullmatch(model):
         raise MissingInputError(f"no folder {model!r}, and it is not a hub id either: give a folder, or name/name")

@@ -34,7 +34,7 @@ def load_hf(
     ``params["layers"]["mlp"]["up_proj"]["weight"]`` is ``[L, F, D]``: the tensors of all layers, stacked.
 
     Args:
-        model: a folder, a hub id, or ``"embedded"`` for the small base model in this package.
+        model: a folder, a GGUF file, a hub id, or ``"embedded"`` for the small base model in this package.
         dtype: dtype of all params; by default, the stored one.
         shardings: one ``jax.sharding.Sharding`` for all params, or a tree of them with the structure of the params.
             With ``NamedSharding``, the processes of the mesh must load together, and read each byte once. The default

@@ -1,7 +1,6 @@
 """Whether a train step fits in memory, and with which rematerialization: it is compiled before the first step."""
 
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from jax.sharding import Mesh
 
 from tli_jax.distributed.processes import gather_json
 from tli_jax.errors import UsageError
+from tli_jax.hf.files import cache_folder
 from tli_jax.models.llama import Remat
 from tli_jax.training.freezing import ParamSpec
 from tli_jax.training.memory import POLICIES, CompiledMemory, compile_step, estimate, gib, hints
@@ -28,7 +28,7 @@ def cache_programs(mesh: Mesh) -> str | None:
     if mesh.devices.flat[0].platform == "cpu":
         return None
     if (folder := getattr(jax.config, _CACHE)) is None:
-        folder = str(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tli_jax" / "compiled")
+        folder = str(cache_folder() / "compiled")
         jax.config.update(_CACHE, folder)
     return folder
 

@@ -3,13 +3,12 @@
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from tli_jax.errors import MissingInputError, UnavailableError, UsageError
-from tli_jax.hf.files import lock, replace_file, storage_errors
+from tli_jax.hf.files import cache_folder, lock, replace_file, storage_errors
 from tli_jax.training.run_identity import parse_facts
 
 
@@ -32,8 +31,7 @@ class RemoteDirectory:
         for name in ("gcsfs", "google.auth"):  # they log tracebacks and warnings about errors that they also raise
             logging.getLogger(name).setLevel(logging.CRITICAL)
         self.url = epath.Path(url)
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.copy = cache / "tli_jax" / hashlib.sha256(str(self.url).encode()).hexdigest()[:16]
+        self.copy = cache_folder() / hashlib.sha256(str(self.url).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         return str(self.url)

@@ -68,7 +68,7 @@ def open_start(config: TrainConfig, run: RunDirectory, report: Callable[[str], N
     run.check_config(config)
     folder = copy if copy.is_dir() else Path(config.model)
     weights = None
-    if config.model == hub.EMBEDDED or (folder.is_dir() and not RunDirectory(folder).is_begun):
+    if config.model == hub.EMBEDDED or (folder.exists() and not RunDirectory(folder).is_begun):
         weights = open_checkpoint(folder if folder.is_dir() else hub.resolve(config.model))
         if config.grow is not None and run.growth is not None:
             weights = grow_checkpoint(weights, Plan.from_json(run.growth), run.growth)

@@ -58,13 +58,14 @@ def prepare(config: UpscaleConfig) -> Job:
         TliError: any fault that can be found before weights are read.
     """
     if not config.model:
-        raise UsageError("--model is needed: a folder, a hub id, or 'embedded'")
+        raise UsageError("--model is needed: a folder, a GGUF file, a hub id, or 'embedded'")
     if not config.output and not config.plan_only:
         raise UsageError("--output is needed: the folder to write (or --plan-only)")
     max_shard_bytes = parse_size(config.max_shard_size)
     folder = hub.resolve(config.model, config.revision, config.plan_only and not needs_importance(config))
     if config.output is not None and not config.plan_only:
-        check_output(Path(config.output), folder, config.overwrite)
+        given = Path(config.model).expanduser()  # of a GGUF file, the folder is a copy in the cache
+        check_output(Path(config.output), given if given.is_file() else folder, config.overwrite)
     base = open_checkpoint(folder)
     check_shape(base.config, config.shape, str(folder))
     is_run = config.proof or config.sample is not None or needs_importance(config) or config.train is not None
