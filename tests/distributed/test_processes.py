@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tli_jax.distributed import processes
-from tli_jax.errors import UsageError
+from tli_jax.errors import StoppedError, UsageError
 
 LOST = f"error: {processes.LOST}\n"
 OWN = "error: my own error\n"
@@ -333,12 +333,21 @@ def test_peer_lost_in_the_cause_of_an_exception(monkeypatch, message):
 
 
 def test_stop_signal_sets_a_flag_and_restores_the_handlers():
-    before = signal.getsignal(signal.SIGTERM)
-    with processes.StopSignal() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
-    assert signal.getsignal(signal.SIGTERM) is before
+    outer = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: outer.append(number))
+    try:
+        with pytest.raises(StoppedError), processes.StopSignal() as stop:
+            assert not stop.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.requested
+            raise StoppedError("stopped")
+        assert outer == []
+        with processes.StopSignal():  # a signal that the block does not act on is not lost
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert outer == []
+        assert outer == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_second_signal_exits_at_once():

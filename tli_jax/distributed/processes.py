@@ -213,19 +213,25 @@ def flag_array(mesh: "jax.sharding.Mesh", requested: bool) -> "jax.Array":
 
 
 class StopSignal:
-    """In the block, SIGTERM and SIGINT only set ``requested``. A second signal exits at once, with 75."""
+    """In the block, SIGTERM and SIGINT only set ``requested``. A second signal exits at once, with 75.
+
+    If the block ends without an exception, it came too late for it, and is delivered again.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._since = 0.0
+        self._number = signal.SIGTERM
 
     def __enter__(self) -> "StopSignal":
         self._handlers = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self.requested and kind is None:
+            signal.raise_signal(self._number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.requested and time.monotonic() - self._since > supervisor.REPEAT_WINDOW:
@@ -233,4 +239,4 @@ class StopSignal:
             supervisor.report_exit(75)
             os._exit(75)
         elif not self.requested:
-            self.requested, self._since = True, time.monotonic()
+            self.requested, self._since, self._number = True, time.monotonic(), signal.Signals(number)

@@ -128,7 +128,7 @@ class Loop:
                     if is_stopped and not is_last:
                         self.checkpoints.finish()
                         raise StoppedError(f"stopped at step {step}, which is saved: run the same command again")
-        self.checkpoints.finish()
+            self.checkpoints.finish()
         return state
 
     def _validate(self, step: int, state: TrainState, frozen: Arrays) -> float | None:
