@@ -337,10 +337,7 @@ def test_stop_signal_sets_a_flag_and_restores_the_handlers():
     before = signal.signal(signal.SIGTERM, lambda number, frame: outer.append(number))
     try:
         with pytest.raises(StoppedError), processes.StopSignal() as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.requested
-            raise StoppedError("stopped")
+            end_by_signal(stop)
         assert outer == []
         with processes.StopSignal():  # a signal that the block does not act on is not lost
             os.kill(os.getpid(), signal.SIGTERM)
@@ -348,6 +345,13 @@ def test_stop_signal_sets_a_flag_and_restores_the_handlers():
         assert outer == [signal.SIGTERM]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def end_by_signal(stop):
+    assert not stop.requested
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+    raise StoppedError("stopped")
 
 
 def test_second_signal_exits_at_once():
