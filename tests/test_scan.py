@@ -215,7 +215,7 @@ def test_an_interrupted_scan_resumes(scanned: Path, tmp_path: Path, capsys) -> N
     assert run(*BASE, "--output", tmp_path, "--what", "half", "--overwrite") == 0
 
 
-def test_two_processes_scan_together(scanned: Path, tmp_path: Path) -> None:
+def test_two_processes_scan_together(scanned: Path, tmp_path: Path, compiled) -> None:
     """They give the losses of one process, and resume what process 0 has measured."""
     lines = (scanned / "losses.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "first").mkdir()
@@ -224,7 +224,7 @@ def test_two_processes_scan_together(scanned: Path, tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
     call = [sys.executable, "-W", "error", "-m", "tli_jax.scan", *map(str, (*BASE, *OPTIONS))]
-    device = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    device = os.environ | compiled | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     started = [
         subprocess.Popen(
             [*call, "--process", f"{i}/2@{where}", "--output", tmp_path / name], env=device, stdout=subprocess.PIPE

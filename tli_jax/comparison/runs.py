@@ -63,7 +63,12 @@ def train_each(space: Workspace, title: str, runs: Sequence[Run], starts: Record
     if not runs or not space.config.steps:
         return []
     steps = space.config.steps
-    done = sum(steps if _file(space, run).is_file() else len(read_metrics(_directory(space, run))) for run in runs)
+    done = 0
+    for run in runs:
+        if _file(space, run).is_file():
+            done += steps
+        elif _keeps(space, run):  # an interrupted run resumes
+            done += len(read_metrics(_directory(space, run)))
     with progress(title, len(runs) * steps, "steps", done) as advance:
         return [_train_and_measure(space, run, starts, advance) for run in runs]
 
@@ -72,14 +77,17 @@ def _file(space: Workspace, run: Run) -> Path:
     return space.output / "measured" / f"{run.name}.json"
 
 
+def _keeps(space: Workspace, run: Run) -> bool:
+    return space.config.keep_checkpoints and not run.is_trial
+
+
 def _directory(space: Workspace, run: Run) -> RunDirectory:
     return RunDirectory(space.output / "runs" / run.name)
 
 
 def _train_and_measure(space: Workspace, run: Run, starts: Records, advance: Advance) -> dict[str, Any]:
     contender, only, seed, rate, is_trial = run
-    file, directory = _file(space, run), _directory(space, run)
-    keeps = space.config.keep_checkpoints and not is_trial
+    file, directory, keeps = _file(space, run), _directory(space, run), _keeps(space, run)
     if not file.is_file():
         config = dataclasses.replace(
             space.recipe,
