@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("name", "layers", "size", "flops", "initial", "change", "rate", "final", "to_rival", "old", "accuracy")
 COLUMNS += ("seconds", "memory")
 # One row per claim and contender would be a hundred rows: show both readings of the paper's method, and the best start.
-CLAIMANTS = ("tli:identity", "tli:copy", "tli:half")
+CLAIMANTS = ("tli:identity", "tli:copy", "tli:half", "identity-measured", "half-measured", "copy-inner")
 
 
 def keep(output: Path, name: str) -> None:
