@@ -126,7 +126,7 @@ def test_contribution_is_the_loss_without_the_layer(done) -> None:
     windows = (len(ids) - 1) // 16
     held_out = round(windows * 0.05)
     rows = np.stack([ids[i * 16 : i * 16 + 17] for i in range(windows - held_out, windows)]).astype(np.int32)
-    count = min(held_out, 8)  # one batch: three of them are as many tokens as the run trained on
+    count = min(held_out, 8)  # one batch, the least
     rows = rows[[i * held_out // count for i in range(count)]]
 
     def loss(skipped: int | None) -> float:
@@ -142,10 +142,13 @@ def test_contribution_is_the_loss_without_the_layer(done) -> None:
         assert found["contributions"][str(layer)] == pytest.approx(loss(layer) - loss(None), abs=2e-5)
 
 
-def test_validation_reads_no_more_tokens_than_a_run(done) -> None:
-    """Four steps with two validations: two batches each, not the four of the configuration."""
+def test_measuring_reads_no_more_tokens_than_training(done) -> None:
     results = read(done)
-    assert results["config"]["validation_batches"] == 4 and results["validation_batches"] == 2
+    assert results["config"]["validation_batches"] == 4 and results["validation_batches"] == 1
+    for steps, validate_every, old_text, batches in ((10, 100, "embedded", 5), (10, 5, "", 5), (600, 100, "", 20)):
+        flags = ["--steps", steps, "--validate-every", validate_every, "--old-text", old_text]
+        config = parse(CompareConfig, "", "", [*map(str, flags)])
+        assert config.recipe.validation_batches == batches
 
 
 def test_learning_rate_is_chosen_with_a_seed_of_its_own(start, tmp_path, capsys) -> None:

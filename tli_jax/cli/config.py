@@ -154,13 +154,13 @@ class CompareConfig(Recipe):
     def recipe(self) -> TrainConfig:
         """The training configuration shared by all runs; keys of a single run are not set.
 
-        Validation during a run reads no more tokens than the run trains on.
+        Validation and the old text read no more tokens than a run trains on.
         """
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(Recipe)}
         values["steps"] = max(self.steps, 1)
         if self.steps:
-            validations = math.ceil(self.steps / self.validate_every)
-            values["validation_batches"] = min(self.validation_batches, max(1, self.steps // validations))
+            readings = math.ceil(self.steps / self.validate_every) + bool(self.old_text)
+            values["validation_batches"] = min(self.validation_batches, max(1, self.steps // readings))
         return TrainConfig(**values)
 
 
