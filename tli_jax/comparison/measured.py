@@ -5,17 +5,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tli_jax.reporting.results import final_loss, select
+from tli_jax.reporting.results import final_loss, select, start_of
 
 
 def starts_by_seed(results: Mapping[str, Any], name: str, key: str) -> dict[int, float | None]:
-    """A measurement before training by seed. Models that are not random have the same one for all seeds."""
+    """A measurement before training by seed; empty if the contender was not measured."""
     starts = select(results["starts"], name=name)
-    if not starts:
-        return {}
     first, count = results["config"]["seed"], results["config"]["seeds"]
-    by_seed = {start["seed"]: start[key] for start in starts}
-    return {seed: by_seed.get(seed, starts[0][key]) for seed in range(first, first + count)}
+    return {seed: start_of(starts, name, seed)[key] for seed in range(first, first + count) if starts}
 
 
 def finals_by_seed(results: Mapping[str, Any], name: str, only: str, key: str = "loss") -> dict[int, float | None]:

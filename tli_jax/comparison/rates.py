@@ -1,5 +1,6 @@
 """The learning rate of each contender: the best of a grid, on a seed that is used for nothing else."""
 
+import itertools
 import math
 from typing import Any
 
@@ -21,8 +22,8 @@ def choose_rates(space: Workspace, starts: Records) -> tuple[Rates, list[dict[st
     ]
     found = train_each(space, "learning rates", trials, starts)
     chosen = []
-    for first in range(0, len(found), len(grid) or 1):
-        some = found[first : first + len(grid)]
+    for _, group in itertools.groupby(found, key=lambda run: (run["name"], run["only"])):
+        some = list(group)
         losses = [(run["learning_rate"], None if run["diverged"] else final_loss(run)) for run in some]
         # If all diverge, the first is the smallest, which is the likeliest to train.
         rate, _ = min(losses, key=lambda pair: math.inf if pair[1] is None else pair[1])

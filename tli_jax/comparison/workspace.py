@@ -72,8 +72,8 @@ class Workspace:
         self.recipe = config.recipe
         if self.recipe.validation_batches < config.validation_batches:
             say(
-                f"validation: {self.recipe.validation_batches} batches instead of {config.validation_batches}, so that"
-                " measuring a run reads no more tokens than training it"
+                f"validation: {self.recipe.validation_batches} batches instead of {config.validation_batches}, which"
+                " would read more tokens than a run trains on"
             )
         self.new, self.old = self._open_text(), self._open_old_text()
         for note in (*self.new.notes, *(self.old.notes if self.old else ())):

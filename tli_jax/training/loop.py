@@ -94,8 +94,9 @@ class Loop:
         extra: dict[str, Any] = {}
         if start == 0:
             self.validation_loss = self.loss_before
-            loss = self._validate(0, state, frozen) if self.loss_before is None else self.loss_before
-            extra = {} if loss is None else {"validation_loss_before": loss}
+            if self.loss_before is None:
+                self._validate(0, state, frozen)
+            extra = {} if self.validation_loss is None else {"validation_loss_before": self.validation_loss}
         reader, profiler = _Reader(self, advance), _Profiler(self)
         with StopSignal() as signal, profiler.trace:
             for step in range(start + 1, config.steps + 1):
