@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tli_jax.models import blockwise
 from tli_jax.models.attention import MaskedAttention, causal
+from tli_jax.models.blockwise import blockwise_attention
 
 
 def masked(segments_BT, T):
@@ -16,11 +16,15 @@ def masked(segments_BT, T):
     return MaskedAttention(jnp.asarray(mask))
 
 
+def with_kept_probabilities(q, k, v, segments, block):
+    return causal(q.shape[1], segments, block)(q, k, v)
+
+
 # One block; several; more than there are strips, the last one incomplete.
 @pytest.mark.parametrize(("T", "block"), [(17, 512), (77, 16), (200, 16)])
 @pytest.mark.parametrize("has_documents", [False, True])
-def test_equals_masked_attention(monkeypatch, T, block, has_documents):
-    monkeypatch.setattr(blockwise, "_MOST", block)
+@pytest.mark.parametrize("attend", [blockwise_attention, with_kept_probabilities])
+def test_equals_masked_attention(T, block, has_documents, attend):
     rng = np.random.default_rng(0)
     B, H, K, h = 2, 4, 2, 8
     q, k, v = (jnp.asarray(rng.normal(size=(B, T, n, h)), jnp.float32) for n in (H, K, K))
@@ -34,7 +38,7 @@ def test_equals_masked_attention(monkeypatch, T, block, has_documents):
 
         return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
-    (_, out), grads = value_and_grad(lambda *qkv: blockwise.blockwise_attention(*qkv, segments))
+    (_, out), grads = value_and_grad(lambda *qkv: attend(*qkv, segments, block))
     (_, expected), expected_grads = value_and_grad(masked(segments, T))
     np.testing.assert_allclose(out, expected, atol=2e-6)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):

@@ -141,9 +141,11 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
     from tli_jax.training.feed import Feed, contributions
     from tli_jax.training.memory import compile_step
 
-    trainer, trained, frozen, data = run
+    trainer, trained, frozen, data, memory = run
     assert data is not None, "the run was trained, not only exported"
     lines, arrays = read_metrics(directory), trained | frozen
+    # A finished run that was not measured yet has not compiled its step again.
+    memory = memory or compile_step(trainer, data.T, lambda leaf: arrays[leaf.name].dtype)
     # Layers are left out one by one, on a third of the tokens that the run was trained on.
     batches = min(space.recipe.validation_batches // 4, space.config.steps // (3 + 3 * sum(trainer.layout.injected)))
     try:
@@ -161,7 +163,7 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
         "remat": trainer.config.remat,
         "trained_parameters": sum(array.size for array in trained.values()),
         "flops_per_token": trainer.flops_per_token(data.T),
-        "memory": compile_step(trainer, data.T, lambda leaf: arrays[leaf.name].dtype).peak,
+        "memory": memory.peak,
     }
     jax.clear_caches()  # or the programs of hundreds of runs fill the memory
     return result

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tli_jax.distributed.mesh import BATCH
 from tli_jax.errors import UsageError
-from tli_jax.models.attention import AttentionFn, AttentionImpl, causal
+from tli_jax.models.attention import AttentionFn, AttentionImpl, causal, query_block
 from tli_jax.models.moe import ExpertDispatch, Routing, chosen_experts, every_expert
 
 _QKV = PartitionSpec(BATCH, None, "tensor", None)
@@ -60,7 +60,8 @@ def _local(mesh: Mesh, attend: Callable[..., jax.Array], documents: jax.Array | 
 
 
 def _xla(mesh: Mesh, T: int, segments_BT: jax.Array | None) -> AttentionFn:
-    return _local(mesh, lambda q, k, v, segments_BT: causal(T, segments_BT)(q, k, v), segments_BT)
+    block = query_block(mesh.devices.flat[0].platform)
+    return _local(mesh, lambda q, k, v, segments_BT: causal(T, segments_BT, block)(q, k, v), segments_BT)
 
 
 def _cudnn(mesh: Mesh, T: int, segments_BT: jax.Array | None) -> AttentionFn:

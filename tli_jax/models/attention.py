@@ -13,8 +13,8 @@ from tli_jax.models.blockwise import blockwise_attention
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.modules import Linear, tensor_options
 
-# Up to this T, attention is not cut into blocks: keeping the probabilities is faster than computing them again.
-_WHOLE = 512
+# Up to this T, the probabilities are kept for the backward pass: it is faster than computing them again.
+_KEPT = 512
 
 # q [B, T, H, h], k and v [B, S, K, h] -> [B, T, H, h].
 AttentionFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -131,15 +131,35 @@ def rotate(x_BTNh: jax.Array, cos_Th: jax.Array, sin_Th: jax.Array) -> jax.Array
     return x_BTNh * cos_Th[:, None] + rotated * sin_Th[:, None]
 
 
-def causal(T: int, segments_BT: jax.Array | None) -> AttentionFn:
-    """Causal attention on any platform. Given ``segments_BT``, tokens only attend within their own document."""
-    if T > _WHOLE:
-        return lambda q_BTHh, k_BTKh, v_BTKh: blockwise_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT)
+def query_block(platform: str) -> int:
+    """Queries for which attention computes the scores at once. On a CPU, those of few queries stay in the cache."""
+    return 128 if platform == "cpu" else 512
+
+
+def causal(T: int, segments_BT: jax.Array | None, block: int | None = None) -> AttentionFn:
+    """Causal attention on any platform, in blocks of queries that only read the keys up to their last query.
+
+    Args:
+        segments_BT: the document of each token, which attends only within it; None if there is a single one.
+        block: queries at once, at most; None for the best on JAX's default device.
+    """
+    block = block or query_block(jax.default_backend())
+    if T > _KEPT:
+        return lambda q_BTHh, k_BTKh, v_BTKh: blockwise_attention(q_BTHh, k_BTKh, v_BTKh, segments_BT, block)
     positions_T = jnp.arange(T)
     mask = positions_T[None] <= positions_T[:, None]
     if segments_BT is not None:
         mask = mask & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    return MaskedAttention(mask)
+
+    def attend(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array) -> jax.Array:
+        ends = [*range(block, T, block), T]
+        blocks = [
+            MaskedAttention(mask[..., start:end, :end])(q_BTHh[:, start:end], k_BTKh[:, :end], v_BTKh[:, :end])
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return jnp.concatenate(blocks, axis=1)
+
+    return attend
 
 
 def make_rope(config: LlamaConfig, T: int, dtype: jnp.dtype, cache: Cache | None = None) -> Rope:

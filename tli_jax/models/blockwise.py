@@ -4,6 +4,7 @@ As in FlashAttention (arXiv 2205.14135, 2307.08691), only the output and the log
 from which the backward pass computes the probabilities again. It is plain JAX, so it runs everywhere.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 
 from tli_jax.models.precision import fp32_einsum
 
-# Scores of one block of queries: 128 MiB in fp32, but at least _LEAST queries, and at most _MOST.
-_SCORES, _LEAST, _MOST = 2**25, 64, 512
+# Scores of one block of queries: 128 MiB in fp32, but at least _LEAST queries.
+_SCORES, _LEAST = 2**25, 64
 # The blocks of a strip read the same keys, up to its end, so that the compiled program does not grow with T.
 _STRIPS = 8
 
@@ -23,9 +24,8 @@ class _Strip(NamedTuple):
     keys: int  # that its blocks read
 
 
-def _cut(B: int, H: int, T: int) -> tuple[int, list[_Strip]]:
-    """Queries per block, and the strips. The last block may be longer than what is left of T."""
-    size = _MOST
+def _cut(B: int, H: int, T: int, size: int) -> tuple[int, list[_Strip]]:
+    """Queries per block, at most ``size``, and the strips. The last block may be longer than what is left of T."""
     while size > _LEAST and B * H * size * T > _SCORES:
         size //= 2
     size = min(size, T)
@@ -35,16 +35,17 @@ def _cut(B: int, H: int, T: int) -> tuple[int, list[_Strip]]:
     return size, [_Strip(first, end, end * size) for first, end in zip([0, *ends], ends, strict=False)]
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def blockwise_attention(
-    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT: jax.Array | None
+    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT: jax.Array | None, block: int
 ) -> jax.Array:
     """Causal grouped-query attention (arXiv 2305.13245) with the softmax in fp32, ``[B, T, H, h]``.
 
     Args:
         segments_BT: the document of each token, which attends only within it; None if there is a single one.
+        block: queries at once, at most.
     """
-    return _forward(q_BTHh, k_BTKh, v_BTKh, segments_BT)[0]
+    return _forward(q_BTHh, k_BTKh, v_BTKh, segments_BT, block)[0]
 
 
 def _pad(x_BT: jax.Array, size: int) -> jax.Array:
@@ -64,11 +65,11 @@ def _from_blocks(blocks: list[jax.Array], T: int) -> jax.Array:
     return x.reshape(B, N * size, K * G, h)[:, :T]
 
 
-def _scores(q_BsKGh: jax.Array, k_BSKh: jax.Array, block: jax.Array, segments: tuple[Any, Any]) -> jax.Array:
-    """Scaled and masked scores of one block of queries, fp32 ``[B, K, G, s, S]``."""
+def _scores(q_BsKGh: jax.Array, k_BSKh: jax.Array, at: jax.Array, segments: tuple[Any, Any]) -> jax.Array:
+    """Scaled and masked scores of the block of queries number ``at``, fp32 ``[B, K, G, s, S]``."""
     size, S = q_BsKGh.shape[1], k_BSKh.shape[1]
     scores = fp32_einsum(q_BsKGh.dtype)("bskgh,btkh->bkgst", q_BsKGh, k_BSKh) * q_BsKGh.shape[-1] ** -0.5
-    is_seen = ((block * size + jnp.arange(size))[:, None] >= jnp.arange(S))[None]
+    is_seen = ((at * size + jnp.arange(size))[:, None] >= jnp.arange(S))[None]
     if segments[0] is not None:
         is_seen &= segments[0][:, :, None] == segments[1][:, None]
     return jnp.where(is_seen[:, None, None], scores, -0.7 * jnp.finfo(jnp.float32).max)
@@ -82,18 +83,20 @@ def _split_segments(segments_BT: jax.Array | None, size: int) -> tuple[jax.Array
     return padded_BT.reshape(len(padded_BT), -1, size).swapaxes(0, 1), padded_BT
 
 
-def _forward(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT: Any) -> tuple[jax.Array, Any]:
+def _forward(
+    q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_BT: Any, block: int
+) -> tuple[jax.Array, Any]:
     (B, T, H, _), K, dtype = q_BTHh.shape, k_BTKh.shape[2], q_BTHh.dtype
-    size, strips = _cut(B, H, T)
+    size, strips = _cut(B, H, T, block)
     q_NBsKGh, k_BSKh, v_BSKh = _to_blocks(q_BTHh, size, K), _pad(k_BTKh, size), _pad(v_BTKh, size)
     segments_NBs, segments_BS = _split_segments(segments_BT, size)
     outputs, log_zs = [], []
     for first, end, S in strips:
 
         def run(inputs: tuple[Any, ...], S: int = S) -> tuple[jax.Array, jax.Array]:
-            block, q, segments = inputs
+            at, q, segments = inputs
             keys = None if segments_BS is None else segments_BS[:, :S]
-            scores = _scores(q, k_BSKh[:, :S], block, (segments, keys))
+            scores = _scores(q, k_BSKh[:, :S], at, (segments, keys))
             exps = jnp.exp(scores - scores.max(-1, keepdims=True))
             total = exps.sum(-1, keepdims=True)
             out = fp32_einsum(dtype)("bkgst,btkh->bskgh", (exps / total).astype(dtype), v_BSKh[:, :S])
@@ -107,10 +110,10 @@ def _forward(q_BTHh: jax.Array, k_BTKh: jax.Array, v_BTKh: jax.Array, segments_B
     return out_BTHh, (q_BTHh, k_BTKh, v_BTKh, segments_BT, out_BTHh, jnp.concatenate(log_zs))
 
 
-def _backward(saved: Any, gradient_BTHh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(block: int, saved: Any, gradient_BTHh: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q_BTHh, k_BTKh, v_BTKh, segments_BT, out_BTHh, log_z_NBKGs = saved
     (B, T, H, h), K, dtype = q_BTHh.shape, k_BTKh.shape[2], q_BTHh.dtype
-    size, strips = _cut(B, H, T)
+    size, strips = _cut(B, H, T, block)
     q_NBsKGh, g_NBsKGh = _to_blocks(q_BTHh, size, K), _to_blocks(gradient_BTHh, size, K)
     k_BSKh, v_BSKh = _pad(k_BTKh, size), _pad(v_BTKh, size)
     segments_NBs, segments_BS = _split_segments(segments_BT, size)
@@ -122,9 +125,9 @@ def _backward(saved: Any, gradient_BTHh: jax.Array) -> tuple[jax.Array, jax.Arra
 
         def add(carry: tuple[jax.Array, jax.Array], inputs: tuple[Any, ...], S: int = S) -> tuple[Any, jax.Array]:
             dk, dv = carry
-            block, q, segments, g, log_z, delta = inputs
+            at, q, segments, g, log_z, delta = inputs
             keys = None if segments_BS is None else segments_BS[:, :S]
-            probs = jnp.exp(_scores(q, k_BSKh[:, :S], block, (segments, keys)) - log_z[..., None])
+            probs = jnp.exp(_scores(q, k_BSKh[:, :S], at, (segments, keys)) - log_z[..., None])
             dv += einsum("bkgst,bskgh->btkh", probs.astype(dtype), g)
             by_probs = einsum("bskgh,btkh->bkgst", g, v_BSKh[:, :S])
             by_scores = (probs * (by_probs - delta[..., None]) * h**-0.5).astype(dtype)

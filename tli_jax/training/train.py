@@ -24,6 +24,7 @@ from tli_jax.upscaling.record import unconverged
 
 if TYPE_CHECKING:
     from tli_jax.data.batches import Data
+    from tli_jax.training.memory import CompiledMemory
     from tli_jax.training.trainer import Trainer
 
 
@@ -32,12 +33,14 @@ class Trained(NamedTuple):
 
     Attributes:
         data: None if the run was only exported.
+        memory: of the train step; None if it was not compiled, or the memory of the device is not known.
     """
 
     trainer: "Trainer"
     trained: dict[str, Any]
     frozen: dict[str, Any]
     data: "Data | None"
+    memory: "CompiledMemory | None"
 
 
 def train(
@@ -87,7 +90,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
 
     trainer, T, notes = make_trainer(config, start.model, start.plan)
     facts: dict[str, Any] = run.read_facts() if is_resumed else {"id": "", "sources": ()}
-    data, missing = None, None
+    data, missing, memory = None, None, None
     if not config.export_only:
         try:
             data = open_text(config, start.model, start.folder, tokenizer, T, cache, facts["sources"])
@@ -105,7 +108,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
         assert start.weights is not None and data is not None
         for warning in sidecar.left_behind(start.folder):
             _report(f"warning: {warning}")
-        trainer = _fit(trainer, T, _stored_dtypes(trainer, start.weights))
+        trainer, memory = _fit(trainer, T, _stored_dtypes(trainer, start.weights))
         with processes.first("begin"):
             if processes.is_first():
                 run.begin(config, start.weights, _facts(trainer, start.weights, data))
@@ -134,7 +137,7 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
         if data is None:
             raise missing or AssertionError("the text was opened")
         if is_resumed:
-            trainer = _fit(trainer, T, facts["dtypes"], facts)
+            trainer, memory = _fit(trainer, T, facts["dtypes"], facts)
         _report(f"resuming from step {step:,}" if step else "starting at step 0")
         metrics, shown = None, contextlib.nullcontext(advance or (lambda amount, note="", /: None))
         if processes.is_first():
@@ -159,14 +162,16 @@ def _train(config: TrainConfig, run: RunDirectory, cache: Path, advance: Advance
         record = describe_training(run, config, sorted(trainer.layout.outer), T, int(state.step))
         export(trainer, state.trained | frozen, facts["dtypes"], run, Path(config.export), record)
         _report(f"exported to {config.export}")
-    return Trained(trainer, state.trained, frozen, data)
+    return Trained(trainer, state.trained, frozen, data, memory)
 
 
 def _stored_dtypes(trainer: "Trainer", weights: Checkpoint) -> dict[str, str]:
     return {spec.name: weights.stack(spec.tensor, spec.layers).dtype.name for spec in trainer.param_specs}
 
 
-def _fit(trainer: "Trainer", T: int, dtypes: dict[str, str], earlier: dict[str, Any] | None = None) -> "Trainer":
+def _fit(
+    trainer: "Trainer", T: int, dtypes: dict[str, str], earlier: dict[str, Any] | None = None
+) -> "tuple[Trainer, CompiledMemory | None]":
     """Check that the step fits in memory, with the rematerialization that is chosen or was chosen earlier.
 
     Args:
@@ -197,7 +202,7 @@ def _fit(trainer: "Trainer", T: int, dtypes: dict[str, str], earlier: dict[str, 
             f"remat: {trainer.config.remat}, {gib(memory.peak)} of {gib(limit)} per device, compiled in"
             f" {memory.seconds:.0f} s"
         )
-    return trainer
+    return trainer, memory
 
 
 def _facts(trainer: "Trainer", weights: Checkpoint, data: "Data") -> dict[str, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.hf.load import load_array
 from tli_jax.hf.tensors import read_tensor
-from tli_jax.models.attention import make_rope
+from tli_jax.models.attention import causal, make_rope
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.llama import Block
 from tli_jax.models.modules import RMSNorm
@@ -36,7 +36,9 @@ def embed(checkpoint: Checkpoint, tokens_BT: np.ndarray) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def run_layer(config: LlamaConfig, params: dict[str, Any], x_BTD: jax.Array) -> jax.Array:
     """Run one layer. All layers of all models go through this one compiled program."""
-    return Block.from_params(config, params)(x_BTD, rope=make_rope(config, x_BTD.shape[1], x_BTD.dtype))[0]
+    T = x_BTD.shape[1]
+    rope = make_rope(config, T, x_BTD.dtype)._replace(attend=causal(T, None))
+    return Block.from_params(config, params)(x_BTD, rope=rope)[0]
 
 
 def head_name(config: LlamaConfig) -> str:
