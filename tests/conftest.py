@@ -1,12 +1,13 @@
 """The environment of all tests: a CPU that simulates eight devices, no network, and shared fixtures."""
 
+import ctypes
 import fcntl
 import gc
 import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,19 @@ settings.load_profile("tli_jax")
 def _full_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest-xdist sets COLUMNS in its workers, and tables honour it."""
     monkeypatch.delenv("COLUMNS", raising=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory() -> Iterator[None]:
+    """Forget compiled programs before they fill the memory: a worker ended with more than 5 GB."""
+    yield
+    statm = Path("/proc/self/statm")
+    if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or glibc keeps what was freed
 
 
 @pytest.fixture(scope="session")
