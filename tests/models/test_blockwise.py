@@ -60,3 +60,15 @@ def test_memory_does_not_grow_with_the_square_of_the_length():
 
     assert temporaries(4096) < 8 * 8 * 4096**2 * 4 / 8  # an eighth of the scores of all heads
     assert temporaries(4096) < 3 * temporaries(2048)
+
+
+@pytest.mark.parametrize("T", [512, 1024])
+def test_most_keys_after_the_last_query_are_not_read(T):
+    """Five of eight blocks of scores remain with four blocks of queries, and nearly half with many."""
+
+    def flops(block):
+        qkv = [jax.ShapeDtypeStruct((1, T, 4, 32), jnp.float32)] * 3
+        attend = jax.jit(lambda *qkv: causal(T, None, block)(*qkv))
+        return attend.lower(*qkv).compile().cost_analysis()["flops"]
+
+    assert flops(128) < (0.65 if T == 512 else 0.6) * flops(T)
