@@ -24,7 +24,8 @@ from tli_jax.hf.tensors import read_tensor
 
 pytestmark = pytest.mark.usefixtures("_compile_once")
 
-STEPS = 40
+# Few, because collectives between processes on a CPU take a third of a second per step.
+STEPS, SAVE, VALIDATE = 16, 4, 8
 # The command, slowed down after some step, so that there is time to act on it.
 SLOW = """
 import sys, time
@@ -52,7 +53,7 @@ def flags(run, **options):
 def options(start):
     basic = {"model": start / "base", "text": start / "ids.npy", "only": "last_n(2)", "dtypes": "compute=float32"}
     basic |= {"batch_size": 8, "sequence_length": 16, "learning_rate": 0.01, "warmup": 5}
-    return basic | {"steps": STEPS, "save_every": 10, "validate_every": 20, "keep": 100}
+    return basic | {"steps": STEPS, "save_every": SAVE, "validate_every": VALIDATE, "keep": 100}
 
 
 def inode(file):
@@ -117,8 +118,8 @@ def newest(run):
 def kill_and_resume(folder, start, environment):
     """Kill the first process; then one process alone resumes to the end."""
     run = folder / "killed"
-    group = Group(environment, run, options(start), since=23).wait_for(24)
-    while newest(run) < 20:
+    group = Group(environment, run, options(start), since=2 * SAVE + 1).wait_for(2 * SAVE + 2)
+    while newest(run) < 2 * SAVE:
         time.sleep(0.01)
     group.processes[0].send_signal(signal.SIGKILL)
     results = {"SIGKILL": [*group.end(), newest(run)]}
@@ -131,7 +132,7 @@ def pairs(once, one, start, compiled):
     """Two processes, stopped by SIGTERM to the second. Both resume to the end and export; in a copy, one is killed."""
 
     def make(folder):
-        group = Group(compiled, folder / "both", options(start), since=5).wait_for(6)
+        group = Group(compiled, folder / "both", options(start), since=2).wait_for(3)
         group.processes[1].send_signal(signal.SIGTERM)
         results = {"SIGTERM": [*group.end(), newest(folder / "both")]}
         shutil.copytree(folder / "both", folder / "killed")
@@ -197,7 +198,7 @@ def test_a_signal_to_one_stops_both_at_the_same_step(pairs):
     assert codes == [75, 75]
     (first,), (second,) = errors
     assert first == second and f"stopped at step {saved}, which is saved" in first
-    assert 6 <= saved < STEPS
+    assert 3 <= saved < 2 * SAVE
 
 
 def test_killing_one_ends_the_other(pairs):
@@ -205,7 +206,7 @@ def test_killing_one_ends_the_other(pairs):
     assert codes == [-9, 69]
     assert errors == [[], [f"error: {processes.LOST}"]]
     assert seconds < 30
-    assert saved == 20
+    assert saved == 2 * SAVE
 
 
 def test_one_process_resumes_a_run_of_two(pairs, one):
@@ -218,7 +219,7 @@ def test_one_process_resumes_a_run_of_two(pairs, one):
 def test_a_full_disk_of_one_ends_both(pairs, start, compiled, tmp_path, index):
     """A limit on file sizes, which applies to one process only, stands for the disk."""
     run = shutil.copytree(pairs / "early", tmp_path / "run")
-    group = Group(compiled, run, options(start), since=21).wait_for(22)
+    group = Group(compiled, run, options(start), since=2 * SAVE + 1).wait_for(2 * SAVE + 2)
     supervisor = group.processes[index].pid
     (child,) = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
     log = (run / "metrics.jsonl").stat().st_size
@@ -227,7 +228,7 @@ def test_a_full_disk_of_one_ends_both(pairs, start, compiled, tmp_path, index):
     assert (codes[index], codes[1 - index]) in [(74, 69), (74, 74)]
     assert "writing a checkpoint failed" in errors[index][0]
     assert seconds < 60  # of slowed-down steps, and 30 s after the save
-    assert newest(run) == 20
+    assert newest(run) == 2 * SAVE
     assert Group(compiled, run, {}).end()[0] == [0, 0]
     np.testing.assert_allclose(losses(run), losses(pairs / "both"), rtol=2e-4)
 
@@ -237,7 +238,7 @@ def test_a_full_disk_of_one_ends_both(pairs, start, compiled, tmp_path, index):
 def test_the_failure_of_one_ends_the_other(pairs, start, compiled, tmp_path, index):
     """SIGKILL to the second process, or to the child of the first, as its supervisor reports. Then two resume."""
     run = shutil.copytree(pairs / "early", tmp_path / "run")
-    group = Group(compiled, run, options(start), since=21).wait_for(24)
+    group = Group(compiled, run, options(start), since=2 * SAVE + 1).wait_for(2 * SAVE + 3)
     victim = group.processes[index].pid
     if index == 0:
         (child,) = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
@@ -256,9 +257,9 @@ MESHES = ["fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"]
 
 @pytest.fixture(scope="module")
 def four(start, compiled, tmp_path_factory):
-    """Four processes with two devices each, the third of which is told to stop after step 22."""
+    """Four processes with two devices each, the third of which is told to stop after step 10."""
     run = tmp_path_factory.mktemp("four") / "run"
-    group = Group(compiled, run, options(start), count=4, since=21).wait_for(22)
+    group = Group(compiled, run, options(start), count=4, since=9).wait_for(10)
     group.processes[2].send_signal(signal.SIGTERM)
     return run, *group.end()
 
@@ -290,7 +291,7 @@ def test_a_signal_to_one_stops_all_four_at_the_same_step(four, start, compiled, 
 def test_losing_one_of_four_ends_the_others(four, one, start, compiled, tmp_path, number):
     """Then two processes resume."""
     run = shutil.copytree(four[0], tmp_path / "run")
-    group = Group(compiled, run, options(start) | {"timeouts": "heartbeat=10"}, count=4, since=31).wait_for(32)
+    group = Group(compiled, run, options(start) | {"timeouts": "heartbeat=10"}, count=4, since=12).wait_for(13)
     victim = group.processes[2].pid
     (child,) = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
     frozen = [victim, int(child)] if number == signal.SIGSTOP else []

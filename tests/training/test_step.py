@@ -1,6 +1,8 @@
 """One step: equal on every mesh and to torch, without needless FLOPs, and harmless if its loss or gradient is bad."""
 
+import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,11 @@ import numpy as np
 import optax
 import pytest
 
+from tli_jax.cli.train_config import TrainConfig
 from tli_jax.distributed.mesh import batch_sharding, replicated
 from tli_jax.hf.save import save_hf
 from tli_jax.training.freezing import group
+from tli_jax.training.step import UNCOMPILED
 
 MESHES = {"8x1": {"fsdp": 8}, "4x2": {"data": 4, "fsdp": 2}}
 MESHES |= {"2x2x2": {"data": 2, "fsdp": 2, "tensor": 2}}
@@ -79,6 +83,33 @@ def test_every_mesh_gives_equal_steps_and_gathers_one_layer_at_a_time(build, bat
     assert shapes, "a sharded model needs all-gathers"
     # The largest matrix of a layer is F x D. Embedding and head, which have a V dim, are not stacks.
     assert max(np.prod(shape) for shape in shapes if not {72, 36} & set(shape)) <= 56 * 40
+
+
+def test_equal_programs_share_their_compilation(build):
+    """Options that do not count as part of a program indeed do not change it, and all others make another one."""
+    others = {"seed": 5, "batch_size": 16, "text": ("a.txt",), "run": "elsewhere", "save_every": 7, "verify": True}
+    others |= {"isolate": False, "attention": "xla", "skip_limit": 3, "profile": 2, "validation_fraction": 0.1}
+    trainer, other = build()[0], build(**others)[0]
+    assert trainer == other and trainer.step is other.step and trainer.validate is other.validate
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert others.keys() <= UNCOMPILED <= names
+    both = [lower(one, one._jitted_step) for one in (trainer, dataclasses.replace(other))]
+    assert both[0] == both[1]
+    changed: dict[str, Any] = {"dtypes": {"compute": "bfloat16"}, "steps": 7, "schedule": "wsd", "optimizer": "lion"}
+    changed |= {"learning_rate": {"all": 1e-3}, "warmup": {"all": 3}, "adam": {"b1": 0.8}, "weight_decay": 0.0}
+    changed |= {"decay_fraction": 0.5, "final_fraction": 0.0, "clip_norm": 2.0, "remat": "full", "spike": 0.0}
+    changed |= {"grad_accum_steps": 2, "auxiliary": {"z": 0.1}}
+    assert changed.keys() == names - UNCOMPILED
+    for name, value in changed.items():
+        assert build(**{name: value})[0] != trainer, name
+    assert build(only="injected")[0] != trainer and build({"fsdp": 8})[0] != trainer
+
+
+def lower(trainer, step) -> str:
+    """The lowered step, whose text is that of equal programs only."""
+    state = trainer.abstract_state()
+    tokens = jax.ShapeDtypeStruct((1, 8, 17), jnp.int32)
+    return step.lower(state, {}, tokens, tokens, jax.ShapeDtypeStruct((1,), jnp.int32)).as_text()
 
 
 def count_flops(jaxpr) -> int:

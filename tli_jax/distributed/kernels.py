@@ -45,11 +45,14 @@ def choose_attention(
         raise UsageError(f"attention: {name} runs on {_PLATFORM[name]}, this is {platform}: choose xla or auto")
     elif unmet.get(name):
         raise UsageError(f"attention: {name} needs {unmet[name]}: choose xla or auto")
+    return _attention(name, mesh, isolate), f"{name}, {'within' if isolate else 'across'} documents"
+
+
+@functools.cache  # equal functions are one object, so that programs that use them are known to be equal
+def _attention(name: str, mesh: Mesh, isolate: bool) -> AttentionImpl:
     kernels = {"xla": _xla, "cudnn": _cudnn, "splash": _splash}
     impl: AttentionImpl = functools.partial(kernels[name], mesh)
-    if isolate:
-        return impl, f"{name}, within documents"
-    return lambda T, segments_BT: impl(T, None), f"{name}, across documents"
+    return impl if isolate else lambda T, segments_BT: impl(T, None)
 
 
 def _local(mesh: Mesh, attend: Callable[..., jax.Array], documents: jax.Array | None) -> AttentionFn:
@@ -108,7 +111,12 @@ def choose_dispatch(mesh: Mesh) -> tuple[ExpertDispatch, str]:
     """Return an expert dispatch for these devices and its description for the log."""
     if mesh.devices.flat[0].platform == "cpu" and mesh.shape["expert"] == 1:
         return every_expert, "dense, every expert runs on every token (fastest on a CPU)"
-    return functools.partial(grouped, mesh), "dropless, grouped matmul (ragged_dot)"
+    return _grouped(mesh), "dropless, grouped matmul (ragged_dot)"
+
+
+@functools.cache
+def _grouped(mesh: Mesh) -> ExpertDispatch:
+    return functools.partial(grouped, mesh)
 
 
 def grouped(mesh: Mesh, x_BTD: jax.Array, choice: Routing, w1: jax.Array, w2: jax.Array, w3: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from tli_jax.cli.train_config import TrainConfig
+from tli_jax.cli.train_config import Recipe, TextConfig, TrainConfig
 from tli_jax.distributed.mesh import batch_sharding, constrain, param_sharding, replicated
 from tli_jax.distributed.vocabulary import sharded_cross_entropy, sharded_lookup
 from tli_jax.distributed.xla_options import xla_options
@@ -24,6 +24,17 @@ from tli_jax.training.optimizer import GROUPS, learning_rates, make_optimizer
 
 _SPIKE_AFTER = 20  # steps before the running mean of the gradient norm is trusted
 _NORM_WEIGHT = 0.05  # of the newest gradient norm in that mean
+
+
+_OF_TEXT, _OF_RECIPE, _OF_RUN = ({x.name for x in dataclasses.fields(c)} for c in (TextConfig, Recipe, TrainConfig))
+# Options that the jitted functions of a run do not depend on: those about text, files and processes, those that became
+# its layout, mesh and attention, and those that only change batches or when something happens.
+UNCOMPILED = {
+    *_OF_TEXT,
+    *(_OF_RUN - _OF_RECIPE),
+    *("verify", "isolate", "attention", "mesh", "outer", "batch_size", "sequence_length", "seed", "skip_limit"),
+    *("validation_text", "validation_fraction", "validate_every", "validation_batches", "save_every"),
+}
 
 
 class TrainState(NamedTuple):
@@ -44,9 +55,13 @@ class TrainState(NamedTuple):
     norm: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Programs:
-    """The jitted functions of a run: initialise, step, validate. ``training.trainer.Trainer`` builds on them."""
+    """The jitted functions of a run: initialise, step, validate. ``training.trainer.Trainer`` builds on them.
+
+    Instances that differ in ``UNCOMPILED`` options only are equal and share their jitted functions: runs of a
+    comparison that differ in their seed are traced and compiled once.
+    """
 
     model: LlamaConfig
     config: TrainConfig
@@ -55,6 +70,18 @@ class Programs:
     attention_impl: AttentionImpl
     dispatch: ExpertDispatch = every_expert
     kernel: str = "xla, within documents"  # the attention kernel, in words
+
+    @functools.cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        ignored = UNCOMPILED | ({"steps"} if self.config.schedule == "constant" else set())
+        options = {name: value for name, value in vars(self.config).items() if name not in ignored}
+        return self.model, self.layout, self.mesh, self.attention_impl, self.dispatch, repr(sorted(options.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Programs) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
 
     @functools.cached_property
     def param_specs(self) -> list[ParamSpec]:
@@ -136,13 +163,27 @@ class Programs:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
 
-    @functools.cached_property
+    @property
     def step(self) -> Any:
         """Jitted ``(state, frozen, tokens, segments, stop) -> (state, metrics)``. Donates ``state``.
 
         ``tokens`` and ``segments`` are int32 ``[A, B, T+1]``, with A microbatches. ``stop`` has a flag per device: 1
         if its process was asked to stop. ``metrics["stop"]`` is 1 in every process if any flag is.
         """
+        return _first_equal(self)._jitted_step
+
+    @property
+    def validate(self) -> Any:
+        """Jitted ``(trained, frozen, tokens [B, T+1], segments [B, T+1]) -> (summed loss in nats, target count)``."""
+        return _first_equal(self)._jitted_sums
+
+    @property
+    def token_losses(self) -> Any:
+        """Jitted ``(trained, frozen, tokens [B, T+1]) -> cross-entropy of each token but the first [B, T]``, nats."""
+        return _first_equal(self)._jitted_losses
+
+    @functools.cached_property
+    def _jitted_step(self) -> Any:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         return jax.jit(
             self._step,
@@ -152,18 +193,14 @@ class Programs:
         )
 
     @functools.cached_property
-    def validate(self) -> Any:
-        """Jitted ``(trained, frozen, tokens [B, T+1], segments [B, T+1]) -> (summed loss in nats, target count)``."""
-
+    def _jitted_sums(self) -> Any:
         def sums(trained: Arrays, frozen: Arrays, tokens: jax.Array, segments: jax.Array) -> Any:
             return self._sums(trained, frozen, tokens, segments)[1][:2]
 
         return jax.jit(sums, out_shardings=replicated(self.mesh))
 
     @functools.cached_property
-    def token_losses(self) -> Any:
-        """Jitted ``(trained, frozen, tokens [B, T+1]) -> cross-entropy of each token but the first [B, T]``, nats."""
-
+    def _jitted_losses(self) -> Any:
         def losses(trained: Arrays, frozen: Arrays, tokens: jax.Array) -> Any:
             return token_losses(self._model(trained, frozen), tokens, options=self.forward_options)[0]
 
@@ -240,3 +277,9 @@ class Programs:
         trainable = {group for spec in self.param_specs if spec.trains for group in spec.groups}
         metrics |= {f"learning_rate_{group}": rates[i] for i, group in enumerate(GROUPS) if group in trainable}
         return TrainState(step, trained, moments, skipped, mean), metrics
+
+
+@functools.lru_cache(maxsize=4)
+def _first_equal(programs: Programs) -> Programs:
+    """The first of equal instances, whose jitted functions all of them use. Bounded, because programs take memory."""
+    return programs
