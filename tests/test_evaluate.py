@@ -1,6 +1,7 @@
 """The command ``evaluate``: a model's loss on texts and its accuracy on tasks."""
 
 import json
+import os
 import math
 import socket
 import subprocess
@@ -192,7 +193,11 @@ def test_two_processes_give_the_same_result(text, task, capsys) -> None:
         free.bind(("127.0.0.1", 0))
         where = f"127.0.0.1:{free.getsockname()[1]}"
     call = [sys.executable, "-W", "error", "-m", "tli_jax.evaluate", *flags]
-    started = [subprocess.Popen([*call, "--process", f"{i}/2@{where}"], stdout=subprocess.PIPE) for i in range(2)]
+    environment = os.environ | {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"}
+    started = [
+        subprocess.Popen([*call, "--process", f"{i}/2@{where}"], stdout=subprocess.PIPE, env=environment)
+        for i in range(2)
+    ]
     outputs = [process.communicate()[0].decode() for process in started]
     assert [process.returncode for process in started] == [0, 0]
     assert outputs[1] == ""

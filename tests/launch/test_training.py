@@ -26,7 +26,7 @@ def work(tmp_path, start):
 
 def environment(**more):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
+    devices = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     return os.environ | {"PATH": path, "XLA_FLAGS": devices} | more
 
 
@@ -53,7 +53,7 @@ def test_local_trains_with_two_processes_stops_and_resumes(work):
     )
     assert second.returncode == 0, second.stderr
     assert steps(work) == list(range(1, done + 4))
-    assert "of 8 × cpu" in second.stderr
+    assert "of 2 × cpu" in second.stderr
 
 
 def wait_until(happened, processes=()):
@@ -173,7 +173,7 @@ sys.exit(max(process.wait() for process in started))
     call = [LAUNCH / "slurm_job.sh", LAUNCH, *words]
     done = subprocess.run(call, env=clean, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert steps(work) == list(range(1, 13)) and "of 8 × cpu" in done.stderr
+    assert steps(work) == list(range(1, 13)) and "of 2 × cpu" in done.stderr
     assert done.stderr.count("waiting up to 300 s for the other processes to start") == 2
     assert not (work / "requeued").exists()
 
@@ -203,7 +203,7 @@ def test_the_command_for_a_cluster_grows_and_trains_on_two_nodes(work):
     ]
     errors = [node.communicate(timeout=600)[1] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], errors
-    assert steps(work) == list(range(1, 13)) and "of 8 × cpu" in errors[0]
+    assert steps(work) == list(range(1, 13)) and "of 2 × cpu" in errors[0]
 
 
 @pytest.mark.parametrize(("code", "is_requeued"), [(75, True), (0, False), (69, False)])
