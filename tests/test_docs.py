@@ -4,11 +4,12 @@ Blocks of shell commands and of Python run in order, page by page, in one folder
 slow, such as ``--steps 2000``, are reduced (``SMALL``). ``<!-- not run: REASON -->`` above a block skips it.
 """
 
+import itertools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +67,14 @@ def to_script(block: Block) -> str:
     return "\n".join([f"set -euo pipefail; {trap}", *small])
 
 
+def to_program(blocks: Iterable[Block]) -> list[str]:
+    """Consecutive snippets as one program, because imports are slow. Each has globals of its own."""
+    # Empty lines in front give tracebacks the line numbers of the page.
+    codes = [(block.page, "\n" * (block.line - 1) + block.code) for block in blocks]
+    run = f"for page, code in {codes!r}: exec(compile(code, page, 'exec'), {{'__name__': '__main__'}})"
+    return [sys.executable, "-W", "error", "-c", run]
+
+
 def _reduce(option: str, value: str) -> str:
     return str(min(int(value), SMALL.get(option, int(value))))
 
@@ -92,21 +101,16 @@ def test_commands_and_snippets_run(page, tmp_path, environment):
     folder.mkdir()
     if page != "README.md":  # whose steps start in an empty folder
         write_inputs(folder)
-    for block in BLOCKS:
-        if block.page != page or block.not_run:
-            continue
-        if block.language in SHELL:
-            call = ["bash", "-c", to_script(block)]
-        elif block.language == "python":
-            # Empty lines in front give tracebacks the line numbers of the page.
-            call = [sys.executable, "-W", "error", "-c", "\n" * (block.line - 1) + block.code]
-        else:
-            continue
-        done = subprocess.run(
-            call, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
-        )
-        if done.returncode:
-            pytest.fail(f"{block}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", False)
+    blocks = [block for block in BLOCKS if block.page == page and not block.not_run]
+    blocks = [block for block in blocks if block.language in (*SHELL, "python")]
+    for is_python, group in itertools.groupby(blocks, lambda block: block.language == "python"):
+        consecutive = list(group)
+        for call in [to_program(consecutive)] if is_python else [["bash", "-c", to_script(b)] for b in consecutive]:
+            done = subprocess.run(
+                call, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=600
+            )
+            if done.returncode:
+                pytest.fail(f"{page}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}", False)
 
 
 def write_inputs(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """The command ``evaluate``: a model's loss on texts and its accuracy on tasks."""
 
 import json
-import os
 import math
+import os
 import socket
 import subprocess
 import sys

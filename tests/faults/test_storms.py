@@ -16,7 +16,14 @@ def fuzz(*words, folder):
     return ended.stdout
 
 
-@pytest.mark.parametrize(("targets", "trials"), [("headers config growth yaml tokenizer", 25), ("text tasks", 10)])
+@pytest.mark.parametrize(
+    ("targets", "trials"),
+    [
+        ("headers config growth yaml tokenizer text tasks", 5),
+        pytest.param("headers config growth yaml tokenizer", 25, marks=pytest.mark.long),
+        pytest.param("text tasks", 10, marks=pytest.mark.long),
+    ],
+)
 def test_short_fuzz_finds_nothing(targets, trials, tmp_path):
     printed = fuzz(*targets.split(), "--trials", str(trials), "--jobs", "2", folder=tmp_path / "failures")
     assert all(f"{target}: {trials} trials" in printed for target in targets.split())

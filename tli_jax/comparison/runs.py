@@ -136,8 +136,6 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
     Raises:
         DivergedError: a loss of the trained model is not finite.
     """
-    import jax
-
     from tli_jax.training.feed import Feed, contributions
     from tli_jax.training.memory import compile_step
 
@@ -156,7 +154,7 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
         }
     except DataError as error:  # the start of this run was finite on the same text and tasks
         raise DivergedError(f"the trained model cannot be measured: {error}") from error
-    result = {
+    return {
         **measured,
         "seconds": sum(space.recipe.batch_size * data.T / line["tokens_per_second"] for line in lines),
         "attention": trainer.kernel,
@@ -165,5 +163,3 @@ def _measure(space: Workspace, run: Trained, directory: RunDirectory) -> dict[st
         "flops_per_token": trainer.flops_per_token(data.T),
         "memory": memory.peak,
     }
-    jax.clear_caches()  # or the programs of hundreds of runs fill the memory
-    return result

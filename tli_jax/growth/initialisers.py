@@ -43,22 +43,30 @@ def compute(init: str, source: Any, row: int, name: str, scale: float, options: 
         experts = [compute(init, expert, row, f"{name}.{i}", scale, options) for i, expert in enumerate(source)]
         return jnp.stack(experts)
     used = tuple((key, options[key]) for key in ("seed", "noise_ratio", "std") if key in options)
-    return _compute(init, source, np.uint32(row), name, np.float32(scale), used)
+    salt = np.uint32(zlib.crc32(name.encode()))
+    return _compute(init, source, np.uint32(row), salt, name.endswith("bias"), np.float32(scale), used)
 
 
 # Compiled even outside of jit, so that growth in memory and from file to file gives the same bytes.
-@functools.partial(jax.jit, static_argnums=(0, 3, 5))
+# The salt is an argument, so that tensors of one shape share a program.
+@functools.partial(jax.jit, static_argnums=(0, 4, 6))
 def _compute(
-    init: str, source: jax.Array, row: jax.Array, name: str, scale: jax.Array, options: tuple[tuple[str, Any], ...]
+    init: str,
+    source: jax.Array,
+    row: jax.Array,
+    salt: jax.Array,
+    is_bias: bool,
+    scale: jax.Array,
+    options: tuple[tuple[str, Any], ...],
 ) -> jax.Array:
     given = dict(options)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(given["seed"]), row), zlib.crc32(name.encode()))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(given["seed"]), row), salt)
     if init == "noise":
         x = source.astype(jnp.float32)
         rms = round_statistic(jnp.sqrt(jnp.mean(jnp.square(x))))
         x = x + given["noise_ratio"] * rms * jax.random.normal(key, x.shape, jnp.float32)
     elif source.ndim == 1:
-        x = jnp.full(source.shape, 0.0 if name.endswith("bias") else 1.0, jnp.float32)
+        x = jnp.full(source.shape, 0.0 if is_bias else 1.0, jnp.float32)
     else:
         x = given["std"] * jax.random.normal(key, source.shape, jnp.float32)
     return (x * scale).astype(source.dtype)

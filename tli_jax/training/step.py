@@ -155,13 +155,16 @@ class Programs:
 
     def init(self, trained: Arrays) -> TrainState:
         """The state before the first step. Donates ``trained``."""
+        return _first_equal(self)._jitted_init(trained)
 
+    @functools.cached_property
+    def _jitted_init(self) -> Any:
         def make(trained: Arrays) -> TrainState:
             zero = jnp.zeros((), jnp.int32)
             return TrainState(zero, trained, self.optimizer.init(trained), zero, jnp.zeros((), jnp.float32))
 
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-        return jax.jit(make, out_shardings=shardings, donate_argnums=0)(trained)
+        return jax.jit(make, out_shardings=shardings, donate_argnums=0)
 
     @property
     def step(self) -> Any:
@@ -279,7 +282,7 @@ class Programs:
         return TrainState(step, trained, moments, skipped, mean), metrics
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=32)
 def _first_equal(programs: Programs) -> Programs:
     """The first of equal instances, whose jitted functions all of them use. Bounded, because programs take memory."""
     return programs
