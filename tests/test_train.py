@@ -186,7 +186,6 @@ def run_killed(folder, start, environment):
     Process(environment, flags(straight, **options, export=folder / "straight-out")).end()
     every = flags(killed, **options, export=folder / "killed-out")
     Process(environment, every, slow=(HALF + 1, 0.3)).wait_for(HALF + 3, checkpoint=HALF).end(signal.SIGKILL, -9)
-    kill_somewhere(environment, every, random.Random(1))
     (folder / "last.err").write_text(Process(environment, every).end())
 
 
