@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import errno
+import gc
 import io
 import os
 import re
@@ -73,6 +74,8 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    # Tracing makes many objects that stay. To search them for garbage after every 700 takes a tenth of a short run.
+    gc.set_threshold(50_000, 10, 10)
     silence_libtpu()
     codecs.register_error("tli_jax.ascii", _replace)
     for stream in (sys.stdout, sys.stderr):
