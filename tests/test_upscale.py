@@ -205,7 +205,7 @@ def test_flags_override_the_configuration_file(tmp_path, capsys):
     ],
 )
 def test_every_method_from_the_command_line(flags, layers, tmp_path):
-    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 40)  # short, because this test has many cases
+    (tmp_path / "text").write_text("def add(a, b):\n    return a + b\n" * 10)  # short, because this test has many cases
     assert run("--model", "embedded", "--output", tmp_path / "out", "--text", tmp_path / "text", *flags) == 0
     record = json.loads((tmp_path / "out" / "growth.json").read_text())
     assert len(record["rows"]) == layers
