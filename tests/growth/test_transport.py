@@ -40,8 +40,10 @@ def sinkhorn(a, b, regularisation=0.06):
         return (top + np.log(np.exp(x - top).sum(axis, keepdims=True))).squeeze(axis)
 
     for _ in range(20_000):
-        f = -log_sum(g[None] - cost, 1) - np.log(len(a))
+        before, f = f, -log_sum(g[None] - cost, 1) - np.log(len(a))
         g = -log_sum(f[:, None] - cost, 0) - np.log(len(b))
+        if np.abs(f - before).max() < 1e-14:
+            break
     return np.exp(f[:, None] + g[None] - cost) * len(b)
 
 
