@@ -29,6 +29,17 @@ def round_statistic(x: jax.Array) -> jax.Array:
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
+def salt_of(name: str) -> np.uint32:
+    """What a random key takes from a name. Jitted functions take it in place of the name, so that tensors of one shape
+    share a program."""
+    return np.uint32(zlib.crc32(name.encode()))
+
+
+def random_key(seed: int, row: jax.Array, salt: jax.Array | np.uint32) -> jax.Array:
+    """The random key of a tensor in grown layer ``row``."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), salt)
+
+
 def compute(init: str, source: Any, row: int, name: str, scale: float, options: Mapping[str, Any]) -> jax.Array:
     """Compute a tensor of an injected layer by ``noise`` or ``random``. Each expert's tensor is computed separately.
 
@@ -43,12 +54,10 @@ def compute(init: str, source: Any, row: int, name: str, scale: float, options: 
         experts = [compute(init, expert, row, f"{name}.{i}", scale, options) for i, expert in enumerate(source)]
         return jnp.stack(experts)
     used = tuple((key, options[key]) for key in ("seed", "noise_ratio", "std") if key in options)
-    salt = np.uint32(zlib.crc32(name.encode()))
-    return _compute(init, source, np.uint32(row), salt, name.endswith("bias"), np.float32(scale), used)
+    return _compute(init, source, np.uint32(row), salt_of(name), name.endswith("bias"), np.float32(scale), used)
 
 
 # Compiled even outside of jit, so that growth in memory and from file to file gives the same bytes.
-# The salt is an argument, so that tensors of one shape share a program.
 @functools.partial(jax.jit, static_argnums=(0, 4, 6))
 def _compute(
     init: str,
@@ -60,7 +69,7 @@ def _compute(
     options: tuple[tuple[str, Any], ...],
 ) -> jax.Array:
     given = dict(options)
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(given["seed"]), row), salt)
+    key = random_key(given["seed"], row, salt)
     if init == "noise":
         x = source.astype(jnp.float32)
         rms = round_statistic(jnp.sqrt(jnp.mean(jnp.square(x))))

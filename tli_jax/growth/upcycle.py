@@ -5,7 +5,6 @@ by the same compiled function.
 """
 
 import functools
-import zlib
 from typing import Any
 
 import jax
@@ -14,7 +13,7 @@ import numpy as np
 
 from tli_jax.errors import UsageError
 from tli_jax.growth.experts import MATRICES, Experts
-from tli_jax.growth.initialisers import round_statistic
+from tli_jax.growth.initialisers import random_key, round_statistic, salt_of
 
 
 def upcycle(params: Any, experts: Experts, layers: str = "layers") -> Any:
@@ -44,7 +43,7 @@ def upcycle(params: Any, experts: Experts, layers: str = "layers") -> Any:
     rows, numbers = jnp.arange(L, dtype=jnp.uint32), jnp.arange(experts.total, dtype=jnp.uint32)
 
     def all_experts(name: str) -> jax.Array:
-        per_expert = functools.partial(_make_expert, experts, name == "down_proj", _salt(name))
+        per_expert = functools.partial(_make_expert, experts, name == "down_proj", salt_of(name))
         per_layer = jax.vmap(per_expert, in_axes=(None, None, 0))
         return jax.vmap(per_layer, in_axes=(0, 0, None))(dense[name], rows, numbers)
 
@@ -64,7 +63,7 @@ def make_expert(experts: Experts, name: str, dense: Any, row: int, expert: int) 
         dense: that tensor of the layer, ``[F, D]``, or ``[D, F]`` for ``down_proj``.
         row: number of the grown layer. The random key depends on it, the seed, the expert and the name.
     """
-    return _make_expert(experts, name == "down_proj", _salt(name), dense, np.uint32(row), np.uint32(expert))
+    return _make_expert(experts, name == "down_proj", salt_of(name), dense, np.uint32(row), np.uint32(expert))
 
 
 def make_router(experts: Experts, D: int, dtype: Any, row: int) -> jax.Array:
@@ -72,15 +71,6 @@ def make_router(experts: Experts, D: int, dtype: Any, row: int) -> jax.Array:
     return _make_router(experts, D, np.dtype(dtype), np.uint32(row))
 
 
-def _salt(name: str) -> np.uint32:
-    return np.uint32(zlib.crc32(name.encode()))
-
-
-def _key(experts: Experts, row: jax.Array, salt: jax.Array | np.uint32) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(experts.seed), row), salt)
-
-
-# The salt is an argument, so that gate and up projections share a program.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _make_expert(
     experts: Experts, is_down: bool, salt: jax.Array, dense: jax.Array, row: jax.Array, expert: jax.Array
@@ -95,7 +85,7 @@ def _make_expert(
         if method == "virtual_groups_published":
             factor = (experts.total * G / experts.top_k) ** (1 / 3)
         return (parts[expert % G] * np.float32(factor)).astype(dense.dtype)
-    noise = jax.random.normal(jax.random.fold_in(_key(experts, row, salt), expert), dense.shape, jnp.float32)
+    noise = jax.random.normal(jax.random.fold_in(random_key(experts.seed, row, salt), expert), dense.shape, jnp.float32)
     if method == "noise":
         rms = round_statistic(jnp.sqrt(jnp.mean(jnp.square(x))))
         return (x + experts.noise_ratio * rms * noise).astype(dense.dtype)
@@ -103,7 +93,7 @@ def _make_expert(
     axis = 1 if is_down else 0
     F = dense.shape[axis]
     count = round(experts.noise_ratio * F)
-    order_F = jax.random.permutation(jax.random.fold_in(_key(experts, row, _salt("drop")), expert), F)
+    order_F = jax.random.permutation(jax.random.fold_in(random_key(experts.seed, row, salt_of("drop")), expert), F)
     is_new = jnp.expand_dims(jnp.zeros(F, bool).at[order_F[:count]].set(True), 1 - axis)
     entries = max(count * dense.shape[1 - axis], 1)
     mean = round_statistic(jnp.sum(jnp.where(is_new, x, 0.0)) / entries)
@@ -113,6 +103,7 @@ def _make_expert(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _make_router(experts: Experts, D: int, dtype: Any, row: jax.Array) -> jax.Array:
-    rows = experts.router_std * jax.random.normal(_key(experts, row, _salt("router")), (experts.count, D), jnp.float32)
+    key = random_key(experts.seed, row, salt_of("router"))
+    rows = experts.router_std * jax.random.normal(key, (experts.count, D), jnp.float32)
     # The G parts of a copy have equal rows, so that a token is routed to all or none of them.
     return jnp.repeat(rows, experts.granularity, axis=0).astype(dtype)
