@@ -1,6 +1,6 @@
 """Compiles every shipped configuration for TPU slices, on a machine without TPUs, and tabulates what fits.
 
-    python benchmarks/scaling.py                      # all rows: hours on 2 cores
+    python benchmarks/scaling.py                      # all rows: an hour and a half on 2 cores
     python benchmarks/scaling.py --match v5e-8        # rows whose flags contain this text
     python benchmarks/scaling.py --table              # print the table of the stored results
     python benchmarks/scaling.py --gpus               # memory of H100s on paper: nothing compiles, seconds
@@ -101,8 +101,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         trains = "all" if "all" in flags else "injected"
         trains += f", batch of {flags[flags.index(_BATCH) + 1]}" if _BATCH in flags else ""
         trains += f", {flags[flags.index(_MESH) + 1]}" if _MESH in flags else ""
-        # Rows without a policy are of the code before the loss was fused with the head.
-        peak = f"{gib(step['peak'])} of {gib(step['limit'])}{'' if 'remat' in step else ' †'}"
+        peak = f"{gib(step['peak'])} of {gib(step['limit'])}"
         delta = f"{paper / step['peak'] - 1:+.0%}" if step["fits"] else ""
         lines.append(
             f"| {config} | {row['parameters'] / 1e9:.2f} | {where} | {trains}"

@@ -5,6 +5,7 @@ slow, such as ``--steps 2000``, are reduced (``SMALL``). ``<!-- not run: REASON 
 """
 
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -153,3 +154,14 @@ def test_tables_match_the_stored_results(page, tables):
         call = [sys.executable, *call.split()]
         printed = subprocess.run(call, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
         assert inside == printed and printed.count("\n") > 5, f"{page}: rerun {' '.join(call[1:])}"
+
+
+def test_memory_in_the_configurations_is_that_of_the_stored_results():
+    stored = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text(encoding="utf-8"))["rows"]
+    found: dict[str, set[str]] = {}
+    for row in stored.values():
+        config = re.search(r"configs/\S+", row["command"])[0]
+        found.setdefault(config, set()).update(f"{row['step'][key] / 2**30:.1f}" for key in ("peak", "limit"))
+    for config, peaks in found.items():
+        head = (ROOT / config).read_text(encoding="utf-8").partition("Hardware:")[2].partition("Peak memory")[0]
+        assert (claims := re.findall(r"\b\d+\.\d\b", head)) and peaks.issuperset(claims), f"{config}: {claims} {peaks}"

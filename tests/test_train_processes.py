@@ -1,4 +1,4 @@
-"""Runs of two real processes with four devices each: what they compute, and how they end together."""
+"""Runs of two and four real processes with two devices each: what they compute, and how they end together."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def inode(file):
 
 
 class Group:
-    """The processes of one run, with eight devices in total."""
+    """The processes of one run, with two devices each; a single one has four."""
 
     def __init__(self, environment, run, options, count=2, since=STEPS):
         with socket.socket() as free:
@@ -71,7 +71,9 @@ class Group:
         self.processes = []
         for index in range(count):
             own = {"process": f"{index}/{count}@{address}"} if count > 1 else {}
-            devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={8 // count}"}
+            own_devices = 4 if count == 1 else 2
+            flag = f"--xla_force_host_platform_device_count={own_devices}"
+            devices = {"XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {flag}"}
             # No compilation cache for several processes: on a CPU, a program that one process has compiled and another
             # loads from the cache may run its collectives in another order, and the two would deadlock.
             cached = environment if count == 1 else {}
@@ -291,7 +293,9 @@ def test_a_signal_to_one_stops_all_four_at_the_same_step(four, start, compiled, 
 def test_losing_one_of_four_ends_the_others(four, one, start, compiled, tmp_path, number):
     """Then two processes resume."""
     run = shutil.copytree(four[0], tmp_path / "run")
-    group = Group(compiled, run, options(start) | {"timeouts": "heartbeat=10"}, count=4, since=8).wait_for(9)
+    saved = newest(run)
+    given = options(start) | {"timeouts": "heartbeat=10"}
+    group = Group(compiled, run, given, count=4, since=saved).wait_for(saved + 1)
     victim = group.processes[2].pid
     (child,) = Path(f"/proc/{victim}/task/{victim}/children").read_text().split()
     frozen = [victim, int(child)] if number == signal.SIGSTOP else []
