@@ -32,9 +32,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 # Each worker of pytest-xdist has a core of its own: threads that wait for each other on different cores take a fifth
 # longer. Set before jax is imported, so that XLA starts as many threads as it has cores.
-if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and CORES:
+    os.sched_setaffinity(0, {CORES[int(worker.removeprefix("gw")) % len(CORES)]})
 
 # Traced and compiled programs stay in memory. Searching all of them for garbage every few hundred objects took a sixth
 # of the time.
@@ -43,6 +43,22 @@ gc.set_threshold(50_000, 10, 10)
 # No deadline, because first calls compile. Derandomized, so that a failure comes from the change, not from chance.
 settings.register_profile("tli_jax", deadline=None, derandomize=True)
 settings.load_profile("tli_jax")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Give the processes that a test marked ``all_cores`` starts all cores.
+
+    On one core, processes that compute together take twice as long, because one polls while it keeps the other waiting.
+    """
+    if not CORES or item.get_closest_marker("all_cores") is None:
+        return (yield)
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        return (yield)
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 @pytest.fixture(autouse=True)

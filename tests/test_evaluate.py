@@ -173,6 +173,7 @@ def test_tasks_without_a_tokenizer_are_refused(start, task, capsys) -> None:
     assert "has no tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.all_cores
 def test_two_processes_give_the_same_result(text, task, capsys) -> None:
     """In float32. In bfloat16, rounding depends on how a batch is sharded."""
     flags = [

@@ -201,6 +201,7 @@ def test_search_finds_the_largest_batch(check):
     assert "remat none, 2 sequences per device: fits" in err
 
 
+@pytest.mark.all_cores
 def test_two_processes_report_their_versions_and_devices(start, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -215,6 +215,7 @@ def test_an_interrupted_scan_resumes(scanned: Path, tmp_path: Path, capsys) -> N
     assert run(*BASE, "--output", tmp_path, "--what", "half", "--overwrite") == 0
 
 
+@pytest.mark.all_cores
 def test_two_processes_scan_together(scanned: Path, tmp_path: Path, compiled) -> None:
     """They give the losses of one process, and resume what process 0 has measured."""
     lines = (scanned / "losses.jsonl").read_text().splitlines(keepends=True)

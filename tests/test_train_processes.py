@@ -22,7 +22,7 @@ from tli_jax.distributed import processes
 from tli_jax.hf.checkpoint import open_checkpoint
 from tli_jax.hf.tensors import read_tensor
 
-pytestmark = pytest.mark.usefixtures("_compile_once")
+pytestmark = [pytest.mark.usefixtures("_compile_once"), pytest.mark.all_cores]
 
 # Few, because collectives between processes on a CPU take a third of a second per step.
 STEPS, SAVE, VALIDATE = 12, 3, 6

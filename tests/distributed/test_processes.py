@@ -211,6 +211,7 @@ CASES = {
 QUICK = ["kill 0", "1 raises", "stop 1 as Slurm does", "stop 0 as Slurm does through a script", "end"]
 
 
+@pytest.mark.all_cores
 @pytest.mark.parametrize(
     "names", [QUICK, pytest.param([name for name in CASES if name not in QUICK], marks=pytest.mark.long)]
 )
@@ -269,6 +270,7 @@ with processes.first(), open(sys.argv[3], "w") as report:  # not stdout, where G
 """
 
 
+@pytest.mark.all_cores
 def test_identity_follows_jax_distributed(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -113,6 +113,7 @@ def test_each_byte_is_read_once(models, reads, monkeypatch, name: str, groups: b
     jax.tree.map(assert_equal, params, plain)
 
 
+@pytest.mark.all_cores
 def test_two_processes_read_each_byte_once(models):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

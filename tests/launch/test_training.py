@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.all_cores
+
 LAUNCH = Path(__file__).parents[2] / "launch"
 
 

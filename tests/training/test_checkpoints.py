@@ -654,6 +654,7 @@ def test_save_fails_at_every_point(tmp_path: Path, what: str, run_script: RunScr
     assert slowest < 10
 
 
+@pytest.mark.all_cores
 def test_two_processes(tmp_path: Path, run_script: RunScript):
     """Saved by two processes, damaged for the second only, restored by two and by one."""
     script = """

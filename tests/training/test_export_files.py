@@ -49,6 +49,8 @@ def main(arguments):
 
 processes.leave(run_command(main, sys.argv[1:]))
 """
+pytestmark = pytest.mark.all_cores
+
 # Files of up to 4 KiB only, which stands for a full disk.
 LIMIT = ["sh", "-c", 'ulimit -f 8 && exec "$0" "$@"']
 # Hides the parent folder of the output from one process, as on another machine.

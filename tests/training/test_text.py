@@ -67,6 +67,7 @@ def pair(tmp_path):
     return pair
 
 
+@pytest.mark.all_cores
 def test_the_first_process_checks_and_the_others_trust_it(pair, tmp_path):
     text, changed = tmp_path / "a.txt", tmp_path / "b.txt"
     text.write_text(embedded_text()[:20_000])
