@@ -69,12 +69,19 @@ def _full_width(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _bounded_memory() -> Iterator[None]:
-    """Forget compiled programs before they fill the memory: a worker ended with more than 5 GB."""
+    """Forget compiled programs before they fill the memory: a worker ended with more than 5 GB.
+
+    Until then, spare the garbage collector what earlier modules and imports have left: a search of it all takes half a
+    second, and a run searches after each checkpoint that it cannot read.
+    """
+    gc.collect()
+    gc.freeze()
     yield
     statm = Path("/proc/self/statm")
     if statm.exists() and int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > 2 * 2**30:
         import jax
 
+        gc.unfreeze()
         jax.clear_caches()
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # or glibc keeps what was freed
