@@ -103,13 +103,14 @@ def test_padding_and_documents(base, tokens):
     halves = [trainer.evaluate(state, half) * half[:, 1:].size for half in (tokens[:, :9], tokens[:, 9:])]
     assert trainer.evaluate(state, tokens, segments) == pytest.approx(sum(halves) / (16 * 15), rel=1e-5)
     assert np.isnan(trainer.evaluate(state, np.full((2, 17), -1)))
+    assert np.isnan(trainer.evaluate(state, np.zeros((0, 17), int)))
 
 
 def test_wrong_options_and_shapes_are_refused(base, tokens):
     config, params, trainer = base
     for options, message in [
         ({"lerning_rate": 1}, "Trainer.create: key 'lerning_rate' is not known, .*learning_rate"),
-        ({"run": "x"}, "Trainer.create: run: for tli-jax train only"),
+        ({"run": "x"}, "Trainer.create: run: only for tli-jax train"),
         ({"steps": "many"}, "Trainer.create: steps is 'many'"),
         ({"only": "injected"}, "injected needs a grown model"),
         ({"mesh": {"tensor": 3}}, "mesh"),
@@ -123,5 +124,9 @@ def test_wrong_options_and_shapes_are_refused(base, tokens):
         trainer.train_step(state, tokens[:, :16])
     with pytest.raises(ValueError, match="tokens_BT has ids from 0 to 64, the vocabulary has 64"):
         trainer.train_step(state, np.where(tokens == 63, 64, tokens))
+    with pytest.raises(ValueError, match=f"tokens_BT has ids from 0 to {2**32}, the vocabulary has 64"):
+        trainer.train_step(state, np.where(tokens == 63, 2**32, tokens.astype(np.int64)))
+    with pytest.raises(ValueError, match="tokens_BT has dtype float64, ids are integers"):
+        trainer.evaluate(state, tokens + 0.5)
     with pytest.raises(ValueError, match=r"segments_BT \(16, 16\)"):
         trainer.evaluate(state, tokens, tokens[:, :16])

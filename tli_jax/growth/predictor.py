@@ -157,7 +157,7 @@ def _loss(network: Network, neighbours: jax.Array, targets: jax.Array) -> jax.Ar
 
 def predict(network: Network, neighbours: Any) -> jax.Array:
     """Rows of a block ``[N, in]`` from those of the blocks before and after, ``[N, 2 in]``."""
-    x = jnp.asarray(neighbours)
+    x, matmul = jnp.asarray(neighbours), functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     for weight, bias in network[:-1]:
-        x = jax.nn.relu(x @ weight + bias)
-    return x @ network[-1][0] + network[-1][1]
+        x = jax.nn.relu(matmul(x, weight) + bias)
+    return matmul(x, network[-1][0]) + network[-1][1]

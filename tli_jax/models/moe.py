@@ -14,7 +14,7 @@ from flax import nnx
 
 from tli_jax.models.config import LlamaConfig
 from tli_jax.models.modules import Linear, Weight, tensor_options
-from tli_jax.models.precision import matmul_precision
+from tli_jax.models.precision import fp32_einsum, matmul_precision
 
 
 class Routing(NamedTuple):
@@ -35,8 +35,8 @@ def route(x_BTD: jax.Array, gate_ED: jax.Array, k: int) -> tuple[Routing, jax.Ar
         The routing, and the load-balancing loss of the Switch Transformer (arXiv 2101.03961): E · Σ over experts of
         (fraction of the choices) · (mean probability). It is 1 for an even load and E/k at worst.
     """
-    precise = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-    logits_BTE = jnp.einsum("...d,ed->...e", x_BTD.astype(jnp.float32), gate_ED.astype(jnp.float32), **precise)
+    einsum = fp32_einsum(jnp.float32)
+    logits_BTE = einsum("...d,ed->...e", x_BTD.astype(jnp.float32), gate_ED.astype(jnp.float32))
     probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
     weights_BTk, experts_BTk = jax.lax.top_k(probs_BTE, k)
     weights_BTk = weights_BTk / weights_BTk.sum(-1, keepdims=True)
@@ -51,7 +51,7 @@ def every_expert(x_BTD: jax.Array, routing: Routing, w1: jax.Array, w2: jax.Arra
     einsum = functools.partial(jnp.einsum, precision=matmul_precision(x_BTD.dtype))
     inner_BTEF = jax.nn.silu(einsum("btd,efd->btef", x_BTD, w1)) * einsum("btd,efd->btef", x_BTD, w3)
     out_BTED = einsum("btef,edf->bted", inner_BTEF, w2)
-    return jnp.einsum("bted,bte->btd", out_BTED.astype(jnp.float32), weight_BTE).astype(x_BTD.dtype)
+    return fp32_einsum(jnp.float32)("bted,bte->btd", out_BTED.astype(jnp.float32), weight_BTE).astype(x_BTD.dtype)
 
 
 def chosen_experts(

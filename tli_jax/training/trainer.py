@@ -91,9 +91,11 @@ class Trainer(Programs):
         """
         of_commands = {field.name for field in dataclasses.fields(TrainConfig)} - _RECIPE
         if wrong := sorted(of_commands & options.keys()):
-            raise UsageError(f"Trainer.create: {', '.join(wrong)}: for tli-jax train only, remove it")
-        if plan is not None and (config.num_hidden_layers, config.num_experts) != _size(config, plan):
-            config = grown_config(config, plan)
+            raise UsageError(f"Trainer.create: {', '.join(wrong)}: only for tli-jax train: remove it")
+        if plan is not None:
+            experts = config.num_experts if plan.experts is None else plan.experts.total
+            if (config.num_hidden_layers, config.num_experts) != (len(plan), experts):
+                config = grown_config(config, plan)
         trainer, T, notes = make_trainer(from_values(TrainConfig, options, "Trainer.create"), config, plan, devices)
         for note in notes:
             if note.startswith("warning: "):
@@ -108,8 +110,8 @@ class Trainer(Programs):
         """The state before the first step.
 
         Args:
-            params: layer-stacked params as from ``load_hf`` or ``inject``, on any device or mesh. They are copied.
-                Trainable parameters are cast to ``param_dtype``, frozen ones keep their dtype.
+            params: layer-stacked params as from ``load_hf`` or ``inject``, on any device or mesh. Trainable ones are
+                copied and cast to ``param_dtype``. Frozen ones keep their dtype and may share memory with ``params``.
         """
         trained, frozen = self.shard(params)
         return TrainerState(self.init(trained), frozen)
@@ -118,9 +120,9 @@ class Trainer(Programs):
         """Layer-stacked params as the ``(trained, frozen)`` arrays of ``Programs``; ``trained`` is a copy."""
         shardings = {spec.name: param_sharding(self.mesh, spec.dims) for spec in self.param_specs}
         trained, frozen = group(params, self.param_specs)
-        trained = {name: jnp.array(x, self.config.param_dtype, copy=True) for name, x in trained.items()}
         trained, frozen = (jax.device_put(part, {name: shardings[name] for name in part}) for part in (trained, frozen))
-        return trained, frozen
+        # Copied after they are sharded: one device might not hold them all.
+        return {name: jnp.array(x, self.config.param_dtype, copy=True) for name, x in trained.items()}, frozen
 
     def train_step(
         self, state: TrainerState, tokens_BT: Any, segments_BT: Any = None
@@ -140,7 +142,7 @@ class Trainer(Programs):
             ``balance`` if the model has experts.
 
         Raises:
-            ValueError: a shape is wrong, or an id is not in the vocabulary.
+            ValueError: a shape is wrong, or an id is not an integer or not in the vocabulary.
         """
         shape = (self.config.batch_size, sequence_length(self.config, self.model) + 1)
         if np.shape(tokens_BT) != shape:
@@ -158,8 +160,13 @@ class Trainer(Programs):
         """Mean loss in nats per token, with the arguments of ``train_step``. Any number of rows, which all run at once.
 
         Returns NaN if there are no targets.
+
+        Raises:
+            ValueError: a shape is wrong, or an id is not an integer or not in the vocabulary.
         """
         tokens, segments = self._batch(tokens_BT, segments_BT)
+        if not len(tokens):
+            return float("nan")
         pad = ((0, -len(tokens) % batch_degree(self.mesh)), (0, 0))
         batch = np.pad(tokens, pad, constant_values=-1), np.pad(segments, pad)
         sharding = batch_sharding(self.mesh, ("B", "T"))
@@ -178,18 +185,17 @@ class Trainer(Programs):
         return jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
 
     def _batch(self, tokens_BT: Any, segments_BT: Any) -> tuple[np.ndarray, np.ndarray]:
-        tokens = np.asarray(tokens_BT, np.int32)
-        segments = np.zeros_like(tokens) if segments_BT is None else np.asarray(segments_BT, np.int32)
+        tokens = np.asarray(tokens_BT)
+        segments = np.zeros(tokens.shape) if segments_BT is None else np.asarray(segments_BT)
         if tokens.ndim != 2 or tokens.shape != segments.shape:
             raise ValueError(f"tokens_BT has shape {tokens.shape}, segments_BT {segments.shape}: both must be [B, T+1]")
-        low, high, V = tokens.min(), tokens.max(), self.model.vocab_size
+        # Checked before the cast, which would turn 2**32 or 0.5 into 0.
+        if not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(f"tokens_BT has dtype {tokens.dtype}, ids are integers")
+        low, high, V = tokens.min(initial=0), tokens.max(initial=0), self.model.vocab_size
         if low < -1 or high >= V:
             raise ValueError(f"tokens_BT has ids from {low} to {high}, the vocabulary has {V}")
-        return tokens, segments
-
-
-def _size(config: LlamaConfig, plan: Plan) -> tuple[int, int]:
-    return len(plan), config.num_experts if plan.experts is None else plan.experts.total
+        return tokens.astype(np.int32), segments.astype(np.int32)
 
 
 def make_trainer(

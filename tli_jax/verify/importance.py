@@ -17,6 +17,7 @@ from tli_jax.hf import hub
 from tli_jax.hf.checkpoint import Checkpoint, open_checkpoint
 from tli_jax.hf.tensors import read_tensor
 from tli_jax.models.config import LlamaConfig
+from tli_jax.models.precision import fp32_einsum
 from tli_jax.verify.layers import embed, head_name, normalise, read_layer, run_layer
 
 TOKENS = 2048  # of the text, at most
@@ -72,9 +73,8 @@ def _head_gradient(
     @jax.checkpoint
     def row_loss(row: tuple[jax.Array, jax.Array]) -> jax.Array:
         h_TD, tokens_T = normalise(eps, norm_D, row[0]), row[1]
-        logits_TV = jnp.einsum(
-            "td,vd->tv", h_TD[:-1].astype(head_VD.dtype), head_VD, preferred_element_type=jnp.float32
-        )
+        # Precise also for a bf16 head, as the gradients are products of fp32 arrays.
+        logits_TV = fp32_einsum(jnp.float32)("td,vd->tv", h_TD[:-1].astype(head_VD.dtype), head_VD)
         picked_T = jnp.take_along_axis(logits_TV, tokens_T[1:, None], axis=1)[:, 0]
         return (jax.nn.logsumexp(logits_TV, axis=1) - picked_T).mean()
 

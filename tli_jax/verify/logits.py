@@ -8,6 +8,7 @@ import numpy as np
 
 from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.hf.tensors import read_tensor
+from tli_jax.models.precision import matmul_precision
 from tli_jax.verify.layers import head_name, normalise
 
 _SLICE_BYTES = 16 * 2**20
@@ -49,7 +50,8 @@ def same_bits(a: Any, b: Any) -> bool:
 
 @jax.jit
 def _logits(h_ND: jax.Array, weight_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("nd,vd->nv", h_ND, weight_VD).astype(jnp.float32)
+    precision = matmul_precision(jnp.result_type(h_ND, weight_VD))
+    return jnp.einsum("nd,vd->nv", h_ND, weight_VD, precision=precision).astype(jnp.float32)
 
 
 class _Stats(NamedTuple):
