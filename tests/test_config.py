@@ -183,9 +183,9 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "something: else": ("key 'something' is not known",),
     "evry: 2\nmetod: dus": ("did you mean every?", "did you mean method?"),
     "1: 2": ("1",),
-    "every: yes": ("every is True", "must be a number, not yes or no"),
-    "scale: no": ("scale is False", "must be a number, not yes or no"),
-    "after: [1, true]": ("after is True", "must be a number, not yes or no"),
+    "every: yes": ("every is True", "must be a number, not a boolean"),
+    "scale: no": ("scale is False", "must be a number, not a boolean"),
+    "after: [1, true]": ("after is True", "must be a number, not a boolean"),
     "every: two": ("every is 'two'", "must be a whole number"),
     "every: 2.5": ("every is 2.5", "must be a whole number"),
     "every: [2]": ("every is [2]", "must be a whole number"),
@@ -200,8 +200,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "text: ~nobodyatall/x": ("text is '~nobodyatall/x'", "no home directory"),
     'output: "a\\0b"': ("output is 'a\\x00b'", "NUL"),
     'output: "a\\ud800"': ("half a surrogate pair", "line 1"),
-    "every: 2\ndrop: 3\nevery: 4": ("key 'every' is there twice", "line 3"),
-    "shape: {a: 1, a: 1}": ("key 'a' is there twice",),
+    "every: 2\ndrop: 3\nevery: 4": ("duplicate key 'every'", "line 3"),
+    "shape: {a: 1, a: 1}": ("duplicate key 'a'",),
     "every: &a 2\ndrop: *a": ("alias *a", "line 2"),
     "<<: {every: 2}": ("key '<<' is not known",),
     "? [a, b]\n: c": ("a key must be a word",),
@@ -317,6 +317,22 @@ def test_invalid_training_flags(arguments, words) -> None:
     with pytest.raises(UsageError) as error:
         read_train(*arguments)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: 3", "key 'lr' is not known, did you mean learning_rate?"),
+        ("seq_len: 3", "key 'seq_len' is not known, did you mean sequence_length?"),
+        ("text: {a: 1}", "text: key 'path' is missing; FILE: text: key 'a' is not known"),
+        ("text: [{path: a, wieght: 1}]", "text: key 'wieght' is not known"),
+    ],
+)
+def test_unknown_and_missing_keys_are_named(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UsageError) as error:
+        read_train("--config", str(tmp_path / "a.yaml"))
+    assert words in str(error.value).replace(str(tmp_path / "a.yaml"), "FILE")
 
 
 def test_an_unknown_key_of_a_section_is_named(file) -> None:

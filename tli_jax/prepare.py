@@ -64,7 +64,7 @@ def _prepare(config: PrepareConfig, temporary: Path) -> None:
         Rules.of_model(config, shape, tokenizer, tokenizer_digest(model)),
         shape,
         output,
-        workers=config.workers or len(os.sched_getaffinity(0)),
+        workers=config.workers or _cores(),
         shard_bytes=parse_size(config.max_shard_size),
         overwrite=config.overwrite,
         facts={"model": config.model, "versions": sidecar.versions("tli_jax", "tokenizers", "transformers")},
@@ -77,6 +77,11 @@ def _prepare(config: PrepareConfig, temporary: Path) -> None:
         f"written to {output}: {tokens:,} tokens of {documents:,} documents in {len(shards):,} shard"
         f"{'s' * (len(shards) != 1)}, {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
     )
+
+
+def _cores() -> int:
+    """The cores that this process may use; all of the machine where the system does not tell."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

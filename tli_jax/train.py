@@ -20,16 +20,17 @@ EXAMPLES = (
 
 def main(arguments: Sequence[str]) -> None:
     config = read_config(arguments)
-    # The run directory is opened afterwards: clients of object storage do not work in a process that forks.
+    # The run is opened after the processes are joined, which forks: clients of object storage do not survive a fork.
     with processes.joined(config.distributed, config.process, config.timeouts):
         run = RunDirectory(config.run)
+        # An existing run adds the configuration that it stores.
         if config.run and run.is_begun and not any(word.split("=")[0] == "--config" for word in arguments):
             config = read_config([*arguments, "--config", str(run.config)])
         train(config)
 
 
 def read_config(arguments: Sequence[str]) -> TrainConfig:
-    """The configuration. Without ``--config``, an existing run adds the one that it stores.
+    """The configuration of the command line.
 
     Raises:
         UsageError, MissingInputError: see ``cli.parse.parse``.

@@ -229,7 +229,7 @@ def test_opening_reads_the_manifest_only():
 @pytest.mark.parametrize(
     ("source", "output", "flags", "code", "words"),
     [
-        ("corpus", "corpus/out", [], 2, "must not be the same folder, nor one inside the other"),
+        ("corpus", "corpus/out", [], 2, "must not be the same folder, and neither may contain the other"),
         ("corpus", "corpus", ["--overwrite"], 2, "must not be the same folder"),
         ("one", "out", [], 2, "contains token ids already"),
         ("ids.npy", "out", [], 2, "contains token ids already"),

@@ -168,7 +168,7 @@ def test_truncated_and_tied_inputs_are_reported(embedded, capsys) -> None:
     found = score_tasks(trainer, arrays, tokenizer, [task])["t"]
     assert found["truncated"] == 2 and found["tied"] == 1
     shown = capsys.readouterr().err
-    assert "t: 2 of 5 inputs exceed the model's context of" in shown
+    assert "t: 2 of 5 inputs are longer than the model's context (" in shown
     assert "t: 1 of 2 questions have choices with the same tokens" in shown
 
 

@@ -106,7 +106,7 @@ def test_embedded_task() -> None:
         ('{"context": "a", "choices": ["b", "c"], "answer": 2}', "answer is 2, must be an integer from 0 to 1"),
         ('{"context": "a", "choices": ["b", "c"], "answer": "1"}', "answer is '1', must be an integer from 0 to 1"),
         ('{"sentence": "a", "label": 2}', "label is 2, must be an integer from 0 to 1"),
-        ('{"text": "a"}', "has keys text; known are context, choices, answer;"),
+        ('{"text": "a"}', "has keys text, must have those of one of: context, choices, answer;"),
         ("", "contains no questions"),
         ('{"context": "a", "choices": ["b", "b"], "answer": 0}', "two choices are the same"),
         ('{"context": "a", "choices": ["b", " "], "answer": 0}', "a choice is empty"),

@@ -210,9 +210,9 @@ def test_other_names():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"blocks": np.ones((4, 2))}, "nothing called 'layers'"),
-        ({}, "nothing called 'layers'"),
-        ({"layers": {"q": np.ones((5, 2))}}, r"layers\.q has shape \(5, 2\), the plan needs 4"),
+        ({"blocks": np.ones((4, 2))}, "no subtree 'layers'"),
+        ({}, "no subtree 'layers'"),
+        ({"layers": {"q": np.ones((5, 2))}}, r"layers\.q has shape \(5, 2\), but the plan is for 4"),
         ({"layers": {"q": np.ones((4, 2)), "k": np.ones(3)}}, r"layers\.k has shape \(3,\)"),
         ({"layers": {"q": np.float32(1)}}, r"layers\.q has shape \(\)"),
     ],

@@ -178,7 +178,7 @@ class ScanConfig:
     text: PathText = option("", "held-out UTF-8 text, or 'embedded'", IO, shown="required")
     old_text: PathText | None = option(None, "a second text, such as the base's own domain, or 'embedded'", IO)
     output: PathText = option("", "folder for the results; an interrupted scan resumes", IO, shown="required")
-    overwrite: bool = option(False, "start anew if the folder holds a scan of another base, text or dtype", IO)
+    overwrite: bool = option(False, "start over if the folder holds a scan of another base, text or dtype", IO)
     what: Scanned = option(
         SCANNED, "what to measure, separated by commas; blocks take L(L+1)/2 plans each", SCAN, choices=SCANNED
     )

@@ -74,7 +74,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
-    # Tracing makes many objects that stay. To search them for garbage after every 700 takes a tenth of a short run.
+    # Tracing makes many long-lived objects. Searching them for garbage after every 700 takes a tenth of a short run.
     gc.set_threshold(50_000, 10, 10)
     silence_libtpu()
     codecs.register_error("tli_jax.ascii", _replace)
@@ -87,7 +87,7 @@ def run_command(main: Callable[[Sequence[str]], None], arguments: Sequence[str])
     except _Stopped as stopped:
         return _fail(f"stopped by {stopped}: run the same command again", 75)
     except BrokenPipeError:
-        # The reader of our output has left. Python would flush the rest into the closed pipe.
+        # stdout was closed, by head for example. Python would flush the rest into the closed pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:

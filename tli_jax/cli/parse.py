@@ -9,8 +9,9 @@ and none of them reads the short forms that flags and YAML share, such as ``data
 
 import argparse
 import dataclasses
+import difflib
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -80,7 +81,7 @@ def parse(
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UsageError(f"{word} is not known{_suggest(word, flags)}; see --help")
     flags = vars(given)
-    flags.pop("debug", None)  # run_command looks for the word itself
+    flags.pop("debug", None)  # run_command scans the arguments for it
     for name, value in flags.items():
         if isinstance(value, str) and not is_unicode(value):
             raise UsageError(f"command line: {name} is {value!r}: not UTF-8")
@@ -178,12 +179,13 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     return "N" if int in kinds else "X" if float in kinds else "TEXT"
 
 
-def _suggest(word: str, flags: Sequence[str]) -> str:
-    """The end of a message: the flag that was probably meant."""
+def _suggest(word: str, known: Iterable[str]) -> str:
+    """The end of a message: the flag or key that was probably meant, or nothing."""
     name = word.partition("=")[0].lstrip("-").replace("_", "-")
     section, dot, last = name.rpartition(".")
-    alias = f"--{section}{dot}{_ALIASES.get(last, last)}"
-    return nearest(alias, flags) if alias not in flags else f", did you mean {alias}?"
+    by_name = {word.lstrip("-").replace("_", "-"): word for word in known}
+    close = difflib.get_close_matches(section + dot + _ALIASES.get(last, last), by_name, n=1)
+    return f", did you mean {by_name[close[0]]}?" if close else ""
 
 
 def from_yaml(kind: type[Config], path: Path) -> Config:
@@ -234,13 +236,18 @@ def _merge(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(error: pydantic.ValidationError, kind: Any, flags: dict[str, Any], path: str | None) -> Iterator[str]:
-    """pydantic's findings in our words."""
+    """Rewrite pydantic's errors as messages."""
     for problem in error.errors():
         parts = [str(part) for part in problem["loc"]]
         key = ".".join(_key(kind, parts))
         where = "command line" if key in flags else path
-        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden") and len(parts) <= 1 + key.count("."):
-            yield f"{where}: key {key!r} is not known{nearest(key, flat_fields(kind))}"
+        if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            if len(parts) <= 1 + key.count("."):
+                yield f"{where}: key {key!r} is not known{_suggest(key, flat_fields(kind))}"
+            else:
+                yield f"{where}: {key}: key {parts[-1]!r} is not known"
+        elif problem["type"] == "missing":
+            yield f"{where}: {key}: key {parts[-1]!r} is missing"
         else:
             yield f"{where}: {key} is {_shorten(problem['input'])}, {_reason(problem)}"
 
@@ -266,8 +273,6 @@ _REASONS = {
     "literal_error": "must be one of {expected}",
     "string_pattern_mismatch": "must be tensorboard or wandb:PROJECT",
     "value_error": "{error}",
-    **dict.fromkeys(("unexpected_keyword_argument", "extra_forbidden"), "is not a key here"),
-    "missing": "lacks a key that is required",
 }
 
 

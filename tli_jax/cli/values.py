@@ -20,7 +20,7 @@ def _split(value: Any) -> Any:
 def _refuse_bool(value: Any) -> Any:
     """``every: yes`` is a mistake, not the number 1."""
     if isinstance(value, bool):
-        raise ValueError("must be a number, not yes or no")
+        raise ValueError("must be a number, not a boolean (yes or no)")
     return value
 
 

@@ -35,7 +35,7 @@ def to_yaml(config: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """In quotes, with escapes, what is not printable: else PyYAML turns U+0085 and U+2028 into line breaks."""
+    """Quotes strings with characters that do not print. Otherwise PyYAML turns U+0085 and U+2028 into line breaks."""
 
     def represent_str(self, data: str) -> Any:
         return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if data.isprintable() else '"')
@@ -45,7 +45,7 @@ _Dumper.add_representer(str, _Dumper.represent_str)
 
 
 def plain(value: Any) -> Any:
-    """Of mappings and lists alone, as YAML and JSON give it back."""
+    """Convert tuples to lists, as YAML and JSON return them."""
     if isinstance(value, dict):
         return {key: plain(part) for key, part in value.items()}
     return [plain(part) for part in value] if isinstance(value, list | tuple) else value
@@ -86,12 +86,12 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, str | int | float | None):
                 raise yaml.MarkedYAMLError(problem="a key must be a word", problem_mark=key_node.start_mark)
             if key in found:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is there twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key!r}", problem_mark=key_node.start_mark)
             found[key] = self.construct_object(value_node, deep=deep)
         return found
 
 
-# Nothing is a number or a date here that is none to PyYAML, which writes configurations.
+# A scalar that is a number or a date here must also be one to PyYAML, which writes configurations.
 for _tag, _form, _starts in (
     ("bool", r"yes|Yes|YES|no|No|NO|true|True|TRUE|false|False|FALSE|on|On|ON|off|Off|OFF", "yYnNtTfFoO"),
     ("int", r"0|-?[1-9][0-9]*", "-0123456789"),

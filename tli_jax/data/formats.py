@@ -78,7 +78,7 @@ def unit(kind: str) -> str:
 
 
 def recognize(head: bytes) -> str | None:
-    """Describe content by its first ``HEAD`` bytes; None if it may be plain text."""
+    """Name what content is by ``head``, its first bytes; None if it may be plain text."""
     head = head.removeprefix(codecs.BOM_UTF8)
     if _HTML.match(head):
         return "an HTML page"

@@ -70,7 +70,7 @@ def _accept(listener: socket.socket, count: int, token: bytes, lost: Any) -> Non
             if hmac.compare_digest(received, token):
                 count -= 1
                 _start(_wait, connection, lost)
-            else:  # somebody else has found the port
+            else:  # an unrelated client connected
                 connection.close()
 
 

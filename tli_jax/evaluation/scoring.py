@@ -135,9 +135,9 @@ def compute_metrics(task: Task, scores: Sequence[np.ndarray]) -> dict[str, Any]:
     """Metrics of a task from the log-likelihoods of its choices.
 
     Returns:
-        ``accuracy`` of the highest score, with its standard error ``stderr``; ``accuracy_normalised``, of the highest
-        score per character of the choice; ``f1``, macro-averaged over answers; ``right``, a string with a 1 for each
-        question answered right and a 0 for each other.
+        ``accuracy`` of the highest score, a fraction, with its standard error ``stderr``; ``accuracy_normalised``, of
+        the highest score per character of the choice; ``f1``, macro-averaged over answers; ``right``, a string with
+        a 1 for each question answered right and a 0 for each other.
     """
     answers = np.array([question.answer for question in task.questions])
     picked = np.array([int(np.argmax(choices)) for choices in scores])
@@ -178,10 +178,8 @@ def score_tasks(
     inputs = [encode(tokenizer, task, shots, seed, trainer.model) for task in tasks]
     for task, encoded in zip(tasks, inputs, strict=True):
         if encoded.truncated:
-            what = f"{encoded.truncated:,} of {len(encoded.rows):,} inputs exceed the model's context"
-            warn(
-                f"{task.name}: {what} of {trainer.model.max_position_embeddings:,} tokens and are truncated on the left"
-            )
+            what = f"{encoded.truncated:,} of {len(encoded.rows):,} inputs are longer than the model's context"
+            warn(f"{task.name}: {what} ({trainer.model.max_position_embeddings:,} tokens): truncated on the left")
         if encoded.tied:
             what = f"{encoded.tied:,} of {len(task.questions):,} questions have choices with the same tokens"
             warn(f"{task.name}: {what}: the first of them counts as picked")

@@ -137,7 +137,7 @@ def _read_questions(file: Path) -> tuple[Question, ...]:
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{file}: line {number}: is not a question ({error}): fix it") from None
     if not questions:
-        raise DataError(f"{file}: contains no questions")
+        raise DataError(f"{file}: contains no questions: choose another file")
     return tuple(questions)
 
 
@@ -154,7 +154,7 @@ def _parse(row: Any) -> Question:
     known = next((names for names in (_OWN_KEYS, *_KOBEST) if set(names) <= set(keys)), None)
     if known is None:
         formats = "; ".join(", ".join(names) for names in (_OWN_KEYS, *_KOBEST))
-        raise ValueError(f"has keys {', '.join(keys) or 'none'}; known are {formats}")
+        raise ValueError(f"has keys {', '.join(keys) or 'none'}, must have those of one of: {formats}")
     answer_key = known[-1]
     texts = {name: row[name] for name in known if name not in ("choices", answer_key)}
     if known is _OWN_KEYS:

@@ -46,11 +46,11 @@ def inject(params: Any, plan: Plan, layers: str = "layers", outputs: Collection[
     paths = jax.tree_util.tree_leaves_with_path(params)
     leaves = {name: leaf for path, leaf in paths if (name := name_of(path)) is not None}
     if not leaves:
-        raise UsageError(f"the params have nothing called {layers!r}: name the layer-stacked subtree with layers=")
+        raise UsageError(f"the params have no subtree {layers!r}: name the one with the stacked layers with layers=")
     for name, leaf in leaves.items():
         if not leaf.shape or leaf.shape[0] != plan.base_layers:
             raise UsageError(
-                f"{layers}.{name} has shape {tuple(leaf.shape)}, the plan needs {plan.base_layers} layers first"
+                f"{layers}.{name} has shape {tuple(leaf.shape)}, but the plan is for {plan.base_layers} layers"
             )
     on_host = _compute_on_host(leaves, plan, outputs)
 

@@ -52,7 +52,11 @@ class Predictor:
         self._name, self._tensors = "", {}
 
     def __call__(self, number: int, name: str) -> np.ndarray:
-        """The tensor ``name`` of grown layer ``number``, fp32 or fp64, before its row's scale."""
+        """The tensor ``name`` of grown layer ``number``, fp32 or fp64, before its row's scale. Norms are averaged.
+
+        Raises:
+            UsageError: the tensor has more than two dims, as those of experts have.
+        """
         if name == self._name:
             return self._tensors[number]
         neighbours = [layer for layer, _ in self.plan.rows[number].sources]

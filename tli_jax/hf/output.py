@@ -21,11 +21,16 @@ from tli_jax.hf.files import flock, fsync
 _SPARE = 16 * 2**20  # bytes that must stay free
 # A file of every output that may be replaced, and what such a folder is.
 _KINDS = {"config.json": "model folder", "00000.ids": "folder of prepared data"}
+# What to do about errors of the disk that are not its own fault.
+_ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files with --max-shard-size",
+}
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def check_output(output: Path, source: Path | None, overwrite: bool, marker: str = "config.json") -> None:
-    """Check that writing an output would not harm its source or other files, before anything is read or written.
+    """Check that writing an output would not harm its source or other files. Cleans up after an interrupted run.
 
     Args:
         source: the base model or the text.
@@ -39,7 +44,7 @@ def check_output(output: Path, source: Path | None, overwrite: bool, marker: str
         new, base = _real(output), None if source is None else _real(source)
         if base is not None and (new == base or base in new.parents or new in base.parents):
             raise UsageError(
-                f"output {output} and {source} must not be the same folder, nor one inside the other:"
+                f"output {output} and {source} must not be the same folder, and neither may contain the other:"
                 " choose another output"
             )
         if new.is_symlink():
@@ -94,7 +99,8 @@ def staged(output: Path, nbytes: int, overwrite: bool = False, marker: str = "co
             if error.errno not in _DISK_ERRORS:
                 raise
             raise StorageError(
-                f"{output}: writing failed ({error.strerror}), the unfinished output was deleted: free some space"
+                f"{output}: writing failed ({error.strerror}), the unfinished output was deleted:"
+                f" {_ADVICE.get(error.errno, 'check the disk')}"
             ) from error
 
 
@@ -185,7 +191,9 @@ def _lock(work: Path, output: Path) -> int:
                     return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            raise OutputError(f"{output}: another process is writing it: wait for it, or choose another") from None
+            raise OutputError(
+                f"{output}: another process is writing it: wait until it finishes, or choose another output"
+            ) from None
         except OSError:
             os.close(descriptor)
             raise
@@ -199,7 +207,7 @@ def _recover(output: Path, work: Path) -> None:
         old.rename(output)
     for path in list(work.iterdir()):
         shutil.rmtree(path, ignore_errors=True)
-    if old.exists():  # it could not be removed: the name is needed
+    if old.exists():  # it could not be deleted: free its name
         old.rename(tempfile.mkdtemp(prefix="left-", dir=work))
 
 

@@ -110,7 +110,7 @@ def _check(model: type[_Record], record: dict[str, Any], file: Path) -> None:
     except pydantic.ValidationError as error:
         keys = list(dict.fromkeys(".".join(map(str, fault["loc"])) for fault in error.errors()))
         names = ", ".join(keys[:5]) + ", …" * (len(keys) > 5)
-        raise DataError(f"{file}: {names[:300]} missing or invalid: restore or delete the file") from None
+        raise DataError(f"{file}: keys missing or invalid: {names[:300]}: restore or delete the file") from None
 
 
 def read_growth(file: Path) -> dict[str, Any]:

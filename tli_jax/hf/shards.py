@@ -75,7 +75,7 @@ def as_chunks(make: Callable[[], Any]) -> Callable[[], Iterator[Any]]:
 
 
 def parse_size(text: str) -> int:
-    """Parse a size such as ``5GB`` or ``500MiB`` into bytes.
+    """Parse a size such as ``5GB`` (5·10⁹) or ``500MiB`` (500·2²⁰) into bytes.
 
     Raises:
         UsageError: the text is not a size.

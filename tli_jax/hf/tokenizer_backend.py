@@ -119,7 +119,7 @@ def transformers_reason(folder: Path, settings: TokenizerSettings, tokenizer: "t
     if settings.is_llama:
         if settings.model.get("model_type") != "llama" or not _is_llama_pipeline(tokenizer, config):
             return "LlamaTokenizer builds another pipeline than tokenizer.json"
-        # transformers keeps the vocabulary and numbers the other tokens anew, one after the other.
+        # transformers keeps the vocabulary and renumbers the other tokens, one after the other.
         vocab = tokenizer.get_vocab(with_added_tokens=False)
         beyond = sorted(i for i, token in added.items() if vocab.get(token.content) != i)
         if beyond != list(range(len(vocab), len(vocab) + len(beyond))):

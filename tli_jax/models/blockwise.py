@@ -1,7 +1,7 @@
 """Causal attention in blocks of queries: memory grows with T, not T², and most keys above the diagonal are skipped.
 
 As in FlashAttention (arXiv 2205.14135, 2307.08691), only the output and the log of the softmax denominators are kept,
-from which the backward pass computes the probabilities again. It is plain JAX, so it runs everywhere.
+from which the backward pass recomputes the probabilities. It is plain JAX, so it runs everywhere.
 """
 
 import functools

@@ -35,8 +35,8 @@ class Chunked(NamedTuple):
     head_gradient: jax.Array | None = None
 
 
-# From the log-denominators of some tokens and whatever else is given for each: the derivatives of the objective by
-# loss and by log-denominator.
+# Takes the log-denominators of some tokens and what else is given for each, and returns the derivatives of the
+# objective with respect to each loss and each log-denominator.
 Derivatives = Callable[..., tuple[jax.Array, jax.Array]]
 
 

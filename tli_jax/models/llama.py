@@ -46,14 +46,14 @@ _POLICIES: dict[Remat, Callable[[Any], Any]] = {
 
 
 class ForwardOptions(NamedTuple):
-    """How to run a model. No option changes the function it computes.
+    """How to run a model. No option changes the function it computes, up to rounding.
 
     Args:
         dtype: of activations and matrix products, by default that of the embedding. Norms, softmax and loss are fp32.
-        remat: what the backward pass rematerializes: nothing (``none``); around attention, all but the products with
-            weights (``dots``), or all (``attention``); or complete layers (``full``), whose inputs can be kept in the
-            memory of the host (``offload``). Attention runs twice only with the last two. ``auto`` is for
-            ``training.fit``, which replaces it; here it is ``none``.
+        remat: what the backward pass rematerializes. ``none``: nothing. ``dots``: everything but attention and the
+            products with weights. ``attention``: everything but attention. ``full``: complete layers. ``offload``: the
+            same, with the layers' inputs kept in the memory of the host. ``auto`` is for ``training.fit``, which
+            replaces it; here it is ``none``.
         attention_impl: the attention kernel.
         dispatch: how experts are run.
         lookup: the embedding look-up and its gradient.
@@ -123,11 +123,11 @@ class Block(nnx.Module):
         return x_BTD, kv, balance_loss
 
     def run_rematerialized(
-        self, x_BTD: jax.Array, *, rope: Rope, dispatch: ExpertDispatch, around: Callable[[Any], Any]
+        self, x_BTD: jax.Array, *, rope: Rope, dispatch: ExpertDispatch, remat: Callable[[Any], Any]
     ) -> tuple[jax.Array, jax.Array | None]:
-        """``__call__`` without a cache, with ``around`` applied to what lies before attention and to what follows it.
+        """``__call__`` without a cache, with ``remat`` applied to what precedes attention and to what follows it.
 
-        Attention stays outside, so that what it keeps for its backward pass is never computed twice.
+        Attention stays outside, so that the arrays which it saves for its backward pass are never recomputed.
         """
 
         def before(block: Block, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -136,7 +136,7 @@ class Block(nnx.Module):
         def after(block: Block, x_BTD: jax.Array, out_BTHh: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             return block._feed_forward(x_BTD + block.self_attn.combine(out_BTHh), dispatch)
 
-        return around(after)(self, x_BTD, rope.attend(*around(before)(self, x_BTD)))
+        return remat(after)(self, x_BTD, rope.attend(*remat(before)(self, x_BTD)))
 
     def run_scaled(
         self, x_BTD: jax.Array, scale: jax.Array, *, rope: Rope, dispatch: ExpertDispatch = every_expert
@@ -178,7 +178,8 @@ class Llama(nnx.Module):
 
     @classmethod
     def from_params(cls, config: LlamaConfig, params: Mapping[str, Any]) -> "Llama":
-        """Wrap existing params, of a flat or a grouped stack, without copying them. Works under ``jit`` and abstractly.
+        """Wrap existing params, of a flat or a grouped stack, without copying them. Also works under ``jit`` and on
+        ``jax.ShapeDtypeStruct`` leaves.
 
         Args:
             params: as ``load_hf`` and ``init_params`` return them.
@@ -215,11 +216,12 @@ class Llama(nnx.Module):
         """Return the hidden states after the final norm, the updated cache and the load-balancing loss.
 
         Args:
-            cache: of the tokens before these; only for a flat stack and without ``options``.
+            cache: of the tokens before these; only for a flat stack. ``attention_impl``, ``dispatch`` and ``remat`` do
+                not apply with a cache.
             segments_BT: the document of each token; None if there is a single one.
 
         Returns:
-            ``[B, T, D]``; the cache, or None; the mean over the layers, 0 without experts or with a cache.
+            ``[B, T, D]``; the cache, or None; the loss averaged over the layers, 0 without experts or with a cache.
         """
         T = tokens_BT.shape[1]
         x_BTD = options.constrain(self.embed_tokens(tokens_BT, options.dtype, options.lookup), "BTD")
@@ -238,18 +240,18 @@ class Llama(nnx.Module):
         return self.norm(x_BTD), Cache(k, v, cache.length + T), jnp.zeros(())
 
     def _run_layers(self, x_BTD: jax.Array, rope: Rope, options: ForwardOptions) -> tuple[jax.Array, jax.Array]:
-        around = _POLICIES.get(options.remat, lambda function: function)
+        remat = _POLICIES.get(options.remat, lambda function: function)
         is_whole = options.remat in ("full", "offload")
 
         def layer(x: jax.Array, block: Block) -> tuple[jax.Array, jax.Array | None]:
             if is_whole:
                 x, _, balance_loss = block(checkpoint_name(x, _INPUT), rope=rope, dispatch=options.dispatch)
             else:
-                x, balance_loss = block.run_rematerialized(x, rope=rope, dispatch=options.dispatch, around=around)
+                x, balance_loss = block.run_rematerialized(x, rope=rope, dispatch=options.dispatch, remat=remat)
             return options.constrain(x, "BTD"), balance_loss
 
         def stack(x: jax.Array, blocks: Block) -> tuple[jax.Array, jax.Array | None]:
-            return jax.lax.scan(around(layer) if is_whole else layer, x, blocks)
+            return jax.lax.scan(remat(layer) if is_whole else layer, x, blocks)
 
         def period(x: jax.Array, stacks: list[Block]) -> tuple[jax.Array, list[jax.Array | None]]:
             balance_losses = []

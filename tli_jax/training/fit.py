@@ -1,4 +1,4 @@
-"""Whether a train step fits in memory, and with which rematerialization: it is compiled before the first step."""
+"""Choose a rematerialization policy with which the compiled train step fits in memory."""
 
 import dataclasses
 from collections.abc import Callable

@@ -5,7 +5,6 @@ The loop does not wait for the step that it has just dispatched: the metrics of 
 
 import contextlib
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from tli_jax.cli.console import console
+from tli_jax.cli.console import console, finite
 from tli_jax.cli.progress import Advance
 from tli_jax.data.batches import Data
 from tli_jax.distributed.processes import StopSignal, flag_array
@@ -133,7 +132,7 @@ class Loop:
         return state
 
     def _validate(self, step: int, state: TrainState, frozen: Arrays) -> float | None:
-        """Held-out loss in nats per token, NaN if the model has diverged; None without held-out text."""
+        """Measure and report the held-out loss: nats per token, NaN if the model has diverged; None without text."""
         self.validation_loss = self.feed.measure(state.trained, frozen).mean
         if self.validation_loss is not None:
             self.report(f"validation loss {self.validation_loss:.4f} at step {step:,}")
@@ -164,7 +163,7 @@ class _Profiler:
                     table.render(console(is_stderr=True))
                 self.report(f"profile written to {self.folder}")
             elif is_last:
-                self.report(f"warning: no profile: only {done} steps were left, and it starts after the third")
+                self.report(f"warning: no profile: only {done} steps were left, and profiling starts after the third")
             else:
                 self.trace.enter_context(trace(self.folder))
                 self.is_tracing = True
@@ -200,7 +199,7 @@ class _Reader:
             self.pending[2].update(values)
 
     def read(self) -> bool:
-        """Log the pending step. Returns whether any process had been asked to stop by then."""
+        """Log the pending step. Returns True if a process had received a stop signal when the step was dispatched."""
         if self.pending is None:
             return False
         (step, metrics, extra), self.pending = self.pending, None
@@ -213,9 +212,7 @@ class _Reader:
         mfu = rate * loop.flops / loop.peak if loop.peak else None
         line = {"step": step, **values, "tokens": step * loop.tokens, "tokens_per_second": rate, "mfu": mfu}
         if loop.metrics is not None:
-            line |= extra
-            not_finite = {k: None for k, v in line.items() if isinstance(v, float) and not math.isfinite(v)}
-            loop.metrics.write(line | not_finite)
+            loop.metrics.write(finite(line | extra))
         self.advance(1, describe_step(line, loop.validation_loss))
         if values["skipped"] >= loop.programs.config.skip_limit:
             loop.checkpoints.finish()

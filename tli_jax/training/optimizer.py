@@ -36,7 +36,7 @@ def make_schedule(config: TrainConfig, group: Group) -> optax.Schedule:
 
 
 def learning_rates(config: TrainConfig, step: jax.Array) -> jax.Array:
-    """The learning rate of each group in ``GROUPS`` at a step, fp32. Skipped steps count, so a schedule always ends."""
+    """The learning rate of each group in ``GROUPS`` at a step, fp32 ``[G]``. Skipped steps advance the schedule."""
     return jnp.stack([jnp.asarray(make_schedule(config, group)(step), jnp.float32) for group in GROUPS])
 
 

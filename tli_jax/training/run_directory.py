@@ -209,7 +209,7 @@ class RunDirectory:
     def write_config(self, config: TrainConfig) -> None:
         """Write ``config.yaml``, and upload it."""
         with storage_errors(self.config), replace_file(self.config) as temporary:
-            # Each start says which processes it has, and profile and check were asked for once.
+            # Not stored: the processes of this start, and what was asked for once.
             stored = dataclasses.replace(config, distributed=False, process=None, timeouts={}, profile=0, verify=False)
             temporary.write_text(to_yaml(stored), encoding="utf-8")
         self.upload("config.yaml")

@@ -26,8 +26,8 @@ _SPIKE_AFTER = 20  # steps before the running mean of the gradient norm is trust
 _NORM_WEIGHT = 0.05  # of the newest gradient norm in that mean
 
 _OF_TEXT, _OF_RECIPE, _OF_RUN = ({x.name for x in dataclasses.fields(c)} for c in (TextConfig, Recipe, TrainConfig))
-# Options that the jitted functions of a run do not depend on: those about text, files and processes, those that became
-# its layout, mesh and attention, and those that only change batches or when something happens.
+# Options that the compiled functions of a run do not depend on: those about text, files and processes; those that
+# determine its layout, mesh and attention; and those that only change the batches, or when it validates and saves.
 UNCOMPILED = {
     *_OF_TEXT,
     *(_OF_RUN - _OF_RECIPE),

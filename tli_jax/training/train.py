@@ -172,7 +172,7 @@ def _stored_dtypes(trainer: "Trainer", weights: Checkpoint) -> dict[str, str]:
 def _fit(
     trainer: "Trainer", T: int, dtypes: dict[str, str], earlier: dict[str, Any] | None = None
 ) -> "tuple[Trainer, CompiledMemory | None]":
-    """Check that the step fits in memory, with the rematerialization that is chosen or was chosen earlier.
+    """Check that the step fits in memory, with the ``remat`` of the configuration or of the earlier part of the run.
 
     Args:
         dtypes: stored dtype of each parameter.

@@ -25,7 +25,7 @@ class LossFile:
 
     Args:
         identity: what the losses depend on.
-        overwrite: start anew if the file was written with another identity.
+        overwrite: start over if the file was written with another identity.
 
     Raises:
         UsageError: the file has another identity.

@@ -169,7 +169,7 @@ class Scanner:
         return losses
 
     def _finish(self, steps: Sequence[Step], common: int, states: list[jax.Array]) -> list[float]:
-        """The losses of a group of plans, of which ``common`` steps are left, those at the end of ``steps``."""
+        """Run the last ``common`` of ``steps``, which a group of plans shares, as one batch. Returns their losses."""
         count = len(states)
         states += states[-1:] * (self.batch - count)  # so that all batches have one shape
         x_NTD = self.run(steps[len(steps) - common :], _join(states) if self.batch > 1 else states[0])
