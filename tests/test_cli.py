@@ -1,6 +1,7 @@
 """The command ``tli-jax``: its help, its suggestions, generating text, and progress without a terminal."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import rich.console
 
 import tli_jax
 from tli_jax.__main__ import COMMANDS, main
@@ -17,7 +19,7 @@ from tli_jax.cli import progress as progress_module
 from tli_jax.cli.config import CompareConfig, EvaluateConfig, GenerateConfig, PrepareConfig, ScanConfig
 from tli_jax.cli.frame import run_command
 from tli_jax.cli.growth_config import PreflightConfig, UpscaleConfig
-from tli_jax.cli.progress import progress
+from tli_jax.cli.progress import progress, shorten
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.evaluation.continuation import continue_prompt
 
@@ -94,7 +96,7 @@ def test_help_shows_examples_defaults_and_choices(name: str, capsys: pytest.Capt
     for field in fields:
         assert f"--{field.name.replace('_', '-')}" in shown
         assert " ".join(field.metadata["help"].split()) in shown
-    assert shown.count("(default: ") == len(fields)
+    assert shown.count("(default: ") + shown.count("(required)") == len(fields)
     if name == "upscale":
         assert "one of tli, dus, llama_pro" in shown and "one of copy, identity" in shown
     if name == "train":
@@ -170,6 +172,28 @@ def test_generate_uses_the_chat_template(tmp_path, capsys: pytest.CaptureFixture
 def test_generate_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("generate", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [(60, "loss 2.9 · validation loss 3.1 · learning rate 1.20e-03"), (54, "loss 2.9 · validation loss 3.1"), (7, "")],
+)
+def test_a_note_loses_whole_parts_only(width: int, shown: str) -> None:
+    assert shorten("loss 2.9 · validation loss 3.1 · learning rate 1.20e-03", width) == shown
+
+
+@pytest.mark.parametrize("columns", [40, 80, 140])
+def test_a_bar_shows_its_amount_and_no_part_of_a_number(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = rich.console.Console(file=io.StringIO(), force_terminal=True, width=columns, color_system=None)
+    monkeypatch.setattr("tli_jax.cli.progress.console", lambda is_stderr: screen)
+    parts = ["loss 2.9583", "validation loss 3.1388", "learning rate 1.20e-03", "12,427 tokens/s"]
+    with progress("train", 1000, "steps") as advance:
+        advance(512, " · ".join(parts))
+    line = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", screen.file.getvalue()).rstrip().splitlines()[-1]
+    assert "512/1000" in line and "…" not in line
+    shown = line.partition("loss")[1] + line.partition("loss")[2]
+    assert shown.strip() in ["", *(" · ".join(parts[:count]) for count in range(1, 5))]
+    assert (parts[0] in line) == (columns > 40) and (parts[-1] in line) == (columns == 140)
 
 
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -296,6 +296,12 @@ def test_foreign_folder_is_refused(start, tmp_path, capsys) -> None:
     assert "mine.txt" in capsys.readouterr().err
 
 
+def test_a_comparison_that_never_began_may_be_corrected(start, tmp_path, capsys) -> None:
+    for every in ("1", "2"):  # the second time, the folder has the configuration of the first
+        assert run_command(main, call(start, tmp_path / "out", "--methods", "tli,foo", "--every", every)) == 2
+        assert "method is 'foo'" in capsys.readouterr().err
+
+
 def test_without_training(start, tmp_path, capsys) -> None:
     flags = ["--methods", "tli:copy,dus", "--steps", "0", "--no-baselines"]
     assert run_command(main, call(start, tmp_path / "out", *flags)) == 0

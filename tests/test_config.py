@@ -155,7 +155,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "--over": ("--over is not known",),  # no abbreviations
     "-e 2": ("-e is not known",),
     "--output \udcff": (r"output is '\udcff': not UTF-8",),
-    "stray": ("stray is not known", "--help"),
+    "stray": ("'stray' is not an option", "--help"),
     "--every": ("--every", "expected one argument"),
     "--overwrite=yes": ("--overwrite", "yes"),
     "--every two": ("every is 'two'", "must be a whole number"),

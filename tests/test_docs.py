@@ -156,6 +156,24 @@ def test_tables_match_the_stored_results(page, tables):
         assert inside == printed and printed.count("\n") > 5, f"{page}: rerun {' '.join(call[1:])}"
 
 
+@pytest.mark.long
+@pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the text is part of Python, the losses are 3.11.7's")
+@pytest.mark.parametrize(("only", "row"), [("injected", "injected layers"), ("all", "all layers")])
+def test_losses_of_the_demo(tmp_path, only, row):
+    """Of README and configuration, with the flags of XLA that users have."""
+    flags = [f"--output={tmp_path}/grown", f"--train.run={tmp_path}/run", f"--train.export={tmp_path}/out"]
+    call = [sys.executable, "-m", "tli_jax.upscale", "--config=configs/demo_train.yaml", f"--train.only={only}", *flags]
+    subprocess.run(call, check=True, cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, capture_output=True, timeout=1200)
+    found = json.loads((tmp_path / "out" / "training.json").read_text(encoding="utf-8"))["losses"]
+    before, after = (f"{found[key]:.3f}" for key in ("validation_before", "validation_after"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"| base, 12 layers | {before} |" in readme and f"| grown, 18 layers, untrained | {before} |" in readme
+    assert re.search(rf"\| grown, {row} trained .*\| {after} \|", readme)
+    assert f"{before} → {after}" in (ROOT / "configs" / "demo_train.yaml").read_text(encoding="utf-8")
+    if only == "injected":
+        assert f"from {before} to {after} nats per token" in readme
+
+
 def test_memory_in_the_configurations_is_that_of_the_stored_results():
     stored = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text(encoding="utf-8"))["rows"]
     found: dict[str, set[str]] = {}

@@ -1,6 +1,7 @@
 """The records of a trained model: its training, the trainings before it, and the proof of its weights only."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def chain(once, start) -> Path:
                 flags = ["--model", model, "--run", folder / f"run_{name}", "--export", folder / name]
                 call(train.main, *common, *flags, *more)
 
-            run("trained", start / "base", "--steps", 2)
+            base = shutil.copytree(start / "base", folder / "base")
+            (base / "README.md").write_text("---\nlicense: mit\n---\n")
+            run("trained", base, "--steps", 2)
             call(upscale.main, "--model", folder / "trained", "--every", 2, "--no-proof", "--output", folder / "grown")
             file = folder / "grown" / "growth.json"  # a real proof would take longer than everything else
             sidecar.write_json(file, read(file) | {"proof": PROOF})
@@ -67,7 +70,7 @@ def test_training_is_recorded(chain):
     assert record["losses"] == losses | {"validation_after": lines[1]["validation_loss"]}
     assert (record["only"], record["optimizer"]) == ("all", "adamw")
     assert record["learning_rate"] == {"all": 1e-3, "kept": 1e-4}
-    assert record["base"] == {"name": "base", "revision": None} and record["earlier"] == []
+    assert record["base"] == {"name": "base", "revision": None, "card": {"license": "mit"}} and record["earlier"] == []
     assert len(record["text"]) == 64 and record["versions"].keys() >= {"tli_jax", "jax"}
     assert not (chain / "trained" / "growth.json").exists()
 
@@ -106,6 +109,7 @@ def test_model_cards(chain):
     assert "Earlier training: 300 tokens in 3 steps" in cards["again"]
     assert "It has not been trained since." in cards["deeper"]
     for card in cards.values():
+        assert "\nlicense: mit\n" in card
         assert "base_model" not in card and str(chain) not in card and "/home" not in card and "/tmp" not in card
 
 
@@ -133,6 +137,7 @@ def test_base_on_the_hub(chain, tmp_path):
     assert describe_base(open_checkpoint(folder))["base"] == {
         "name": "meta-llama/Llama-3.2-1B",
         "revision": folder.name,
+        "card": {"license": "mit"},
     }
 
 

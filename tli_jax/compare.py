@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> None:
     screen = console()
     for table in make_tables(results):
         table.render(screen)
-    for line in describe(results):
+    for line in (*describe(results), f"wrote results.json, results.csv, report.html and plots to {config.output}"):
         screen.print(printable(line), soft_wrap=True)
 
 

@@ -829,7 +829,7 @@ OPTIONS = {
     "--every two": "every is 'two'",
     "--method sliding": "method is 'sliding', must be one of tli, dus, llama_pro",
     "--revision main": "is a local folder, which has no revision 'main'",
-    "2": "2 is not known",
+    "2": "'2' is not an option",
 }
 
 
@@ -867,8 +867,12 @@ MISSING: dict[str, tuple[Damage, tuple[str, ...]]] = {
         lambda folder: (folder / SINGLE).rename(folder / "model.gguf"),
         ("no weights", SINGLE, INDEX),
     ),
-    "no folder": (shutil.rmtree, ("no folder", "base")),
-    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), ("no folder", "base")),
+    "no folder": (shutil.rmtree, ("no folder or GGUF file", "base")),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), ("base' is a file, but not GGUF",)),
+    "a run": (
+        lambda folder: ((folder / "config.json").unlink(), (folder / "run.json").touch()),
+        ("is a run directory", "--export-only --export DIR"),
+    ),
 }
 
 

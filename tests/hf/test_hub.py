@@ -248,9 +248,7 @@ def test_folder_is_returned_unchanged(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_invalid_hub_ids_never_reach_the_hub(model: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # importing it would fail
-    with pytest.raises(
-        MissingInputError, match=r"^no folder .*, and it is not a hub id either: give a folder"
-    ) as caught:
+    with pytest.raises(MissingInputError, match=r"^no folder or GGUF file .*, nor is it a Hub id: give a") as caught:
         resolve(model)
     assert "\n" not in str(caught.value)
 

@@ -11,7 +11,7 @@ import pytest
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.errors import DataError, StorageError, UsageError
 from tli_jax.reporting.run import draw_curves, make_table, read_run, summarise
-from tli_jax.training.metrics import Metrics, read_metrics, validation
+from tli_jax.training.metrics import Metrics, losses, read_metrics, validation
 from tli_jax.training.run_directory import RunDirectory
 
 
@@ -39,6 +39,13 @@ def test_lines_after_the_resumed_step_are_dropped(folder):
     metrics.close()
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in lines] == list(range(1, 9))
+
+
+def test_a_loss_from_before_the_last_step_is_not_that_after_training(folder):
+    lines = read_metrics(RunDirectory(folder))
+    assert losses(lines) == {"validation_before": 4.0, "validation_after": 3.0, "training": 0.3}
+    assert losses(lines[:9])["validation_after"] is None  # step 5 has the newest validation
+    assert losses([]) == {"validation_before": None, "validation_after": None, "training": None}
 
 
 BAD = {

@@ -77,7 +77,9 @@ def parse(
     parser = _make_parser(kind, program, description, arguments, examples)
     given, rest = parser.parse_known_args(arguments)
     if rest:
-        word = next((word for word in rest if word.startswith("-")), rest[0])
+        word = next((word for word in rest if word.startswith("-")), None)
+        if word is None:
+            raise UsageError(f"{rest[0]!r} is not an option: every value follows an option, see --help")
         flags = [flag for action in parser._actions for flag in action.option_strings]
         raise UsageError(f"{word} is not known{_suggest(word, flags)}; see --help")
     flags = vars(given)
@@ -141,7 +143,7 @@ def _help(field: dataclasses.Field[Any]) -> str:
     if choices:
         text += f"; one of {', '.join(choices)}"
     default = field.metadata["shown"] or _show_default(field)
-    return f"{text} (default: {default})".replace("%", "%%")
+    return f"{text} ({default if default == 'required' else f'default: {default}'})".replace("%", "%%")
 
 
 def _show_default(field: dataclasses.Field[Any]) -> str:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+import rich.cells
 import rich.console
 import rich.progress
 from rich.filesize import decimal
@@ -36,16 +37,30 @@ def progress(title: str, total: int, unit: str = "bytes", done: int = 0) -> Iter
         yield from _print_lines(title, total, unit, done, screen)
         return
     amount = rich.progress.DownloadColumn() if unit == "bytes" else rich.progress.MofNCompleteColumn()
+    # Columns that do not fit are cut off, so the bar and then parts of the note make room.
+    counts = "999.9/999.9 MB" if unit == "bytes" else f"{total}/{total}"
+    fixed = max(8, rich.cells.cell_len(title)) + len(f" {counts} 0:00:00 ")
+    width = max(4, min(20, (screen.width - fixed) // 3))
     columns = (
         rich.progress.TextColumn("{task.description:<8}", markup=False),
-        rich.progress.BarColumn(),
+        rich.progress.BarColumn(width),
         amount,
         rich.progress.TimeRemainingColumn(),
         rich.progress.TextColumn("{task.fields[note]}", markup=False),
     )
     with rich.progress.Progress(*columns, console=screen) as bar, live_on(screen):
         task = bar.add_task(title, total=total, completed=done, note="")
-        yield lambda amount, note="", /: bar.update(task, advance=amount, note=printable(note))
+        yield lambda amount, note="", /: bar.update(
+            task, advance=amount, note=shorten(printable(note), screen.width - fixed - width - 1)
+        )
+
+
+def shorten(note: str, width: int) -> str:
+    """As many leading parts of a note, separated by " · ", as fit in a width."""
+    parts = note.split(" · ")
+    while parts and rich.cells.cell_len(" · ".join(parts)) > width:
+        parts.pop()
+    return " · ".join(parts)
 
 
 def _print_lines(title: str, total: int, unit: str, done: int, screen: rich.console.Console) -> Iterator[Advance]:

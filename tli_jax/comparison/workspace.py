@@ -92,8 +92,10 @@ class Workspace:
 
     def _write_config(self) -> None:
         file = self.output / "config.yaml"
+        # A comparison that failed before its first growth or measurement may be corrected.
+        is_begun = any(any((self.output / name).glob("*")) for name in ("grown", "measured"))
         if file.is_file():
-            if changes := difference(from_yaml(CompareConfig, file), self.config, _MAY_CHANGE):
+            if is_begun and (changes := difference(from_yaml(CompareConfig, file), self.config, _MAY_CHANGE)):
                 raise UsageError(
                     f"output {self.output}: holds a comparison with other settings: {changes}: change them back, or"
                     " choose another output"

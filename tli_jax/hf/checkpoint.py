@@ -140,6 +140,9 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
         raise MissingInputError(f"{folder}: no such folder: give the folder of a model, with its config.json")
     file = folder / "config.json"
     if not file.is_file():
+        if (folder / "run.json").is_file():
+            export = f"tli-jax train --run {folder} --export-only --export DIR"
+            raise MissingInputError(f"{folder}: is a run directory, not a model folder: export its model: {export}")
         raise MissingInputError(f"{folder}: no config.json, so it is not a model folder")
     inside(folder, file.name)
     # Before anything is read, or a change during the reading would go unnoticed.

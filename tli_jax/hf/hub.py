@@ -57,7 +57,11 @@ def resolve(model: Path | str, revision: str | None = None, headers_only: bool =
             return open_gguf(Path(folder))
         return Path(folder)
     if not _HUB_ID.fullmatch(model):
-        raise MissingInputError(f"no folder {model!r}, and it is not a hub id either: give a folder, or name/name")
+        is_file = os.path.isfile(folder)  # noqa: PTH113
+        what = (
+            f"{model!r} is a file, but not GGUF" if is_file else f"no folder or GGUF file {model!r}, nor is it a Hub id"
+        )
+        raise MissingInputError(f"{what}: give a model folder, a GGUF file, or name/name of the Hub")
 
     from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
 

@@ -148,14 +148,15 @@ def describe(results: Mapping[str, Any]) -> list[str]:
         else:
             lines.append(f"{claim}: " + "; ".join(f"{kind}: {', '.join(some)}" for kind, some in names.items() if some))
     if not_measured:
-        lines.append(f"not measured: {', '.join(not_measured)}")
+        claims = "1 claim" if len(not_measured) == 1 else f"{len(not_measured)} claims"
+        lines.append(f"not measured: {claims}, which report.html lists")
     lines += [
         f"{one['name']} ({TRAINED[one['only']]}): its learning rate, {one['rate']:g}, is at the end of the grid"
         for one in results.get("learning_rates", ())
         if one["rate"] in (one["losses"][0][0], one["losses"][-1][0])
     ]
     lines += [f"{name} was left out: {why}" for name, why in results["left_out"].items()]
-    return [*lines, f"wrote results.json, results.csv, report.html and plots to {results['config']['output']}"]
+    return lines
 
 
 def write_csv(results: Mapping[str, Any], file: Path) -> None:

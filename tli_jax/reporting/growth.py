@@ -5,6 +5,7 @@ from typing import Any
 
 import rich.console
 import rich.text
+from rich.filesize import decimal
 
 from tli_jax.cli.console import printable
 from tli_jax.cli.tables import Table, make_columns, show_number
@@ -50,7 +51,7 @@ def print_plan(screen: rich.console.Console, plan: Plan, description: Mapping[st
     others = [name for name in description["writes"] if name not in weights]
     shards = weights[0] if len(weights) == 1 else f"{weights[0]} … {weights[-1]}"
     total = sum(description["writes"].values())
-    screen.print(f"files, {total:,} bytes: {', '.join([shards, *others])}", soft_wrap=True)
+    screen.print(f"files, about {decimal(total)}: {', '.join([shards, *others])}", soft_wrap=True)
 
 
 def print_proof(screen: rich.console.Console, proof: Mapping[str, Any]) -> None:

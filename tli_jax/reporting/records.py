@@ -54,6 +54,8 @@ def read_records(folders: Sequence[str]) -> Records:
             records.trained[name] = Trained(read_training(path / TRAINING), growth)
         elif (path / "growth.json").is_file():
             records.grown[name] = read_growth(path / "growth.json")
+        elif not path.is_dir():
+            raise MissingInputError(f"{folder}: no such folder")
         else:
             raise MissingInputError(
                 f"{folder}: nothing to report on: expected a run directory, a grown model (growth.json), a trained"

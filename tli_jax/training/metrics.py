@@ -134,15 +134,13 @@ def validation(lines: list[dict[str, Any]]) -> list[tuple[int, float | None]]:
 def losses(lines: list[dict[str, Any]]) -> dict[str, float | None]:
     """Return the losses of a run in nats per token.
 
-    ``validation_before`` and ``validation_after`` training, and ``training``, the mean over the last tenth of the
-    steps. A loss is None if it was not measured or not finite.
+    ``validation_before`` the first and ``validation_after`` the last of these steps, and ``training``, the mean over
+    the last tenth of them. A loss is None if it was not measured there or not finite.
     """
-    values = [value for _, value in validation(lines)]
     tail = [line["loss"] for line in lines[-max(1, len(lines) // 10) :] if line["loss"] is not None]
-    before, after = (values[0], values[-1]) if values else (None, None)
     return {
-        "validation_before": before,
-        "validation_after": after,
+        "validation_before": next((value for _, value in validation(lines)), None),
+        "validation_after": lines[-1].get("validation_loss") if lines else None,
         "training": statistics.fmean(tail) if tail else None,
     }
 

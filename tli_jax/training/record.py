@@ -5,7 +5,7 @@ from typing import Any
 
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.hf import hub
-from tli_jax.hf.card import is_on_hub
+from tli_jax.hf.card import is_on_hub, read_base_card
 from tli_jax.hf.checkpoint import Checkpoint
 from tli_jax.training.metrics import losses, read_metrics
 from tli_jax.training.run_directory import RunDirectory
@@ -14,8 +14,8 @@ from tli_jax.training.run_directory import RunDirectory
 def describe_base(weights: Checkpoint) -> dict[str, Any]:
     """Return the keys of ``run.json`` about the model that a run starts from.
 
-    ``base`` is the Hub id and commit of the original model, or else its folder name with revision null. ``earlier`` is
-    ``Checkpoint.trainings``.
+    ``base`` is the Hub id and commit of the original model, or else its folder name with revision null, and in
+    ``card`` its licence and language if a card tells them. ``earlier`` is ``Checkpoint.trainings``.
     """
     earlier, growth = weights.trainings, (weights.growth or {}).get("base", {})
     if (origin := hub.origin(weights.folder)) is not None:
@@ -27,6 +27,8 @@ def describe_base(weights: Checkpoint) -> dict[str, Any]:
         base |= {"revision": growth.get("revision")}
     else:
         base = {"name": weights.folder.name, "revision": None}
+    if card := read_base_card(weights.folder):
+        base = {**base, "card": card}
     return {"base": base, "earlier": earlier}
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import secrets
+import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -243,11 +244,9 @@ def summary(run: RunDirectory) -> str:
     lines = read_metrics(run)
     before = next((line["validation_loss_before"] for line in lines if "validation_loss_before" in line), None)
     after = next((line["validation_loss"] for line in reversed(lines) if "validation_loss" in line), None)
-    rates = sorted(line["tokens_per_second"] for line in lines)
+    rate = statistics.median(line["tokens_per_second"] for line in lines)
     validation = "" if before is None or after is None else f", validation loss {before:.4f} → {after:.4f}"
-    return (
-        f"{lines[-1]['step']} steps, {lines[-1]['tokens']:,} tokens{validation}, {rates[len(rates) // 2]:,.0f} tokens/s"
-    )
+    return f"{lines[-1]['step']} steps, {lines[-1]['tokens']:,} tokens{validation}, {rate:,.0f} tokens/s"
 
 
 def _report(line: str) -> None:
