@@ -335,6 +335,6 @@ def test_growth_and_training_from_a_file(weights, start, tmp_path):
     export = tmp_path / "trained"
     assert run_command(train.main, [*flags, "--steps", "2", "--export", str(export)]) == 0
     trained = json.loads((export / "training.json").read_text())
-    assert trained["base"] == {"name": "my base", "revision": None}
+    assert trained["base"] == {"name": "my base", "revision": None, "card": {"license": "apache-2.0"}}
     write(file, shorten(weights, 4), "F32")  # another model under the same name
     assert run_command(train.main, [*flags, "--steps", "3"]) == 2
