@@ -6,7 +6,7 @@ from pathlib import Path
 
 import rich.text
 
-from tli_jax.cli.console import console, finite, print_json, printable
+from tli_jax.cli.console import console, finite, print_json, printable, say
 from tli_jax.cli.frame import Parser, run_command
 from tli_jax.errors import OutputError, UsageError
 from tli_jax.growth.plan import Plan
@@ -68,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
 
     if args.curves is not None:
         run.draw_curves(records.runs, args.curves)
+        say(f"wrote {args.curves}")
     if args.layer_maps is not None:
         drawing = draw_svg({name: Plan.from_json(record, name) for name, record in plans.items()})
         try:
@@ -75,6 +76,7 @@ def main(arguments: Sequence[str]) -> None:
         except OSError as error:
             message = f"{args.layer_maps}: cannot be written ({error.strerror}): choose another file"
             raise OutputError(message) from None
+        say(f"wrote {args.layer_maps}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def report(config: ScanConfig, results: dict[str, Any]) -> None:
     files = ["scan.json", *written, *(plan["file"] for plan in results["plans"].values())]
     lines = [*describe(results), f"wrote {', '.join(files)} to {config.output}"]
     if not written:
-        lines.append("no page and no plots, which need matplotlib and plotly: pip install 'tli_jax[plot]'")
+        lines.append("no page and no plots, which need matplotlib and plotly: pip install matplotlib plotly")
     for plan in results["plans"].values():
         lines.append(
             f"grow it: tli-jax upscale --model {config.model} --plan {config.output}/{plan['file']} --output DIR"

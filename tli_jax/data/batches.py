@@ -99,7 +99,7 @@ class Data:
         if self.windows < batch_size:
             raise DataError(
                 f"text: {self.tokens:,} tokens make {self.windows:,} training windows, a batch needs {batch_size:,} of"
-                f" {self.T:,} + 1 tokens: give more text, or a smaller batch_size or sequence_length"
+                f" {self.T:,} + 1 tokens: give more text, or lower batch_size or sequence_length"
             )
 
     def batches(self, start: int, batch_size: int, rows: Sequence[int], seed: int, threads: int = 2) -> Iterator[Batch]:

@@ -23,9 +23,9 @@ def require_libraries() -> None:
     Raises:
         UsageError: one is missing.
     """
-    for name in ("matplotlib", "plotly", "jinja2"):
+    for name in ("matplotlib", "plotly"):
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f"the report needs {name}: pip install matplotlib plotly jinja2")
+            raise UsageError(f"the report needs {name}: pip install matplotlib plotly")
 
 
 def write_report(results: Mapping[str, Any], config: str, folder: Path) -> None:

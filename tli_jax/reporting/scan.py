@@ -26,7 +26,7 @@ def make_tables(results: Mapping[str, Any]) -> list[Table]:
     tables = []
     for name, costs in results["costs"].items():
         text = results["texts"][name]
-        about = f"{TEXTS[name]} {text['path']}: {text['tokens']:,} tokens, loss of the base {text['loss']:.4f} nats"
+        about = f"{TEXTS[name]} {text['path']}: {text['tokens']:,} tokens, base {text['loss']:.4f} nats per token"
         if kinds := [kind for kind in costs if kind not in BLOCKS]:
             tables.append(_layer_table(results, costs, kinds, about))
         tables += [_block_table(costs[kind], f"{TITLES[kind]}, {TEXTS[name]}") for kind in costs if kind in BLOCKS]

@@ -158,7 +158,7 @@ class RunDirectory:
             )
         if values := difference(stored, config, MAY_CHANGE):
             raise UsageError(
-                f"run {self}: was started with other options: {values}: change them, or use another run directory"
+                f"run {self}: was started with other options: {values}: change them back, or use another run"
             )
 
     def check_facts(self, facts: Mapping[str, Any]) -> dict[str, Any]:
