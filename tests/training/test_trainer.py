@@ -10,6 +10,7 @@ import pytest
 import tli_jax
 from tli_jax.cli.train_config import TrainConfig
 from tli_jax.data.batches import open_data
+from tli_jax.distributed.mesh import param_sharding
 from tli_jax.errors import UsageError
 from tli_jax.training.train import train
 from tli_jax.training.trainer import Trainer
@@ -87,6 +88,9 @@ def test_params_of_another_mesh_are_taken(base, tokens):
     config, params, trainer = base
     expected = trainer.evaluate(trainer.init_from(params), tokens[:5])
     sharded = Trainer.create(config, plan=PLAN, **RECIPE | {"dtypes": {"compute": "float32"}})
+    shardings = {spec.name: param_sharding(sharded.mesh, spec.dims) for spec in sharded.param_specs}
+    for part in sharded.shard(jax.device_get(params)):
+        assert {name: array.sharding for name, array in part.items()} == {name: shardings[name] for name in part}
     state = sharded.init_from(params)
     assert sharded.evaluate(state, tokens[:5]) == pytest.approx(expected, rel=1e-5)  # 5 rows on 8 devices
     on_one_device = trainer.init_from(sharded.params(state))

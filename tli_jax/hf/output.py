@@ -21,7 +21,7 @@ from tli_jax.hf.files import flock, fsync
 _SPARE = 16 * 2**20  # bytes that must stay free
 # A file of every output that may be replaced, and what such a folder is.
 _KINDS = {"config.json": "model folder", "00000.ids": "folder of prepared data"}
-# What to do about errors of the disk that are not its own fault.
+# What to do about a failed write, unless the disk itself fails.
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space"),
     errno.EFBIG: "raise the limit on file sizes (ulimit -f), or write smaller files with --max-shard-size",
