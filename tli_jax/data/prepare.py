@@ -4,13 +4,17 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tli_jax.data.documents import Documents
 from tli_jax.data.shards import FIRST_SHARD, Prepared, Writer
@@ -58,7 +62,9 @@ def prepare(
     limit = max(shard_bytes // rules.dtype.itemsize, 1)
     with (
         staged(output, nbytes, overwrite, FIRST_SHARD) as folder,
-        _processes(rules, model, workers) as encode_all,
+        # Beside the output, not in it.
+        tempfile.TemporaryDirectory(prefix="ids-", dir=folder.parent) as results,
+        _processes(rules, model, workers, Path(results)) as encode_all,
         Writer(folder, rules, limit) as writer,
     ):
         sources = []
@@ -73,21 +79,25 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _processes(rules: Rules, model: LlamaConfig, workers: int) -> Iterator[EncodeAll]:
-    """Processes that encode batches. Each opens the tokenizer itself, as it cannot be sent."""
+def _processes(rules: Rules, model: LlamaConfig, workers: int, results: Path) -> Iterator[EncodeAll]:
+    """Processes that encode batches. Each opens the tokenizer itself, as it cannot be sent.
+
+    They return ids in files in ``results``. One that is killed while it sends more than a pipe holds would leave half
+    of it in the pipe, and the pool would wait for the rest forever.
+    """
     assert rules.tokenizer is not None
     arguments = (dataclasses.replace(rules, tokenizer=None), rules.tokenizer.folder, model)
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=_start, initargs=arguments)
 
     def encode_all(batches: Iterable[list[Piece]]) -> Iterator[Encoded]:
-        running: collections.deque[concurrent.futures.Future[Encoded]] = collections.deque()
+        running: collections.deque[concurrent.futures.Future[Path]] = collections.deque()
         for batch in batches:
-            running.append(pool.submit(_encode, batch))
+            running.append(pool.submit(_encode, batch, results))
             if len(running) > 2 * workers:  # all are busy, and as many batches wait
-                yield running.popleft().result()
+                yield _receive(running.popleft().result())
         while running:
-            yield running.popleft().result()
+            yield _receive(running.popleft().result())
 
     try:
         yield encode_all
@@ -117,5 +127,18 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(batch: list[Piece]) -> Encoded:
-    return encode(_rules, batch)
+def _encode(batch: list[Piece], results: Path) -> Path:
+    """Encode a batch into a new file."""
+    encoded = encode(_rules, batch)
+    descriptor, name = tempfile.mkstemp(dir=results)
+    with os.fdopen(descriptor, "wb") as file:
+        np.savez(file, ids=encoded.ids, starts=encoded.starts, special=json.dumps(encoded.special))
+    return Path(name)
+
+
+def _receive(file: Path) -> Encoded:
+    """Read a file of ``_encode``, and delete it."""
+    with np.load(file) as arrays:
+        encoded = Encoded(arrays["ids"], arrays["starts"], json.loads(str(arrays["special"])))
+    file.unlink()
+    return encoded
